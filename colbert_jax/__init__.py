@@ -1,0 +1,25 @@
+"""ColBERTv2 and PLAID in JAX/Flax: late-interaction retrieval on TPU, GPU and CPU."""
+
+from colbert_jax.colbert import ColBERT
+from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+from colbert_jax.embeddings import DocumentEmbeddings
+from colbert_jax.index import Index
+from colbert_jax.scoring import maxsim, maxsim_all_pairs, maxsim_nway, maxsim_ragged
+from colbert_jax.search import Hits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ColBERT",
+    "ColBERTConfig",
+    "DocumentEmbeddings",
+    "Hits",
+    "Index",
+    "IndexConfig",
+    "SearchConfig",
+    "TextConfig",
+    "maxsim",
+    "maxsim_all_pairs",
+    "maxsim_nway",
+    "maxsim_ragged",
+]

@@ -1,0 +1,242 @@
+"""`colbert-jax`: the library from the command line. Thin: every command is a few library calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from colbert_jax import __version__
+from colbert_jax.colbert import ColBERT
+from colbert_jax.demo import run_demo
+from colbert_jax.evaluation import (
+    evaluate_ranking,
+    read_collection,
+    read_qrels,
+    read_queries,
+    write_run,
+)
+from colbert_jax.evaluation.metrics import DEPTH
+from colbert_jax.index import Index
+from colbert_jax.index.format import FORMAT_VERSION
+from colbert_jax.progress import progress_bar
+from colbert_jax.runtime import enable_compilation_cache
+from colbert_jax.search.arrays import Hits, concatenate_hits
+
+_BATCH = 32  # queries searched in one call
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 for an error of the user's making."""
+    args = _parser().parse_args(arguments)
+    enable_compilation_cache()
+    try:
+        args.run(args)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; a build goes on where it was when run again", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        print(f"colbert-jax: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def index(args: argparse.Namespace) -> None:
+    next(iter(read_collection(args.collection)))  # a wrong file is told before the model is loaded
+    path = Path(args.index)
+    if path.exists() and not args.overwrite:
+        raise FileExistsError(f"{path}: exists; pass --overwrite to replace it")
+    settings = {"doc_maxlen": args.doc_maxlen} if args.doc_maxlen else {}
+    model = ColBERT.from_pretrained(args.checkpoint, dim=args.dim, **settings)
+    built = Index.build(
+        path,
+        model,
+        (text for _, text in read_collection(args.collection)),
+        ids=(pid for pid, _ in read_collection(args.collection)),
+        nbits=args.nbits,
+        kmeans_niters=args.kmeans_niters,
+        num_centroids=args.num_centroids,
+        store_texts=not args.no_texts,
+        overwrite=args.overwrite,
+    )
+    print(_summary(built))
+
+
+def search(args: argparse.Namespace) -> None:
+    if bool(args.query) == bool(args.queries):
+        raise ValueError("give queries on the command line or --queries FILE, one of the two")
+    queries = read_queries(args.queries) if args.queries else {q: q for q in args.query}
+    opened = Index.open(args.index)
+    hits = _search(opened, list(queries.values()), args.k, args)
+    if args.output:
+        write_run(args.output, list(queries), hits, opened.pids)
+        print(f"{len(queries)} queries, {hits.ids.shape[1]} results each: {args.output}")
+        return
+    for query, ids, scores in zip(queries.values(), hits.ids, hits.scores, strict=True):
+        print(query)
+        for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
+            text = opened.texts[int(i)] if opened.texts is not None else ""
+            print(f"{rank:4}  {score:8.4f}  {opened.pids[int(i)]}  {_shortened(text)}")
+
+
+def rank(args: argparse.Namespace) -> None:
+    pids, texts = zip(*read_collection(args.file), strict=True)
+    model = ColBERT.from_pretrained(args.checkpoint)
+    hits = model.rank(args.query, texts, args.k)
+    for place, (i, score) in enumerate(zip(hits.ids, hits.scores, strict=True), 1):
+        print(f"{place:4}  {score:8.4f}  {pids[i]}  {_shortened(texts[i])}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    qrels = read_qrels(args.qrels)
+    queries = {qid: text for qid, text in read_queries(args.queries).items() if qid in qrels}
+    if not queries:
+        raise ValueError(f"no query of {args.queries} has a judgement in {args.qrels}")
+    opened = Index.open(args.index)
+    hits = _search(opened, list(queries.values()), DEPTH, args)
+    ranking = {
+        qid: [opened.pids[int(i)] for i in ids] for qid, ids in zip(queries, hits.ids, strict=True)
+    }
+    values = evaluate_ranking(ranking, qrels)
+    if args.json:
+        about = {"index": str(args.index), "queries": len(queries), "exact": args.exact}
+        print(json.dumps(about | values))
+    else:
+        print(f"{len(queries)} queries, {'exact scoring' if args.exact else 'PLAID'}")
+        for name, value in values.items():
+            print(f"{name:<12}{value:.4f}")
+
+
+def info(args: argparse.Namespace) -> None:
+    opened = Index.open(args.index)
+    if args.verify:
+        opened.verify()
+    if args.json:
+        print(json.dumps(opened.metadata))
+        return
+    print(_summary(opened))
+    model = opened.metadata["model"]
+    print(f"model        {model['load']['name_or_path'] if model else 'none: ready embeddings'}")
+    print(f"format       {FORMAT_VERSION}")
+    print(f"settings     {json.dumps(opened.metadata['settings'])}")
+    if args.verify:
+        print("checksums    all files are whole")
+
+
+def demo(args: argparse.Namespace) -> None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    run_demo(Path(args.folder or cache / "colbert_jax" / "demo"), args.checkpoint)
+
+
+def _search(opened: Index, queries: list[str], k: int, args: argparse.Namespace) -> Hits:
+    model = ColBERT.for_index(opened, args.checkpoint)
+    encoded = model.encode_queries(queries, progress=None)
+    parts = []
+    with progress_bar(len(queries), "searching", "query") as bar:
+        for start in range(0, len(queries), _BATCH):
+            block = encoded[start : start + _BATCH]
+            hits = opened.search(
+                block,
+                k,
+                exact=args.exact,
+                ncells=args.ncells,
+                centroid_score_threshold=args.centroid_score_threshold,
+                ndocs=args.ndocs,
+            )
+            parts.append(hits)
+            bar.update(len(block))
+    return concatenate_hits(parts)
+
+
+def _summary(opened: Index) -> str:
+    m = opened.metadata
+    size = sum(file.stat().st_size for file in opened.path.iterdir())
+    return (
+        f"{opened.path}\n"
+        f"documents    {m['num_documents']} ({m['num_empty_documents']} without a token)\n"
+        f"tokens       {m['num_tokens']}\n"
+        f"dimensions   {m['dim']} at {m['nbits']} bits\n"
+        f"centroids    {m['num_centroids']}\n"
+        f"size         {size / 1e6:.1f} MB"
+    )
+
+
+def _shortened(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="colbert-jax", description="Late-interaction retrieval: index passages, search them."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(run, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(index, "index a collection of passages")
+    sub.add_argument("collection", help="TSV (pid, text[, title]), JSONL, or a passage a line")
+    sub.add_argument("index", help="folder of the index to build")
+    sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
+    sub.add_argument("--nbits", type=int, help="1, 2, 4 or 8 (default: the checkpoint's, else 2)")
+    sub.add_argument("--dim", type=int, help="new projection for a plain BERT, untrained")
+    sub.add_argument("--doc-maxlen", type=int, help="tokens kept of a passage")
+    sub.add_argument("--kmeans-niters", type=int, help="k-means iterations")
+    sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
+    sub.add_argument("--no-texts", action="store_true", help="do not keep the passages' texts")
+    sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+
+    sub = command(search, "search an index")
+    sub.add_argument("index")
+    sub.add_argument("query", nargs="*")
+    sub.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
+    sub.add_argument("--queries", help="TSV of qid, text")
+    sub.add_argument("--output", help="write a run file: qid, pid, rank, score")
+    _search_settings(sub)
+
+    sub = command(rank, "order the passages of a file for one query, without an index")
+    sub.add_argument("query")
+    sub.add_argument("file", help="TSV (pid, text[, title]), JSONL, or a passage a line")
+    sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
+    sub.add_argument("-k", type=int, help="results (default: all)")
+
+    sub = command(evaluate, "measure an index against relevance judgements")
+    sub.add_argument("index")
+    sub.add_argument("--queries", required=True, help="TSV of qid, text")
+    sub.add_argument("--qrels", required=True, help="lines of qid, 0, pid, gain")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    _search_settings(sub)
+
+    sub = command(info, "show what an index holds")
+    sub.add_argument("index")
+    sub.add_argument("--verify", action="store_true", help="read every file, compare checksums")
+    sub.add_argument("--json", action="store_true", help="print the metadata as JSON")
+
+    sub = command(demo, "index the standard library's documentation and ask it five questions")
+    sub.add_argument("--folder", help="where the index goes (default: the user's cache)")
+    sub.add_argument("--checkpoint", help="default: the packaged all-MiniLM-L6-v2")
+    return parser
+
+
+def _search_settings(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--checkpoint", help="default: the one the index was built with")
+    sub.add_argument("--exact", action="store_true", help="score every document, without PLAID")
+    sub.add_argument("--ncells", type=int, help="centroids probed per query token")
+    sub.add_argument("--centroid-score-threshold", type=float)
+    sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""ColBERT as a user holds it: a tokenizer, an encoder, and the batching between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from colbert_jax import runtime
+from colbert_jax.batching import ladder_length, pad_rows, plan_batches
+from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint
+from colbert_jax.config import ColBERTConfig
+from colbert_jax.embeddings import DocumentEmbeddings
+from colbert_jax.models.colbert import TokenEncoder
+from colbert_jax.progress import progress_bar
+from colbert_jax.search.arrays import Hits, RawArrays
+from colbert_jax.search.exact import exact_search
+from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+
+if TYPE_CHECKING:
+    from colbert_jax.index import Index
+
+_TOKENS_PER_DEVICE = {"cpu": 1 << 11}  # of one batch: cache-sized; accelerators take 1 << 16
+_WINDOW = 2048  # documents tokenised, sorted and batched together
+
+
+class Explanation(NamedTuple):
+    """Where a score comes from.
+
+    query, document: a label for every row, the source word of each token.
+    similarity: float32[Lq, Ld]; the score is the sum of its row maxima.
+    """
+
+    query: list[str]
+    document: list[str]
+    similarity: np.ndarray
+
+    @property
+    def matches(self) -> list[tuple[str, str, float]]:
+        """For each query row the document word it matched best, and their similarity."""
+        best = self.similarity.argmax(axis=1)
+        return [
+            (word, self.document[j], float(self.similarity[i, j]))
+            for i, (word, j) in enumerate(zip(self.query, best, strict=True))
+        ]
+
+
+class ColBERT:
+    """A late-interaction encoder: texts in, token embeddings of unit length out.
+
+    Make one with `ColBERT.from_pretrained`. Encoding runs on all local devices: parameters are
+    replicated and the batch axis is sharded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        load: dict[str, Any] | None = None,
+        dtype: jnp.dtype | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """
+        Args:
+          checkpoint: what `checkpoints.read_checkpoint` returned.
+          load: arguments of `from_pretrained` that load it again (an index remembers them).
+          dtype: of the encoder's dense layers; None: bfloat16 on accelerators, float32 on a CPU.
+          devices: to encode on; None: all local ones.
+        """
+        config = checkpoint.config
+        positions = checkpoint.backbone.max_position_embeddings
+        for limit in ("query_maxlen", "doc_maxlen"):
+            if getattr(config.text, limit) > positions:
+                raise ValueError(
+                    f"{limit} is {getattr(config.text, limit)}, but the encoder of "
+                    f"{checkpoint.folder} has {positions} positions"
+                )
+        self.load = load or {"name_or_path": str(checkpoint.folder.resolve())}
+        self.config: ColBERTConfig = config
+        self.tokenizer = TextTokenizer.from_folder(checkpoint.folder, config.text)
+        if self.tokenizer.vocab_size > checkpoint.backbone.vocab_size:
+            raise ValueError(
+                f"{checkpoint.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the "
+                f"encoder only {checkpoint.backbone.vocab_size}"
+            )
+        self._positions = positions
+        self._backbone = checkpoint.backbone
+        self.dim = config.dim or checkpoint.backbone.hidden_size
+        self.devices = list(devices or jax.local_devices())
+        mesh = jax.sharding.Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
+        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        replicated = NamedSharding(mesh, PartitionSpec())
+
+        dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
+        model = nnx.eval_shape(
+            lambda: TokenEncoder(checkpoint.backbone, config.dim, dtype=dtype, rngs=nnx.Rngs(0))
+        )
+        graphdef, state = nnx.split(model)
+        nnx.replace_by_pure_dict(state, jax.device_put(checkpoint.params, replicated))
+        self.params = state
+        # Every device runs the program of one device on its share of the batch.
+        rows = PartitionSpec("data")
+        self.encode_ids = jax.jit(
+            jax.shard_map(
+                lambda params, *batch: nnx.merge(graphdef, params)(*batch),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), rows, rows, rows),
+                out_specs=rows,
+            )
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dim: int | None = None,
+        seed: int = 0,
+        dtype: jnp.dtype | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        **text_settings: Any,
+    ) -> ColBERT:
+        """Load a checkpoint.
+
+        A plain BERT without a late-interaction head is used as it is: its token embeddings at full
+        width, without markers, [MASK] expansion or dropped punctuation (`TextConfig.untrained`).
+
+        Args:
+          name_or_path: a folder, or a Hugging Face hub id.
+          dim: for a plain BERT: add a new projection to this width, with random weights drawn from
+            `seed`, to be trained.
+          dtype, devices: see `ColBERT`.
+          revision, token: for the hub.
+          **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
+
+        Raises:
+          FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """
+        folder = hub.resolve(name_or_path, revision=revision, token=token)
+        checkpoint = read_checkpoint(folder, dim=dim, seed=seed)
+        if text_settings:
+            names = {f.name for f in dataclasses.fields(checkpoint.config.text)}
+            unknown = sorted(text_settings.keys() - names)
+            if unknown:
+                raise TypeError(
+                    f"from_pretrained has no setting {', '.join(unknown)}; text settings are "
+                    f"{', '.join(sorted(names))}"
+                )
+            text = dataclasses.replace(checkpoint.config.text, **text_settings)
+            config = dataclasses.replace(checkpoint.config, text=text)
+            checkpoint = dataclasses.replace(checkpoint, config=config)
+        load: dict[str, Any] = {"name_or_path": str(name_or_path)}
+        if Path(name_or_path).expanduser().is_dir():
+            load = {"name_or_path": str(folder.resolve())}
+        if dim is not None:
+            load |= {"dim": dim, "seed": seed}
+        if revision is not None:
+            load["revision"] = revision
+        load |= text_settings
+        return cls(checkpoint, load=load, dtype=dtype, devices=devices)
+
+    @classmethod
+    def for_index(
+        cls, index: Index, name_or_path: str | Path | None = None, **arguments: Any
+    ) -> ColBERT:
+        """Load the model that an index was built with.
+
+        Args:
+          index: an open index.
+          name_or_path: where its checkpoint is now; None: where it was.
+          **arguments: for `from_pretrained`.
+
+        Raises:
+          ValueError: the index was built from ready embeddings, or the checkpoint is another one.
+        """
+        model = index.metadata["model"]
+        if model is None:
+            if name_or_path is None:
+                raise ValueError(
+                    f"{index.path}: built from ready embeddings, without a model; name a checkpoint"
+                )
+            return cls.from_pretrained(name_or_path, **arguments)
+        load = dict(model["load"])
+        if name_or_path is not None:
+            load["name_or_path"] = str(name_or_path)
+        try:
+            loaded = cls.from_pretrained(**(load | arguments))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}. The index {index.path} was built with it; name its place if it moved"
+            ) from None
+        if loaded.fingerprint() != model["fingerprint"]:
+            raise ValueError(
+                f"{load['name_or_path']}: not the checkpoint that {index.path} was built with "
+                f"(fingerprint {loaded.fingerprint()}, not {model['fingerprint']})"
+            )
+        return loaded
+
+    def encode_queries(
+        self, queries: str | Sequence[str], *, progress: bool | None = False
+    ) -> np.ndarray:
+        """Token embeddings of queries.
+
+        Returns:
+          float32[B, Lq, D]. With query expansion Lq is `query_maxlen` and every row counts; without
+          it Lq is the longest query's step of the length ladder, and rows of zeros fill up.
+        """
+        token_ids = self.tokenizer.queries(as_texts(queries, "query"))
+        rows = self._encode(
+            token_ids, None, progress_bar(len(token_ids.ids), "queries", "query", progress)
+        )
+        if self.config.text.query_expansion:
+            width = self.config.text.query_maxlen
+        else:
+            width = ladder_length(max(map(len, rows), default=1), self._positions)
+        encoded = np.zeros((len(rows), width, self.dim), np.float32)
+        for target, row in zip(encoded, rows, strict=True):
+            target[: len(row)] = row
+        return encoded
+
+    def encode_documents(
+        self, documents: str | Sequence[str], *, progress: bool | None = None
+    ) -> DocumentEmbeddings:
+        """Token embeddings of documents, in their order; `progress` None: a bar on a terminal."""
+        texts = as_texts(documents, "document")
+        windows = (texts[i : i + _WINDOW] for i in range(0, len(texts), _WINDOW))
+        with progress_bar(len(texts), "encoding", "doc", progress) as bar:
+            parts = list(self.encode_windows(windows, bar))
+        if len(parts) == 1:
+            return parts[0]
+        values = [part.values for part in parts] or [np.zeros((0, self.dim), np.float32)]
+        lengths = np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)])
+        return DocumentEmbeddings.from_lengths(np.concatenate(values), lengths)
+
+    def encode_windows(
+        self, windows: Iterable[list[str]], bar: Any = None
+    ) -> Iterator[DocumentEmbeddings]:
+        """Encode lists of documents one after the other, tokenising the next one meanwhile."""
+        windows = iter(windows)
+        with ThreadPoolExecutor(1) as host:
+
+            def tokenize_next():
+                texts = next(windows, None)
+                return None if texts is None else self.tokenizer.documents(texts)
+
+            ahead = host.submit(tokenize_next)
+            while (token_ids := ahead.result()) is not None:
+                ahead = host.submit(tokenize_next)
+                rows = self._encode(token_ids, self.tokenizer.kept, bar)
+                yield DocumentEmbeddings.from_list(rows, self.dim)
+
+    def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
+        """Order documents by their exact score, without an index.
+
+        Returns:
+          ids int32[k], positions in `documents`, and scores float32[k], best first. `k` None: all.
+        """
+        if not isinstance(query, str):
+            raise TypeError(f"rank takes one query string, got {type(query).__name__}")
+        encoded = self.encode_documents(as_texts(documents, "document"))
+        count = int((encoded.lengths > 0).sum())
+        if count == 0:
+            return Hits(np.zeros(0, np.int32), np.zeros(0, np.float32))
+        arrays = RawArrays(jnp.asarray(encoded.values), jnp.asarray(encoded.offsets, jnp.int32))
+        k = count if k is None else min(k, count)
+        hits = exact_search(arrays, encoded.lengths, self.encode_queries([query]), k)
+        return Hits(hits.ids[0], hits.scores[0])
+
+    def explain(self, query: str, document: str) -> Explanation:
+        """Which query words matched which document words."""
+        q, d = self.encode_queries([query])[0], self.encode_documents([document], progress=False)[0]
+        labels = self.tokenizer.labels(query, is_query=True)
+        q = q[: len(labels)]
+        return Explanation(labels, self.tokenizer.labels(document, is_query=False), q @ d.T)
+
+    def fingerprint(self) -> str:
+        """A short hash of settings and weights: equal for models that embed equally.
+
+        It covers the first values of every tensor, so it tells checkpoints apart without reading
+        all of them. How queries are made is left out: an index does not depend on it.
+        """
+        text = {k: v for k, v in vars(self.config.text).items() if "query" not in k}
+        digest = hashlib.sha256(json.dumps([text, dataclasses.asdict(self._backbone)]).encode())
+        for path, value in nnx.to_flat_state(self.params):
+            array = value[...]
+            digest.update(f"{path}{array.shape}".encode())
+            digest.update(np.asarray(array.reshape(-1)[:1024]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _encode(self, token_ids: TokenIds, keep, bar) -> list[np.ndarray]:
+        """One [L, D] array per row. `keep` tells from the ids which rows are embeddings."""
+        ids, attended = token_ids
+        rows: list[np.ndarray] = [np.empty(0)] * len(ids)
+        budget = _TOKENS_PER_DEVICE.get(self.devices[0].platform, 1 << 16) * len(self.devices)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        pending = None
+        for batch in plan_batches(
+            lengths, budget, multiple=len(self.devices), longest=self._positions
+        ):
+            pad = self.tokenizer.special.pad
+            block = pad_rows([ids[i] for i in batch.rows], batch.size, batch.length, pad)
+            count = pad_rows([attended[i : i + 1] for i in batch.rows], batch.size, 1)[:, 0]
+            length = pad_rows([lengths[i : i + 1] for i in batch.rows], batch.size, 1)
+            kept = np.arange(batch.length) < length
+            if keep is not None:
+                kept &= keep(block)
+            arguments = jax.device_put((block, count, kept), self._batch_sharding)
+            embeddings = self.encode_ids(self.params, *arguments)
+            if pending is not None:  # fetch a batch while the device works on the next
+                _collect(rows, *pending, bar)
+            pending = batch.rows, embeddings, kept
+        if pending is not None:
+            _collect(rows, *pending, bar)
+        return rows
+
+
+def _collect(rows, which, embeddings, kept, bar) -> None:
+    embeddings = np.asarray(embeddings)
+    for i, row, mask in zip(which, embeddings, kept, strict=False):
+        rows[i] = row[mask]
+    if bar is not None:
+        bar.update(len(which))

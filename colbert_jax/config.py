@@ -1,0 +1,216 @@
+"""Every setting of the library, as frozen dataclasses: one class per concern.
+
+Field names are Stanford ColBERT's where it has the setting, so that an `artifact.metadata` reads
+straight into them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NBITS = (1, 2, 4, 8)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_types(settings: Any) -> None:
+    """Hold every field of a settings dataclass to its annotation (JSON has no other check)."""
+    for f in dataclasses.fields(settings):
+        value, wanted = getattr(settings, f.name), str(f.type)
+        if value is None and "None" in wanted:
+            continue
+        base = wanted.split(" | ")[0]
+        kinds: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(base)
+        if kinds is None:
+            continue
+        if not isinstance(value, kinds) or (base != "bool" and isinstance(value, bool)):
+            raise ValueError(f"{f.name} must be {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Architecture of a BERT encoder: the fields of a Hugging Face `config.json` used here."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+            f"{self.num_attention_heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> BertConfig:
+        """From a parsed `config.json`. Raises ValueError for what this encoder does not do."""
+        model_type = config.get("model_type")
+        _require(
+            model_type == "bert",
+            f"model_type {model_type!r} is not supported; supported: 'bert'",
+        )
+        positions = config.get("position_embedding_type") or "absolute"
+        _require(
+            positions == "absolute",
+            f"position_embedding_type {positions!r} is not supported; supported: 'absolute'",
+        )
+        names = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        missing = sorted(required - config.keys())
+        _require(not missing, f"missing fields: {', '.join(missing)}")
+        given = {k: v for k, v in config.items() if k in names and v is not None}
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How queries and documents become token ids.
+
+    The defaults are Stanford ColBERT's. `query_token_id` and `doc_token_id` name the marker put at
+    position 1 (None: no marker). With `query_expansion` a query is filled up to `query_maxlen` with
+    [MASK], whose vectors count; without it, it keeps its own length. `mask_punctuation` drops ASCII
+    punctuation from a document's output.
+    """
+
+    query_maxlen: int = 32
+    doc_maxlen: int = 220
+    query_token_id: str | None = "[unused0]"
+    doc_token_id: str | None = "[unused1]"
+    query_expansion: bool = True
+    attend_to_mask_tokens: bool = False
+    mask_punctuation: bool = True
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        for name, marker in (
+            ("query_maxlen", self.query_token_id),
+            ("doc_maxlen", self.doc_token_id),
+        ):
+            least = 3 if marker is None else 4  # [CLS] (marker) one token [SEP]
+            value = getattr(self, name)
+            _require(value >= least, f"{name} must be at least {least}, got {value}")
+
+    @classmethod
+    def untrained(cls, **changes: Any) -> TextConfig:
+        """Defaults for an encoder that was not trained for late interaction.
+
+        Markers, [MASK] expansion and dropped punctuation are things a model learns to use; without
+        that training each of them is noise, so none is on.
+        """
+        settings: dict[str, Any] = dict(
+            query_maxlen=128,
+            doc_maxlen=512,
+            query_token_id=None,
+            doc_token_id=None,
+            query_expansion=False,
+            mask_punctuation=False,
+        )
+        return cls(**(settings | changes))
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How an index is compressed.
+
+    `num_centroids` None means Stanford's rule (see `compression.kmeans.num_centroids_for`).
+    """
+
+    nbits: int = 2
+    kmeans_niters: int = 4
+    num_centroids: int | None = None
+    max_points_per_centroid: int = 256
+    seed: int = 123
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        _require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
+        _require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
+        _require(
+            self.num_centroids is None or self.num_centroids >= 1,
+            f"num_centroids must be >= 1, got {self.num_centroids}",
+        )
+        _require(
+            self.max_points_per_centroid >= 1,
+            f"max_points_per_centroid must be >= 1, got {self.max_points_per_centroid}",
+        )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """PLAID's three settings. None means Stanford's default for the k of the call (`resolve`)."""
+
+    ncells: int | None = None
+    centroid_score_threshold: float | None = None
+    ndocs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        _require(self.ncells is None or self.ncells >= 1, f"ncells must be >= 1: {self.ncells}")
+        _require(self.ndocs is None or self.ndocs >= 1, f"ndocs must be >= 1: {self.ndocs}")
+        threshold = self.centroid_score_threshold
+        _require(
+            threshold is None or not math.isnan(threshold),
+            "centroid_score_threshold must not be NaN",
+        )
+
+    def resolve(self, k: int) -> SearchConfig:
+        """The settings for one call: what is None takes the default for this k, each time anew."""
+        if k <= 10:
+            ncells, threshold, ndocs = 1, 0.5, 256
+        elif k <= 100:
+            ncells, threshold, ndocs = 2, 0.45, 1024
+        else:
+            ncells, threshold, ndocs = 4, 0.4, max(4 * k, 4096)
+        given = self.centroid_score_threshold
+        return SearchConfig(
+            ncells=self.ncells or ncells,
+            centroid_score_threshold=threshold if given is None else given,
+            ndocs=self.ndocs or ndocs,
+        )
+
+
+@dataclass(frozen=True)
+class ColBERTConfig:
+    """All settings of a loaded model.
+
+    `dim` is the width of the projection, None where there is none and the token embeddings keep the
+    backbone's width. `index` and `search` are what the checkpoint itself asks for: defaults of an
+    index built with it. `metadata` keeps every other field of the checkpoint's own file (training
+    settings, provenance) for the code that trains and exports.
+    """
+
+    dim: int | None = 128
+    similarity: str = "cosine"
+    text: TextConfig = TextConfig()
+    index: IndexConfig = IndexConfig()
+    search: SearchConfig = SearchConfig()
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        _require(self.dim is None or self.dim >= 1, f"dim must be >= 1, got {self.dim}")
+        _require(
+            self.similarity in ("cosine", "l2"),
+            f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",
+        )

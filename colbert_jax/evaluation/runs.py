@@ -1,0 +1,26 @@
+"""Run files: what a search returned, in Stanford ColBERT's ranking format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from colbert_jax.search.arrays import Hits
+
+
+def write_run(path: str | Path, qids: Sequence[str], hits: Hits, pids: Any) -> None:
+    """Write lines of `qid, pid, rank, score` separated by tabs, ranks from 1.
+
+    Args:
+      qids: [B] query ids.
+      pids: the collection's document ids by position: `Index.pids`, or a list.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        for qid, ids, scores in zip(qids, hits.ids, hits.scores, strict=True):
+            for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
+                stream.write(f"{qid}\t{pids[int(i)]}\t{rank}\t{score:.6f}\n")
+    os.replace(temporary, path)

@@ -1,0 +1,180 @@
+"""Where an index's token embeddings come from: a model and passages, or ready arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
+from colbert_jax.index.format import Strings, StringWriter, delete_strings
+from colbert_jax.progress import progress_bar
+
+_CHUNK_TOKENS = 1 << 18  # tokens between two commits of a build: its memory, and what a kill loses
+_CHECK_ROWS = 1 << 16
+_UNIT_TOLERANCE = 1e-2
+
+
+class Source(Protocol):
+    num_documents: int
+    dim: int
+    fingerprint: str  # of the content: equal content, equal fingerprint
+
+    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Cut ascending document ids into runs of about `_CHUNK_TOKENS` tokens."""
+        ...
+
+    def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
+        """Token embeddings of each run of documents."""
+        ...
+
+
+class EmbeddingSource:
+    """Ready token embeddings: values [T, D], in memory or mapped, and lengths [N]."""
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray):
+        """Raises ValueError for arrays that do not fit together or are no unit embeddings."""
+        lengths = np.asarray(lengths)
+        if getattr(values, "ndim", None) != 2 or values.dtype.kind != "f":
+            raise ValueError(
+                "embeddings must be a float array [tokens, dim], got "
+                f"{getattr(values, 'dtype', type(values).__name__)} {list(np.shape(values))}"
+            )
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any():
+            raise ValueError("lengths must be a list of whole numbers >= 0, one per document")
+        if lengths.sum() != len(values):
+            raise ValueError(
+                f"lengths add up to {lengths.sum()} tokens, but embeddings has {len(values)} rows"
+            )
+        if len(values) == 0:
+            raise ValueError("nothing to index: no document has a token")
+        self.num_documents, self.dim = len(lengths), values.shape[1]
+        self._values, self._offsets = values, offsets_from_lengths(lengths)
+        digest = hashlib.sha256(self._offsets.tobytes())
+        for start in range(0, len(values), _CHECK_ROWS):
+            block = np.ascontiguousarray(values[start : start + _CHECK_ROWS])
+            norms = np.linalg.norm(block.astype(np.float32), axis=1)
+            bad = np.flatnonzero(~(np.abs(norms - 1) <= _UNIT_TOLERANCE))
+            if len(bad):
+                row = start + int(bad[0])
+                document = int(np.searchsorted(self._offsets, row, side="right")) - 1
+                raise ValueError(
+                    f"embeddings row {row} (document {document}) has length {norms[bad[0]]:.4g}; "
+                    "token embeddings must have unit length: divide each by its norm"
+                )
+            digest.update(block.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
+        return _cut(ids, np.diff(self._offsets)[ids])
+
+    def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
+        for ids in chunks:
+            rows = [self._values[self._offsets[i] : self._offsets[i + 1]] for i in ids]
+            yield DocumentEmbeddings.from_list(rows, self.dim)
+            bar.update(len(ids))
+
+
+class PassageSource:
+    """Passages, spooled to the building folder as they come, and the model that embeds them."""
+
+    def __init__(self, model: Any, passages: Iterable[str], folder: Path, show: bool | None):
+        """Reads all passages once. Raises ValueError or TypeError naming one that is no text."""
+        self._model, self.dim = model, model.dim
+        digest = hashlib.sha256()
+        writer = StringWriter(folder, "text")
+        sizes: list[int] = []
+        total = len(passages) if isinstance(passages, Sized) else None
+        with progress_bar(total, "reading passages", "doc", show) as bar:
+            for block in _blocks(passages, 1024):
+                for i, text in enumerate(block, len(sizes)):
+                    if not isinstance(text, str):
+                        raise TypeError(f"passage {i} must be a string, got {type(text).__name__}")
+                    try:
+                        encoded = text.encode("utf-8")
+                    except UnicodeEncodeError as error:
+                        raise ValueError(f"passage {i} is not valid Unicode: {error}") from None
+                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+                sizes.extend(map(len, block))
+                writer.extend(block)
+                bar.update(len(block))
+        self.num_text_bytes = writer.close()
+        self.num_documents = len(sizes)
+        if not sizes:
+            raise ValueError("the collection is empty: nothing to index")
+        self.fingerprint = digest.hexdigest()
+        # A token is seldom under three characters, and none are encoded beyond doc_maxlen.
+        longest = model.config.text.doc_maxlen
+        self._estimates = np.minimum(np.array(sizes) // 3 + 3, longest)
+        data = np.load(folder / "texts.npy", mmap_mode="r" if self.num_text_bytes else None)
+        self._texts = Strings(data, np.load(folder / "text_offsets.npy", mmap_mode="r"))
+
+    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
+        return _cut(ids, self._estimates[ids])
+
+    def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
+        windows = ([self._texts[i] for i in ids] for ids in chunks)
+        return self._model.encode_windows(windows, bar)
+
+
+def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> int | None:
+    """Write the documents' own ids, unless they are 0..N-1; returns their bytes, None if not kept.
+
+    Raises:
+      ValueError: another number of ids than documents, or an id twice.
+    """
+    if ids is None:
+        return None
+    writer = StringWriter(folder, "pid")
+    hashes: list[np.ndarray] = []
+    count, trivial = 0, True
+    for block in _blocks(ids, 1024):
+        strings = [str(i) for i in block]
+        trivial = trivial and strings == [str(i) for i in range(count, count + len(strings))]
+        digests = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in strings)
+        hashes.append(np.frombuffer(b"".join(digests), np.uint64))
+        writer.extend(strings)
+        count += len(strings)
+    size = writer.close()
+    if count != num_documents:
+        raise ValueError(f"{count} ids were given for {num_documents} documents")
+    _refuse_duplicates(folder, np.concatenate(hashes))
+    if trivial:
+        delete_strings(folder, "pid")
+        return None
+    return size
+
+
+def _refuse_duplicates(folder: Path, hashes: np.ndarray) -> None:
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    if len(same) == 0:
+        return
+    pids = Strings(np.load(folder / "pids.npy"), np.load(folder / "pid_offsets.npy"))
+    for at in same:
+        first, second = order[at], order[at + 1]
+        if pids[first] == pids[second]:
+            raise ValueError(
+                f"duplicate document id {pids[first]!r}: passages {first + 1} and {second + 1} "
+                "(counted from 1)"
+            )
+
+
+def _cut(ids: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Split ids where the running sum of sizes passes a multiple of the chunk size."""
+    part = (np.cumsum(sizes) - sizes) // _CHUNK_TOKENS
+    return np.split(ids, np.flatnonzero(np.diff(part)) + 1) if len(ids) else []
+
+
+def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    block = []
+    for item in items:
+        block.append(item)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block

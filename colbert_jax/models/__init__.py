@@ -1,0 +1,1 @@
+"""Flax NNX modules: the backbones, and the projection on top of them."""

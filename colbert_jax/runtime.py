@@ -1,0 +1,33 @@
+"""The machine: compilation cache, default dtype."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+
+def enable_compilation_cache(folder: str | Path | None = None) -> Path:
+    """Keep compiled programs on disk, so that a second run compiles nothing.
+
+    Args:
+      folder: None: `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/colbert_jax/xla`.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache, "colbert_jax", "xla")
+    path = Path(folder or default)
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return path
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def compute_dtype() -> jnp.dtype:
+    """bfloat16 on accelerators; float32 on a CPU, where bfloat16 gains nothing."""
+    return jnp.dtype(jnp.float32 if on_cpu() else jnp.bfloat16)

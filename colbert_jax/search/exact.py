@@ -1,0 +1,82 @@
+"""Exact search: MaxSim of every query with every document."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from colbert_jax.batching import ladder_length, next_power_of_two
+from colbert_jax.progress import progress_bar
+from colbert_jax.scoring.maxsim import block_rows, maxsim
+from colbert_jax.search.arrays import Hits, IndexArrays, RawArrays, load_tokens
+
+_TOKENS = 1 << 17  # document tokens of one call, padding included
+
+
+def exact_search(
+    arrays: RawArrays | IndexArrays,
+    lengths: np.ndarray,
+    queries: jax.Array | np.ndarray,
+    k: int,
+    *,
+    progress: bool | None = False,
+) -> Hits:
+    """The k best documents of each query by their exact scores.
+
+    Documents are taken in order of length, so that padding is small, and a running top k is kept on
+    the device: memory does not grow with their number.
+
+    Args:
+      arrays: raw or compressed token embeddings.
+      lengths: int[N], tokens of each document, on the host.
+      queries: float32[B, Lq, D].
+      k: at most the number of documents that have a token.
+    """
+    queries = jnp.asarray(queries)
+    best = (
+        jnp.full((len(queries), k), jnp.inf),
+        jnp.full((len(queries), k), len(lengths), jnp.int32),
+    )
+    order = np.argsort(lengths, kind="stable").astype(np.int32)
+    order = order[np.searchsorted(lengths[order], 1) :]  # a document without tokens is no result
+    with progress_bar(len(order), "exact scoring", "doc", progress) as bar:
+        start = 0
+        while start < len(order):
+            length = ladder_length(int(lengths[order[start]]))
+            limit = max(_TOKENS // length, 1)
+            stop = np.searchsorted(lengths[order], length, side="right")
+            ids = order[start : min(start + limit, stop)]
+            size = min(limit, next_power_of_two(len(ids)))
+            padded = np.pad(ids, (0, size - len(ids)), constant_values=len(lengths))
+            best = _merge(arrays, queries, padded, *best, length=length)
+            start += len(ids)
+            bar.update(len(ids))
+    return Hits(np.asarray(best[1]), -np.asarray(best[0]))
+
+
+@partial(jax.jit, static_argnames="length")
+def score_documents(
+    arrays: RawArrays | IndexArrays, queries: jax.Array, ids: jax.Array, *, length: int
+) -> jax.Array:
+    """Exact scores float32[B, n] of queries [B, Lq, D] with the same n documents."""
+
+    def score(doc: jax.Array) -> jax.Array:
+        tokens, mask = load_tokens(arrays, doc[None], length)
+        return jax.vmap(maxsim, in_axes=(0, None, None))(queries, tokens[0], mask[0])
+
+    step = block_rows(length * max(queries.shape[0] * queries.shape[1], queries.shape[2]), len(ids))
+    return jax.lax.map(score, ids, batch_size=step).T
+
+
+@partial(jax.jit, static_argnames="length")
+def _merge(arrays, queries, ids, best_negated, best_ids, *, length: int):
+    """The running top k with n more documents: sorted by falling score, then by rising id."""
+    scores = score_documents(arrays, queries, ids, length=length)
+    negated = jnp.concatenate([best_negated, -scores], axis=1)
+    everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
+    negated, everyone = jax.lax.sort((negated, everyone), num_keys=2)
+    k = best_ids.shape[1]
+    return negated[:, :k], everyone[:, :k]

@@ -1,0 +1,110 @@
+"""The residual codec against Stanford's own outputs and hand-worked bytes."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import unit_rows
+
+from colbert_jax.compression.codec import (
+    ResidualCodec,
+    check_packable,
+    compress,
+    decompress,
+    pack,
+    train_codec,
+    unpack,
+)
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "stanford_codec.npz")
+
+
+@pytest.mark.parametrize(
+    ("nbits", "buckets", "expected"),
+    [
+        (1, [1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0], [0x80, 0xD0]),
+        (2, [0, 1, 2, 3, 3, 2, 1, 0], [0x27, 0xD8]),
+        (4, [1, 2, 3, 4, 8, 15, 0, 7], [0x84, 0xC2, 0x1F, 0x0E]),
+        (8, [1, 2, 255], [0x80, 0x40, 0xFF]),
+    ],
+)
+def test_golden_bytes(nbits, buckets, expected):
+    packed = pack(jnp.array(buckets), nbits)
+    assert packed.tolist() == expected
+    assert unpack(np.asarray(packed), nbits).tolist() == buckets
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_packing_is_reversible(nbits):
+    buckets = np.random.default_rng(nbits).integers(0, 2**nbits, (50, 64))
+    packed = np.asarray(pack(jnp.asarray(buckets), nbits))
+    assert packed.shape == (50, 8 * nbits)
+    assert (unpack(packed, nbits) == buckets).all()
+
+
+def golden_codec(nbits: int, prefix: str = "") -> ResidualCodec:
+    prefix = prefix or f"b{nbits}"
+    return ResidualCodec(
+        *(
+            jnp.asarray(GOLDEN[key])
+            for key in (
+                f"b{nbits}_centroids",
+                f"{prefix}_bucket_cutoffs",
+                f"b{nbits}_bucket_weights",
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_equals_stanford(nbits):
+    """Codes and bytes bit for bit, decompressed embeddings to rounding."""
+    codec = golden_codec(nbits)
+    codes, residuals = compress(codec, GOLDEN[f"b{nbits}_inputs"])
+    np.testing.assert_array_equal(codes, GOLDEN[f"b{nbits}_codes"])
+    np.testing.assert_array_equal(residuals, GOLDEN[f"b{nbits}_residuals"])
+    values = decompress(codec, jnp.asarray(codes), jnp.asarray(residuals))
+    np.testing.assert_allclose(values, GOLDEN[f"b{nbits}_decompressed"], atol=1e-6)
+    assert codec.nbits == nbits
+
+
+def test_a_value_at_a_cutoff_stays_below_it():
+    _, residuals = compress(golden_codec(2, "b2tie"), GOLDEN["b2_inputs"])
+    np.testing.assert_array_equal(residuals, GOLDEN["b2tie_residuals"])
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_statistics_equal_stanford(nbits):
+    codec = train_codec(GOLDEN[f"b{nbits}_centroids"], GOLDEN[f"b{nbits}_inputs"], nbits)
+    for name in ("bucket_cutoffs", "bucket_weights"):
+        np.testing.assert_allclose(getattr(codec, name), GOLDEN[f"b{nbits}_{name}"], atol=1e-7)
+
+
+def test_more_bits_less_error():
+    rng = np.random.default_rng(0)
+    centroids, points = unit_rows(rng, 8, 32), unit_rows(rng, 400, 32)
+    errors = []
+    for nbits in (1, 2, 4, 8):
+        codec = train_codec(centroids, points, nbits)
+        codes, residuals = compress(codec, points)
+        values = np.asarray(decompress(codec, jnp.asarray(codes), jnp.asarray(residuals)))
+        np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
+        errors.append(np.abs(values - points).mean())
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+def test_blocks_are_seamless(monkeypatch):
+    codec, points = golden_codec(2), GOLDEN["b2_inputs"]
+    monkeypatch.setattr("colbert_jax.compression.codec._BLOCK", 13)
+    codes, residuals = compress(codec, points)
+    np.testing.assert_array_equal(codes, GOLDEN["b2_codes"])
+    np.testing.assert_array_equal(residuals, GOLDEN["b2_residuals"])
+
+
+def test_dimensions_that_do_not_fill_bytes():
+    check_packable(12, 2)
+    with pytest.raises(ValueError, match=r"12 dimensions at 1 bits .* multiple of 8"):
+        check_packable(12, 1)
+    with pytest.raises(ValueError, match="nbits must be one of"):
+        check_packable(12, 3)

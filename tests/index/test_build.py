@@ -1,0 +1,340 @@
+"""Builds: interrupted anywhere and resumed, replaced, refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import unit_rows
+
+from colbert_jax import Index
+from colbert_jax.index import build, sources
+from colbert_jax.index import format as fmt
+from colbert_jax.index.inverted import write_inverted_lists
+
+ARRAYS = ("centroids", "codes", "residuals", "offsets", "lists", "list_offsets")
+
+
+def ready(seed: int = 0, n: int = 60, dim: int = 16):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 9, n)
+    return dict(embeddings=unit_rows(rng, lengths.sum(), dim), lengths=lengths)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {name: (path / f"{name}.npy").read_bytes() for name in ARRAYS}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(sources, "_CHUNK_TOKENS", 64)
+
+
+def test_arrays_are_consistent(tmp_path):
+    data = ready()
+    index = Index.build(tmp_path / "i", **data, nbits=2)
+    n, t = 60, data["lengths"].sum()
+    arrays = index.arrays
+    assert len(index) == n and arrays.codes.shape == (t,) and arrays.residuals.shape == (t, 4)
+    assert index.lengths.tolist() == data["lengths"].tolist()
+    assert arrays.centroids.shape[0] == index.metadata["num_centroids"] == 256
+    owner = np.repeat(np.arange(n), data["lengths"])
+    for c in range(index.metadata["num_centroids"]):
+        start, stop = arrays.list_offsets[c], arrays.list_offsets[c + 1]
+        expected = np.unique(owner[np.asarray(arrays.codes) == c])
+        assert np.asarray(arrays.lists[start:stop]).tolist() == expected.tolist()
+    # Centroids survive a conversion to float16, in which Stanford keeps them.
+    centroids = np.asarray(arrays.centroids)
+    assert (centroids.astype(np.float16).astype(np.float32) == centroids).all()
+    near = [
+        (index.document_embeddings(i) * data["embeddings"][owner == i]).sum(1) for i in range(n)
+    ]
+    assert np.concatenate(near).mean() > 0.95
+    files = {f.name for f in (tmp_path / "i").iterdir()}
+    assert files == {"metadata.json", *(f"{name}.npy" for name in fmt.array_specs(index.metadata))}
+    assert not fmt.building_folder(tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_tiny_collections(tmp_path, nbits, tokens):
+    data = dict(embeddings=unit_rows(np.random.default_rng(0), tokens, 8), lengths=[tokens])
+    index = Index.build(tmp_path / "i", **data, nbits=nbits)
+    assert index.metadata["num_centroids"] <= tokens
+    hits = index.search(data["embeddings"][None], k=10)
+    assert hits.ids.tolist() == [[0]] and hits.scores[0, 0] == pytest.approx(tokens, rel=0.3)
+
+
+def test_inverted_lists_in_blocks(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 20, 50)
+    codes = rng.integers(0, 13, lengths.sum()).astype(np.int32)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    files = []
+    for block in (7, 1 << 20):
+        monkeypatch.setattr("colbert_jax.index.inverted._TOKENS", block)
+        total = write_inverted_lists(tmp_path, codes, offsets, 15)
+        files.append((tmp_path / "lists.npy").read_bytes())
+        assert len(np.load(tmp_path / "lists.npy")) == total
+    assert files[0] == files[1]
+
+
+def test_seeded(tmp_path):
+    data = ready()
+    Index.build(tmp_path / "a", **data)
+    Index.build(tmp_path / "b", **data)
+    Index.build(tmp_path / "c", **data, seed=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("previous", [False, True], ids=["fresh", "replacing"])
+def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
+    """Stop at the nth write, sync or rename, for every n: the old index or none, then resume."""
+    data, path = ready(), tmp_path / "i"
+    expected = contents(Index.build(tmp_path / "whole", **data).path)
+    old = None
+    countdown = [10**9]
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(os, "rename", counted(os.rename))
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(fmt.ArrayWriter, "append", counted(fmt.ArrayWriter.append))
+    monkeypatch.setattr(build, "train_kmeans", counted(build.train_kmeans))
+    for step in range(1, 1000):
+        countdown[0] = 10**9
+        if previous and (step == 1 or contents(path) != old):
+            old = contents(Index.build(path, **ready(seed=9), overwrite=True).path)
+        countdown[0] = step
+        try:
+            Index.build(path, **data, overwrite=True)
+        except Killed:
+            pass
+        else:
+            break
+        countdown[0] = 10**9
+        if previous:
+            fmt.read_metadata(path)
+            assert contents(path) in (old, expected), step
+        else:
+            try:
+                assert contents(Index.open(path).path) == expected, step
+            except FileNotFoundError:
+                pass
+            # Half of the time go on from where the kill was, else let kills add up.
+            if step % 2:
+                assert contents(Index.build(path, **data, overwrite=True).path) == expected, step
+                for name in path.iterdir():
+                    name.unlink()
+                path.rmdir()
+    assert step > 30
+    assert contents(path) == expected
+
+
+def test_resume_does_not_encode_again(tmp_path, model, texts, monkeypatch, small_chunks):
+    whole = contents(Index.build(tmp_path / "whole", model, texts).path)
+    encoded = []
+    original = type(model).encode_windows
+
+    def encode_windows(self, windows, bar=None):
+        def counted():
+            for window in windows:
+                encoded.extend(window)
+                yield window
+
+        for n, part in enumerate(original(self, counted(), bar)):
+            if n == 6:
+                raise Killed
+            yield part
+
+    monkeypatch.setattr(type(model), "encode_windows", encode_windows)
+    with pytest.raises(Killed):
+        Index.build(tmp_path / "i", model, iter(texts))
+    monkeypatch.setattr(type(model), "encode_windows", original)
+    again = []
+
+    def count(self, windows, bar=None):
+        def counted():
+            for window in windows:
+                again.extend(window)
+                yield window
+
+        return original(self, counted(), bar)
+
+    monkeypatch.setattr(type(model), "encode_windows", count)
+    index = Index.build(tmp_path / "i", model, iter(texts))
+    assert contents(index.path) == whole
+    assert 0 < len(again) < len(texts) and len(encoded) > 0
+
+
+def test_another_build_does_not_resume(tmp_path, small_chunks, monkeypatch):
+    calls = [0]
+
+    def fail(*args, **kwargs):
+        calls[0] += 1
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(build, "train_kmeans", fail)
+        Index.build(tmp_path / "i", **ready(0))
+    other = ready(1)
+    Index.build(tmp_path / "i", **other)
+    assert contents(tmp_path / "i") == contents(Index.build(tmp_path / "j", **other).path)
+
+
+SCRIPT = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+import jax
+jax.config.update("jax_platforms", "cpu")
+from colbert_jax import Index
+from colbert_jax.index import sources
+from colbert_jax.runtime import enable_compilation_cache
+from support import unit_rows
+enable_compilation_cache()
+sources._CHUNK_TOKENS = 256
+rng = np.random.default_rng(0)
+lengths = rng.integers(1, 40, 800)
+values = unit_rows(rng, lengths.sum(), 32)
+print("ready", flush=True)
+Index.build(sys.argv[1], embeddings=values, lengths=lengths, overwrite=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process with SIGKILL")
+def test_sigkill(tmp_path):
+    """A real process killed at random moments, again and again, until it gets through."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
+    path, delays = tmp_path / "i", random.Random(0)
+    for attempt in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if attempt < 5:
+            time.sleep(delays.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+        try:
+            Index.open(path).verify()
+        except FileNotFoundError:
+            pass
+    index = Index.open(path)
+    index.verify()
+    assert len(index) == 800 and not fmt.building_folder(path).exists()
+
+
+def test_two_builders_do_not_mix(tmp_path):
+    folder = fmt.building_folder(tmp_path / "i")
+    folder.mkdir()
+    with build._locked(folder), pytest.raises(RuntimeError, match="another process is building"):
+        Index.build(tmp_path / "i", **ready())
+
+
+def test_nothing_is_replaced_unasked(tmp_path):
+    data = ready()
+    Index.build(tmp_path / "i", **data)
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        Index.build(tmp_path / "i", **data)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
+    with pytest.raises(FileExistsError, match="is not an index"):
+        Index.build(tmp_path / "mine", **data, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def wrong(**changes):
+    return ready() | changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (wrong(lengths=[3, 4]), "lengths add up to 7 tokens, but embeddings has"),
+        (wrong(lengths=[-1, 1]), "whole numbers >= 0"),
+        (wrong(lengths=[1.5]), "whole numbers"),
+        (wrong(embeddings=np.zeros(5)), r"must be a float array \[tokens, dim\]"),
+        (wrong(embeddings=np.ones((4, 8), int)), "must be a float array"),
+        (dict(embeddings=np.full((2, 8), np.nan), lengths=[2]), r"row 0 \(document 0\) has length"),
+        (dict(embeddings=np.eye(3, 8) * [[1], [1], [2]], lengths=[2, 1]), r"row 2 \(document 1\)"),
+        (dict(embeddings=np.zeros((0, 8)), lengths=[0, 0]), "no document has a token"),
+        (wrong(nbits=3), "nbits must be one of"),
+        (dict(embeddings=np.eye(3, 6), lengths=[3], nbits=1), "do not fill whole bytes"),
+        (wrong(ids=["a", "b"]), "2 ids were given for 60 documents"),
+        (wrong(ids=["x", *range(57), "x", "y"]), "duplicate document id 'x': passages 1 and 59"),
+    ],
+)
+def test_bad_embeddings(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Index.build(tmp_path / "i", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_passages(tmp_path, model):
+    with pytest.raises(ValueError, match="collection is empty"):
+        Index.build(tmp_path / "i", model, [])
+    with pytest.raises(TypeError, match="passage 1 must be a string, got int"):
+        Index.build(tmp_path / "i", model, ["a", 1])
+    with pytest.raises(ValueError, match="passage 2 is not valid Unicode"):
+        Index.build(tmp_path / "i", model, ["a", "b", "\ud800"])
+    with pytest.raises(TypeError, match="got one string"):
+        Index.build(tmp_path / "i", model, "a passage")
+    with pytest.raises(TypeError, match="not a mixture"):
+        Index.build(tmp_path / "i", model, ["a"], **ready())
+    with pytest.raises(TypeError, match="not a mixture"):
+        Index.build(tmp_path / "i", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_keeps_a_build_that_was_under_way(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(build, "train_kmeans", fail)
+        Index.build(tmp_path / "i", **ready())
+    with pytest.raises(ValueError):
+        Index.build(tmp_path / "i", **wrong(lengths=[3]))
+    state = json.loads((fmt.building_folder(tmp_path / "i") / "build.json").read_text())
+    assert state["sample_documents"] == 60
+
+
+def test_generator_and_ids(tmp_path, model, texts):
+    index = Index.build(
+        tmp_path / "i", model, (t for t in texts), ids=(f"doc-{n}" for n in range(len(texts)))
+    )
+    assert index.pids[3] == "doc-3" and index.texts[3] == texts[3]
+    assert list(index.texts) == texts
+    bare = Index.build(tmp_path / "j", model, texts, ids=range(len(texts)), store_texts=False)
+    assert bare.texts is None and bare.pids[7] == "7"
+    assert not (tmp_path / "j" / "pids.npy").exists()
+
+
+def test_float16_and_mapped_embeddings(tmp_path):
+    data = ready()
+    np.save(tmp_path / "values.npy", data["embeddings"].astype(np.float16))
+    mapped = np.load(tmp_path / "values.npy", mmap_mode="r")
+    index = Index.build(tmp_path / "i", embeddings=mapped, lengths=data["lengths"])
+    other = Index.build(tmp_path / "j", **data)
+    # The build rounds to float16 itself, as Stanford's does.
+    assert contents(index.path) == contents(other.path)

@@ -1,0 +1,136 @@
+"""Checkpoints of the published layouts, made on the spot with random weights."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+_SENTENCE = """the a of and to in is was for on with as by at from it an be this that what who which
+how are some cat cats dog dogs skinny just run runs running river bank money water heat flow wing
+air speed high low paper study result method model table search query passage document index
+token paris france berlin germany capital city country mountain tall deep ocean fish bird red blue
+green book write read city old new small large number time year day night light dark sun moon star"""
+WORDS = _SENTENCE.split()
+
+TINY = dict(
+    model_type="bert",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    hidden_act="gelu",
+    max_position_embeddings=96,
+    type_vocab_size=2,
+    layer_norm_eps=1e-12,
+    initializer_range=0.2,
+    pad_token_id=0,
+)
+
+METADATA = dict(
+    query_token_id="[unused0]",
+    doc_token_id="[unused1]",
+    query_token="[Q]",
+    doc_token="[D]",
+    query_maxlen=16,
+    doc_maxlen=48,
+    dim=16,
+    similarity="cosine",
+    mask_punctuation=True,
+    attend_to_mask_tokens=False,
+    interaction="colbert",
+    nbits=2,
+    kmeans_niters=4,
+    lr=1e-05,
+    checkpoint="somewhere/else",
+    meta={"version": "colbert-v0.4"},
+)
+
+
+def vocabulary() -> list[str]:
+    """A WordPiece vocabulary in which any lower-case text can be spelt."""
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = list(string.ascii_lowercase + string.digits)
+    pieces = [f"##{c}" for c in letters] + ["##ing", "##s", "##ed"]
+    seen = dict.fromkeys(special + list(string.punctuation) + letters + pieces + WORDS)
+    return list(seen)
+
+
+def bert_tensors(config: dict, seed: int = 0, prefix: str = "") -> dict[str, np.ndarray]:
+    """Random weights under Hugging Face's names, pooler included."""
+    rng = np.random.default_rng(seed)
+    h, i = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], h),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], h),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], h),
+        "embeddings.LayerNorm.weight": (h,),
+        "embeddings.LayerNorm.bias": (h,),
+        "pooler.dense.weight": (h, h),
+        "pooler.dense.bias": (h,),
+    }
+    for n in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{n}."
+        for name, size in {
+            "attention.self.query": (h, h),
+            "attention.self.key": (h, h),
+            "attention.self.value": (h, h),
+            "attention.output.dense": (h, h),
+            "intermediate.dense": (i, h),
+            "output.dense": (h, i),
+        }.items():
+            shapes[f"{layer}{name}.weight"] = size
+            shapes[f"{layer}{name}.bias"] = size[:1]
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (h,)
+    scale = config["initializer_range"]
+    tensors = {}
+    for name, shape in shapes.items():
+        values = rng.normal(0, scale, shape).astype(np.float32)
+        tensors[prefix + name] = values + 1 if name.endswith("LayerNorm.weight") else values
+    return tensors
+
+
+def write_plain(folder: Path, config: dict | None = None, seed: int = 0, prefix: str = "") -> Path:
+    """A plain BERT folder; without a `vocab_size` in `config` it gets the small vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = vocabulary()
+    config = TINY | dict(vocab_size=len(words)) | (config or {})
+    words += [f"[extra{n}]" for n in range(config["vocab_size"] - len(words))]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    save_file(bert_tensors(config, seed, prefix), folder / "model.safetensors")
+    return folder
+
+
+def write_stanford(
+    folder: Path, config: dict | None = None, seed: int = 0, **metadata: object
+) -> Path:
+    """A Stanford ColBERT folder: `HF_ColBERT` weights and `artifact.metadata`."""
+    write_plain(folder, config, seed)
+    settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["HF_ColBERT"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    fields = METADATA | metadata
+    shape = (fields["dim"], settings["hidden_size"])
+    projection = np.random.default_rng(seed + 1).normal(0, 0.2, shape).astype(np.float32)
+    tensors = bert_tensors(settings, seed, "bert.") | {"linear.weight": projection}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "artifact.metadata").write_text(json.dumps(fields))
+    return folder
+
+
+def passages(n: int, seed: int = 0, longest: int = 30) -> list[str]:
+    """Random sentences over the small vocabulary."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(3, longest, n)
+    return [" ".join(rng.choice(WORDS, size)) + "." for size in sizes]
+
+
+def unit_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """float32 rows of unit length."""
+    x = rng.normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,155 @@
+import jax
+import numpy as np
+import pytest
+import support
+
+from colbert_jax import ColBERT, maxsim
+from colbert_jax.checkpoints import hub
+
+
+def test_documents_do_not_depend_on_company_or_order(model, texts):
+    together = model.encode_documents(texts)
+    order = np.random.default_rng(0).permutation(len(texts))
+    shuffled = model.encode_documents([texts[i] for i in order])
+    alone = model.encode_documents(texts[7])
+    np.testing.assert_allclose(alone[0], together[7], atol=2e-6)
+    for place, i in enumerate(order):
+        np.testing.assert_allclose(shuffled[place], together[int(i)], atol=2e-6)
+
+
+def test_eight_devices_change_nothing(model, stanford_folder, texts):
+    many = ColBERT.from_pretrained(stanford_folder, devices=jax.devices())
+    assert len(many.devices) == 8
+    one, eight = model.encode_documents(texts), many.encode_documents(texts)
+    assert (one.offsets == eight.offsets).all()
+    np.testing.assert_allclose(one.values, eight.values, atol=2e-6)
+    np.testing.assert_allclose(
+        model.encode_queries(texts[:5]), many.encode_queries(texts[:5]), atol=2e-6
+    )
+
+
+def test_windows_are_seamless(model, texts, monkeypatch):
+    whole = model.encode_documents(texts)
+    monkeypatch.setattr("colbert_jax.colbert._WINDOW", 17)
+    pieces = model.encode_documents(texts)
+    assert (whole.offsets == pieces.offsets).all()
+    np.testing.assert_allclose(whole.values, pieces.values, atol=2e-6)
+
+
+def test_shapes_and_norms(model):
+    queries = model.encode_queries(["heat flow", "a"])
+    assert queries.shape == (2, 16, 16) and queries.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(queries, axis=2), 1, atol=1e-5)
+    documents = model.encode_documents(["heat, flow.", ""])
+    assert documents.lengths.tolist() == [5, 3] and len(documents) == 2
+    block, mask = documents.padded()
+    assert block.shape == (2, 5, 16) and mask.sum(axis=1).tolist() == [5, 3]
+
+
+def test_nothing_in_nothing_out(model):
+    assert model.encode_documents([]).values.shape == (0, 16)
+    assert model.encode_queries([]).shape == (0, 16, 16)
+    assert model.rank("heat", []).ids.shape == (0,)
+
+
+def test_rank_is_maxsim(model, texts):
+    hits = model.rank("running cats", texts)
+    query, documents = model.encode_queries("running cats")[0], model.encode_documents(texts)
+    expected = [float(maxsim(query, d, np.ones(len(d), bool))) for d in documents]
+    assert sorted(hits.ids.tolist()) == list(range(len(texts)))
+    np.testing.assert_allclose(hits.scores, np.array(expected)[hits.ids], rtol=1e-5)
+    assert (np.diff(hits.scores) <= 0).all()
+    assert model.rank("running cats", texts, k=3).ids.tolist() == hits.ids[:3].tolist()
+
+
+def test_rank_breaks_ties_by_position(model):
+    assert model.rank("heat", ["the dog", "heat flow", "the dog"]).ids.tolist()[1:] == [0, 2]
+
+
+def test_explain_adds_up_to_the_score(model):
+    explanation = model.explain("running cats", "the cat runs, just.")
+    assert explanation.similarity.shape == (len(explanation.query), len(explanation.document))
+    score = model.rank("running cats", ["the cat runs, just."]).scores[0]
+    np.testing.assert_allclose(explanation.similarity.max(axis=1).sum(), score, rtol=1e-5)
+    assert [word for word, _, _ in explanation.matches] == explanation.query
+
+
+def test_a_long_document(model):
+    assert model.encode_documents(["heat flow, " * 10_000]).lengths[0] <= 48
+
+
+def test_bfloat16_is_close(stanford_folder, texts):
+    half = ColBERT.from_pretrained(stanford_folder, dtype="bfloat16", devices=jax.devices()[:1])
+    full = ColBERT.from_pretrained(stanford_folder, devices=jax.devices()[:1])
+    a, b = half.encode_documents(texts), full.encode_documents(texts)
+    assert a.values.dtype == np.float32
+    assert (a.values * b.values).sum(axis=1).min() > 0.99
+    assert np.abs(a.values - b.values).max() > 1e-4  # it did compute in bfloat16
+
+
+def test_new_projection_is_seeded(plain_folder):
+    load = lambda seed: ColBERT.from_pretrained(  # noqa: E731
+        plain_folder, dim=8, seed=seed, query_maxlen=32, doc_maxlen=64
+    )
+    one, same, other = load(1), load(1), load(2)
+    assert one.dim == 8 and one.fingerprint() == same.fingerprint() != other.fingerprint()
+    a, b = (m.encode_documents(["heat flow"]).values for m in (one, same))
+    assert (a == b).all()
+
+
+def test_settings_change_and_are_checked(stanford_folder):
+    assert ColBERT.from_pretrained(stanford_folder, doc_maxlen=20).config.text.doc_maxlen == 20
+    with pytest.raises(ValueError, match=r"doc_maxlen is 300, but the encoder .* has 96 positions"):
+        ColBERT.from_pretrained(stanford_folder, doc_maxlen=300)
+    with pytest.raises(TypeError, match="no setting doc_maxlenn"):
+        ColBERT.from_pretrained(stanford_folder, doc_maxlenn=300)
+
+
+def test_wrong_arguments(model):
+    with pytest.raises(TypeError, match="document 1 must be a string, got NoneType"):
+        model.encode_documents(["a", None])
+    with pytest.raises(TypeError, match="rank takes one query string"):
+        model.rank(["a"], ["b"])
+
+
+def test_hub_id_is_fetched(monkeypatch, stanford_folder):
+    """The hub's own client is asked for the files that the readers open."""
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, *, revision, token, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(stanford_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model = ColBERT.from_pretrained("somebody/colbert", revision="abc")
+    assert asked["name"] == "somebody/colbert" and asked["revision"] == "abc"
+    assert "artifact.metadata" in asked["patterns"]
+    assert model.load == {"name_or_path": "somebody/colbert", "revision": "abc"}
+
+
+def test_hub_unreachable_names_the_alternative(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"hub did not provide it .* pass its folder"):
+        hub.resolve("somebody/colbert")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+        hub.resolve(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="a checkpoint is a folder"):
+        (tmp_path / "f").touch()
+        hub.resolve(tmp_path / "f")
+
+
+def test_model_fingerprint_ignores_query_settings(stanford_folder, model):
+    longer = ColBERT.from_pretrained(stanford_folder, query_maxlen=20)
+    assert longer.fingerprint() == model.fingerprint()
+    shorter = ColBERT.from_pretrained(stanford_folder, doc_maxlen=20)
+    assert shorter.fingerprint() != model.fingerprint()
+    assert support.TINY["hidden_size"] == 32

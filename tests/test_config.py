@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+
+from colbert_jax.config import BertConfig, ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+
+BERT = dict(
+    model_type="bert",
+    vocab_size=10,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+)
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [
+        (1, (1, 0.5, 256)),
+        (10, (1, 0.5, 256)),
+        (11, (2, 0.45, 1024)),
+        (100, (2, 0.45, 1024)),
+        (101, (4, 0.4, 4096)),
+        (1000, (4, 0.4, 4096)),
+        (2000, (4, 0.4, 8000)),
+    ],
+)
+def test_search_defaults_by_k(k, expected):
+    assert dataclasses.astuple(SearchConfig().resolve(k)) == expected
+
+
+def test_search_settings_given_win_even_zero():
+    resolved = SearchConfig(ncells=7, centroid_score_threshold=0.0).resolve(10)
+    assert dataclasses.astuple(resolved) == (7, 0.0, 256)
+
+
+def test_bert_config_reads_and_refuses():
+    assert BertConfig.from_huggingface(BERT).head_dim == 4
+    for change, message in [
+        ({"model_type": "t5"}, "model_type 't5' is not supported"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"num_attention_heads": 3}, "not a multiple"),
+        ({"hidden_size": "8"}, "hidden_size must be int"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BertConfig.from_huggingface(BERT | change)
+    with pytest.raises(ValueError, match="missing fields: vocab_size"):
+        BertConfig.from_huggingface({k: v for k, v in BERT.items() if k != "vocab_size"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextConfig(query_maxlen=2), "query_maxlen must be at least 4"),
+        (lambda: TextConfig(mask_punctuation=1), "mask_punctuation must be bool"),
+        (lambda: IndexConfig(nbits=3), "nbits must be one of"),
+        (lambda: IndexConfig(nbits=True), "nbits must be int"),
+        (lambda: IndexConfig(kmeans_niters=0), "kmeans_niters"),
+        (lambda: SearchConfig(ncells=0), "ncells"),
+        (lambda: ColBERTConfig(similarity="dot"), "similarity"),
+    ],
+)
+def test_wrong_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

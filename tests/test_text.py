@@ -1,0 +1,131 @@
+"""Token ids: golden ids of Stanford's own tests on the real bert-base-uncased vocabulary."""
+
+import json
+import shutil
+import string
+
+import numpy as np
+import pytest
+import support
+import tokenizers
+
+from colbert_jax.config import TextConfig
+from colbert_jax.text import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def bert(minilm_folder):
+    """Stanford's settings on the real vocabulary; doc_maxlen as in colbertv2.0."""
+    return TextTokenizer.from_folder(minilm_folder, TextConfig(doc_maxlen=180))
+
+
+@pytest.fixture(scope="module")
+def small(stanford_folder):
+    return TextTokenizer.from_folder(stanford_folder, TextConfig(query_maxlen=12, doc_maxlen=20))
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ("what color is amber urine", [101, 1, 2054, 3609, 2003, 8994, 17996, 102]),
+        ("are some cats just skinny?", [101, 1, 2024, 2070, 8870, 2074, 15629, 1029, 102]),
+    ],
+)
+def test_golden_queries(bert, query, ids):
+    tokens = bert.queries([query])
+    assert tokens.ids[0].tolist() == ids + [103] * (32 - len(ids))
+    assert tokens.attended.tolist() == [len(ids)]
+
+
+def test_golden_document(bert):
+    """The start that the original's tests give: [CLS] [D] the search of seeds ..."""
+    ids = bert.documents(["The search of seed"]).ids[0].tolist()
+    assert ids[:2] == [101, 2] and ids[-1] == 102 and ids[2] == 1996
+
+
+def test_golden_skiplist(bert):
+    expected = {0, *range(999, 1014), *range(1024, 1037), *range(1063, 1067)}
+    assert set(np.flatnonzero(bert.skiplist)) == expected
+    assert len(expected) == len(string.punctuation) + 1
+
+
+def test_attend_to_mask_tokens(minilm_folder):
+    config = TextConfig(attend_to_mask_tokens=True)
+    assert TextTokenizer.from_folder(minilm_folder, config).queries(["a"]).attended[0] == 32
+
+
+def test_truncation_keeps_marker_and_sep(small):
+    long = " ".join(["heat"] * 100)
+    query, document = small.queries([long]).ids[0], small.documents([long]).ids[0]
+    sep = small.documents([""]).ids[0][-1]
+    assert len(query) == 12 and query[1] == small.special.query_marker and query[-1] == sep
+    assert len(document) == 20 and document[1] == small.special.doc_marker
+    assert document[-1] == sep and small.queries([long]).attended[0] == 12
+
+
+def test_empty_text_is_cls_marker_sep(small):
+    assert len(small.documents([""]).ids[0]) == 3
+    assert small.queries([""]).attended.tolist() == [3]
+
+
+def test_untrained_defaults_have_no_marker_and_no_expansion(plain_folder):
+    tokenizer = TextTokenizer.from_folder(plain_folder, TextConfig.untrained(doc_maxlen=64))
+    plain = tokenizers.BertWordPieceTokenizer(str(plain_folder / "vocab.txt"))
+    assert tokenizer.queries(["heat flow."]).ids[0].tolist() == plain.encode("heat flow.").ids
+    assert tokenizer.kept(tokenizer.documents(["heat, flow."]).ids[0]).all()
+
+
+def test_kept_drops_punctuation_only(small):
+    ids = small.documents(["heat, flow."]).ids[0]
+    assert small.kept(ids).tolist() == [True, True, True, False, True, False, True]
+
+
+def test_a_hundred_thousand_characters(small):
+    assert len(small.documents(["heat flow " * 10_000]).ids[0]) == 20
+
+
+def test_labels_match_rows(small):
+    query = small.labels("skinny cats?", is_query=True)
+    assert query == ["[CLS]", "[Q]", "skinny", "cats", "?", "[SEP]"] + ["[MASK]"] * 6
+    assert small.labels("heats, flow", is_query=False) == [
+        *("[CLS]", "[D]", "heats", "heats", "flow", "[SEP]")
+    ]
+
+
+def test_bad_texts_are_named(small):
+    with pytest.raises(TypeError, match="document 1 must be a string, got int"):
+        small.documents(["a", 3])
+    with pytest.raises(ValueError, match="query 0 is not valid Unicode"):
+        small.queries(["\ud800"])
+
+
+def test_missing_marker_is_named(plain_folder):
+    with pytest.raises(ValueError, match=r"doc_token_id '\[D\]' is not in the tokenizer"):
+        TextTokenizer.from_folder(plain_folder, TextConfig(doc_token_id="[D]"))
+
+
+def test_tokenizer_json_padding_and_truncation_are_switched_off(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    published = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    published.enable_truncation(4)
+    published.enable_padding(length=50)
+    published.save(str(folder / "tokenizer.json"))
+    ids = TextTokenizer.from_folder(folder, TextConfig(doc_maxlen=40)).documents(["a " * 9]).ids[0]
+    assert len(ids) == 12
+
+
+def test_special_tokens_written_as_objects(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    tokens = {"mask_token": {"content": "[unused1]"}, "do_lower_case": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    tokenizer = TextTokenizer.from_folder(folder, TextConfig())
+    assert tokenizer.special.mask == support.vocabulary().index("[unused1]")
+    unknown = support.vocabulary().index("[UNK]")
+    assert unknown in tokenizer.documents(["HEAT"]).ids[0]
+
+
+def test_damaged_tokenizer_names_the_file(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
+        TextTokenizer.from_folder(folder, TextConfig())
