@@ -13,7 +13,8 @@ _SENTENCE = """the a of and to in is was for on with as by at from it an be this
 how are some cat cats dog dogs skinny just run runs running river bank money water heat flow wing
 air speed high low paper study result method model table search query passage document index
 token paris france berlin germany capital city country mountain tall deep ocean fish bird red blue
-green book write read city old new small large number time year day night light dark sun moon star"""
+green book write read city old new small large number time year
+day night light dark sun moon star"""
 WORDS = _SENTENCE.split()
 
 TINY = dict(

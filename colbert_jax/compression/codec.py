@@ -107,7 +107,7 @@ def unpack_weights(bucket_weights: jax.Array, residuals: jax.Array) -> jax.Array
     """Packed residuals uint8[..., P] to the weights of their buckets float32[..., P * 8 / b]."""
     nbits = bucket_weights.shape[0].bit_length() - 1
     table = bucket_weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
-    return table[residuals].reshape(*residuals.shape[:-1], -1)
+    return table[residuals].reshape(*residuals.shape[:-1], residuals.shape[-1] * 8 // nbits)
 
 
 def pack(buckets: jax.Array, nbits: int) -> jax.Array:

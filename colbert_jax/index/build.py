@@ -136,23 +136,26 @@ def _sample(
 ) -> None:
     """Encode the training sample: float16 values in `sample.npy`, lengths beside them."""
     ids = _sample_ids(source, config)
-    values = fmt.ArrayWriter(
-        folder / "sample.npy", np.float16, (source.dim,), state["sample_tokens"]
-    )
-    lengths = fmt.ArrayWriter(
-        folder / "sample_lengths.npy", np.int64, (), state["sample_documents"]
-    )
-    rest = ids[lengths.rows :]
-    with progress_bar(len(ids), "encoding the sample", "doc", progress) as bar:
-        bar.update(lengths.rows)
-        for encoded in source.encode(source.chunks(rest), bar):
+    tokens, documents = state["sample_tokens"], state["sample_documents"]
+    with (
+        fmt.ArrayWriter(folder / "sample.npy", np.float16, (source.dim,), tokens) as values,
+        fmt.ArrayWriter(folder / "sample_lengths.npy", np.int64, (), documents) as lengths,
+        progress_bar(len(ids), "encoding the sample", "doc", progress) as bar,
+    ):
+        bar.update(documents)
+        for encoded in source.encode(_rest(source.chunks(ids), documents), bar):
             values.append(encoded.values.astype(np.float16))
             lengths.append(encoded.lengths)
             values.sync()
             lengths.sync()
             state.update(sample_documents=lengths.rows, sample_tokens=values.rows)
-    values.close()
-    lengths.close()
+
+
+def _rest(chunks: list[np.ndarray], done: int) -> list[np.ndarray]:
+    """The chunks that a former run has not committed. They are cut as they were then, so that the
+    same documents are batched together and the result is the same to the bit."""
+    starts = np.cumsum([0, *map(len, chunks)])
+    return chunks[int(np.searchsorted(starts, done)) :]
 
 
 def _sample_ids(source: Source, config: IndexConfig) -> np.ndarray:
@@ -204,18 +207,19 @@ def _compress(
 ) -> None:
     """Codes and residuals of all documents; those of the sample are not encoded again."""
     config = IndexConfig(**state.key["settings"])
-    row_bytes = source.dim * codec.nbits // 8
     tokens, documents = state["tokens"], state["documents"]
-    codes = fmt.ArrayWriter(folder / "codes.npy", np.int32, (), tokens)
-    residuals = fmt.ArrayWriter(folder / "residuals.npy", np.uint8, (row_bytes,), tokens)
-    lengths = fmt.ArrayWriter(folder / "lengths.npy", np.int64, (), documents)
+    row = (source.dim * codec.nbits // 8,)
     sample = _Sample(folder, _sample_ids(source, config))
-    chunks = source.chunks(np.arange(documents, source.num_documents))
-    fresh = ([i for i in chunk if i not in sample] for chunk in chunks)
-    with progress_bar(source.num_documents, "compressing", "doc", progress) as bar:
+    chunks = _rest(source.chunks(np.arange(source.num_documents)), documents)
+    fresh = (np.array([i for i in chunk if i not in sample], int) for chunk in chunks)
+    with (
+        fmt.ArrayWriter(folder / "codes.npy", np.int32, (), tokens) as codes,
+        fmt.ArrayWriter(folder / "residuals.npy", np.uint8, row, tokens) as residuals,
+        fmt.ArrayWriter(folder / "lengths.npy", np.int64, (), documents) as lengths,
+        progress_bar(source.num_documents, "compressing", "doc", progress) as bar,
+    ):
         bar.update(documents)
-        encoded = source.encode(map(np.array, fresh), _Silent())
-        for chunk, new in zip(chunks, encoded, strict=True):
+        for chunk, new in zip(chunks, source.encode(fresh, _Silent()), strict=True):
             rows = iter(new)
             values = [sample[i] if i in sample else next(rows) for i in chunk]
             packed = compress(codec, np.concatenate(values).astype(np.float16))
@@ -226,8 +230,6 @@ def _compress(
                 writer.sync()
             state.update(tokens=codes.rows, documents=lengths.rows)
             bar.update(len(chunk))
-    for writer in (codes, residuals, lengths):
-        writer.close()
 
 
 class _Sample:

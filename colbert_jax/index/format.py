@@ -18,6 +18,7 @@ Codes, residual bytes and bucket order are Stanford ColBERT's.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 import zlib
@@ -39,8 +40,10 @@ class IndexFormatError(ValueError):
 
 def array_specs(metadata: dict[str, Any]) -> dict[str, tuple[type, tuple[int, ...]]]:
     """File stem -> dtype and shape, from the counts in an index's metadata."""
-    n, t, k = (metadata[key] for key in ("num_documents", "num_tokens", "num_centroids"))
-    dim, nbits = metadata["dim"], metadata["nbits"]
+    n, t, k, dim, nbits = (
+        operator.index(metadata[key])
+        for key in ("num_documents", "num_tokens", "num_centroids", "dim", "nbits")
+    )
     specs: dict[str, tuple[type, tuple[int, ...]]] = {
         "centroids": (np.float32, (k, dim)),
         "bucket_cutoffs": (np.float32, (2**nbits - 1,)),
@@ -233,10 +236,20 @@ class ArrayWriter:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        self._stream.seek(0)
-        self._stream.write(self._header(self.rows))
-        self.sync()
-        self._stream.close()
+        with self._stream:
+            self._stream.seek(0)
+            self._stream.write(self._header(self.rows))
+            self.sync()
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Finish the file, unless an error ends the block: then it stays unfinished."""
+        if kind is None:
+            self.close()
+        else:
+            self._stream.close()
 
     def _row_bytes(self) -> int:
         return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
@@ -253,7 +266,6 @@ class StringWriter:
     """Strings of an index as one array of UTF-8 bytes and one of offsets."""
 
     def __init__(self, folder: Path, column: str):
-        self.folder, self.column = folder, column
         self._bytes = ArrayWriter(folder / f"{column}s.npy", np.uint8)
         self._offsets = ArrayWriter(folder / f"{column}_offsets.npy", np.int64)
         self._offsets.append(np.zeros(1, np.int64))
@@ -264,14 +276,16 @@ class StringWriter:
         self._bytes.append(np.frombuffer(b"".join(encoded), np.uint8))
         self._offsets.append(ends)
 
-    def close(self) -> int:
-        """Finish the files; returns the number of bytes."""
-        self._bytes.close()
-        self._offsets.close()
+    @property
+    def num_bytes(self) -> int:
         return self._bytes.rows
 
-    def delete(self) -> None:
-        delete_strings(self.folder, self.column)
+    def __enter__(self) -> StringWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bytes.__exit__(*error)
+        self._offsets.__exit__(*error)
 
 
 def delete_strings(folder: Path, column: str) -> None:

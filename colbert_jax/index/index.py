@@ -216,7 +216,9 @@ class Index:
             ),
             ndocs=ndocs or self._search_defaults.ndocs,
         )
-        if exact or len(queries) == 0:
+        if len(queries) == 0:
+            return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
+        if exact:
             return self._exact(queries, k)
         return self._plaid(queries, k, settings.resolve(k))
 

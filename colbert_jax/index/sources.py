@@ -85,10 +85,12 @@ class PassageSource:
         """Reads all passages once. Raises ValueError or TypeError naming one that is no text."""
         self._model, self.dim = model, model.dim
         digest = hashlib.sha256()
-        writer = StringWriter(folder, "text")
         sizes: list[int] = []
         total = len(passages) if isinstance(passages, Sized) else None
-        with progress_bar(total, "reading passages", "doc", show) as bar:
+        with (
+            StringWriter(folder, "text") as writer,
+            progress_bar(total, "reading passages", "doc", show) as bar,
+        ):
             for block in _blocks(passages, 1024):
                 for i, text in enumerate(block, len(sizes)):
                     if not isinstance(text, str):
@@ -101,7 +103,7 @@ class PassageSource:
                 sizes.extend(map(len, block))
                 writer.extend(block)
                 bar.update(len(block))
-        self.num_text_bytes = writer.close()
+        self.num_text_bytes = writer.num_bytes
         self.num_documents = len(sizes)
         if not sizes:
             raise ValueError("the collection is empty: nothing to index")
@@ -128,24 +130,23 @@ def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> i
     """
     if ids is None:
         return None
-    writer = StringWriter(folder, "pid")
     hashes: list[np.ndarray] = []
     count, trivial = 0, True
-    for block in _blocks(ids, 1024):
-        strings = [str(i) for i in block]
-        trivial = trivial and strings == [str(i) for i in range(count, count + len(strings))]
-        digests = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in strings)
-        hashes.append(np.frombuffer(b"".join(digests), np.uint64))
-        writer.extend(strings)
-        count += len(strings)
-    size = writer.close()
+    with StringWriter(folder, "pid") as writer:
+        for block in _blocks(ids, 1024):
+            strings = [str(i) for i in block]
+            trivial = trivial and strings == [str(i) for i in range(count, count + len(strings))]
+            digests = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in strings)
+            hashes.append(np.frombuffer(b"".join(digests), np.uint64))
+            writer.extend(strings)
+            count += len(strings)
     if count != num_documents:
         raise ValueError(f"{count} ids were given for {num_documents} documents")
     _refuse_duplicates(folder, np.concatenate(hashes))
     if trivial:
         delete_strings(folder, "pid")
         return None
-    return size
+    return writer.num_bytes
 
 
 def _refuse_duplicates(folder: Path, hashes: np.ndarray) -> None:

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support import unit_rows
+from support import unit_rows, write_stanford
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.index import format as fmt
@@ -43,9 +43,13 @@ def test_plaid_with_everything_kept_is_exact(index, queries):
     np.testing.assert_allclose(wide.scores, exact.scores, rtol=1e-5)
 
 
-def test_a_document_finds_itself(index, model, texts):
-    hits = index.search(model.encode_queries(texts[:20]), k=3)
-    assert (hits.ids[:, 0] == np.arange(20)).mean() >= 0.9
+def test_plaid_agrees_with_exact(index, model, texts):
+    """Random weights make no clusters, so one probe per token is too few; four are not."""
+    queries = model.encode_queries(texts[:30])
+    plaid, exact = index.search(queries, ncells=4), index.search(queries, exact=True)
+    overlap = [len(set(a) & set(b)) for a, b in zip(plaid.ids, exact.ids, strict=True)]
+    assert np.mean(overlap) / 10 >= 0.9
+    assert (plaid.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.9
 
 
 @pytest.mark.parametrize("k", [1, 10, 11, 119, 120, 500])
@@ -195,9 +199,7 @@ def test_model_for_index(index, model, plain_folder, stanford_folder):
 
 
 def test_checkpoint_settings_are_the_defaults(tmp_path, texts):
-    import support
-
-    folder = support.write_stanford(tmp_path / "c", nbits=4, kmeans_niters=2, ncells=3, ndocs=64)
+    folder = write_stanford(tmp_path / "c", nbits=4, kmeans_niters=2, ncells=3, ndocs=64)
     model = ColBERT.from_pretrained(folder)
     index = Index.build(tmp_path / "i", model, texts)
     assert index.nbits == 4 and index.metadata["settings"]["kmeans_niters"] == 2
