@@ -1,0 +1,202 @@
+"""Layouts told apart by their files; every field of the metadata; damaged checkpoints."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import support
+from safetensors.numpy import load_file, save_file
+
+from colbert_jax.checkpoints import read_checkpoint
+from colbert_jax.config import IndexConfig, SearchConfig, TextConfig
+
+
+@pytest.fixture
+def folder(stanford_folder, tmp_path):
+    return shutil.copytree(stanford_folder, tmp_path / "copy")
+
+
+def edit_json(file, **changes):
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_every_field_of_the_metadata(tmp_path):
+    fields = dict(
+        query_token_id="[unused1]",
+        doc_token_id="[unused0]",
+        query_maxlen=20,
+        doc_maxlen=40,
+        mask_punctuation=False,
+        attend_to_mask_tokens=True,
+        similarity="l2",
+        dim=8,
+        nbits=4,
+        kmeans_niters=20,
+        ncells=3,
+        centroid_score_threshold=0.3,
+        ndocs=512,
+    )
+    config = read_checkpoint(support.write_stanford(tmp_path / "c", **fields)).config
+    assert config.dim == 8 and config.similarity == "l2"
+    assert config.text == TextConfig(20, 40, "[unused1]", "[unused0]", True, True, False)
+    assert config.index == IndexConfig(nbits=4, kmeans_niters=20)
+    assert config.search == SearchConfig(3, 0.3, 512)
+    assert config.metadata["lr"] == 1e-05 and config.metadata["checkpoint"] == "somewhere/else"
+    assert config.metadata["meta"]["version"] == "colbert-v0.4"
+
+
+def test_stanfords_defaults_where_fields_are_absent_or_null(folder):
+    """As in colbertv2.0, whose metadata has no marker fields and several nulls."""
+    edit_json(
+        folder / "artifact.metadata",
+        query_token_id=...,
+        doc_token_id=...,
+        nbits=...,
+        query_maxlen=None,
+        ncells=None,
+    )
+    config = read_checkpoint(folder).config
+    assert (config.text.query_token_id, config.text.doc_token_id) == ("[unused0]", "[unused1]")
+    assert config.text.query_maxlen == 32 and config.index.nbits == 1
+    assert config.search == SearchConfig()
+
+
+def test_a_config_key_is_unwrapped(folder):
+    file = folder / "artifact.metadata"
+    file.write_text(json.dumps({"config": json.loads(file.read_text())}))
+    assert read_checkpoint(folder).config.text.query_maxlen == 16
+
+
+def test_without_metadata_the_projection_tells(folder):
+    (folder / "artifact.metadata").unlink()
+    config = read_checkpoint(folder).config
+    assert config.dim == 16 and config.text == TextConfig()
+
+
+def test_plain_defaults(plain_folder):
+    config = read_checkpoint(plain_folder).config
+    assert config.dim is None and config.index.nbits == 2
+    assert config.text == TextConfig.untrained(query_maxlen=96, doc_maxlen=96)
+
+
+def test_old_layer_norm_names_half_precision_and_position_ids(plain_folder, tmp_path):
+    copy = shutil.copytree(plain_folder, tmp_path / "old")
+
+    def age(tensors):
+        for name in list(tensors):
+            tensors[name] = tensors[name].astype(np.float16)
+            for new, old in (("weight", "gamma"), ("bias", "beta")):
+                if name.endswith(f"LayerNorm.{new}"):
+                    tensors[name.replace(new, old)] = tensors.pop(name)
+        tensors["embeddings.position_ids"] = np.arange(96)[None]
+
+    edit_tensors(copy, age)
+    a, b = read_checkpoint(copy).params, read_checkpoint(plain_folder).params
+    new, old = (p["backbone"]["embeddings"]["norm"]["scale"] for p in (b, a))
+    assert old.dtype == np.float32
+    np.testing.assert_allclose(old, new, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "missing weight file"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            FileNotFoundError,
+            r"found pytorch_model\.bin, which is not read yet",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-100]
+            ),
+            ValueError,
+            r"model\.safetensors: damaged or truncated",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"junk"),
+            ValueError,
+            r"model\.safetensors: damaged or truncated",
+        ),
+        (
+            lambda f: edit_tensors(
+                f, lambda t: t.update({"bert.embeddings.LayerNorm.bias": np.zeros(7)})
+            ),
+            ValueError,
+            r"'bert\.embeddings\.LayerNorm\.bias' has shape \[7\], config\.json asks for \[32\]",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.pop("bert.encoder.layer.1.output.dense.weight")),
+            ValueError,
+            r"'bert\.encoder\.layer\.1\.output\.dense\.weight' is missing",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.pop("linear.weight")),
+            ValueError,
+            r"'linear\.weight' is missing",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({"bert.rotary.inv_freq": np.zeros(2)})),
+            ValueError,
+            r"tensors that a BERT encoder does not have: bert\.rotary\.inv_freq",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", model_type="t5"),
+            ValueError,
+            r"config\.json: model_type 't5' is not supported; supported: 'bert'",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", hidden_act="snake"),
+            ValueError,
+            r"hidden_act 'snake' is not supported; supported: gelu",
+        ),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            ValueError,
+            r"config\.json: not valid JSON",
+        ),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"config\.json is missing"),
+        (
+            lambda f: edit_json(f / "artifact.metadata", dim=64),
+            ValueError,
+            r"artifact\.metadata has dim 64, but linear\.weight projects to 16",
+        ),
+        (
+            lambda f: edit_json(f / "artifact.metadata", interaction="flipr"),
+            ValueError,
+            r"interaction 'flipr' is not supported; supported: 'colbert'",
+        ),
+        (
+            lambda f: edit_json(f / "artifact.metadata", query_maxlen="32"),
+            ValueError,
+            r"artifact\.metadata: query_maxlen must be int, got '32'",
+        ),
+        (
+            lambda f: (f / "modules.json").write_text(
+                '[{"path": "1_Dense", "type": "pylate.models.Dense.Dense"}]'
+            ),
+            ValueError,
+            r"modules\.json: lists Dense modules \(1_Dense\)",
+        ),
+    ],
+)
+def test_damaged_checkpoints(folder, damage, error, message):
+    damage(folder)
+    with pytest.raises(error, match=message):
+        read_checkpoint(folder)
+
+
+def test_another_width_than_the_checkpoint_has(folder, tmp_path):
+    assert read_checkpoint(folder, dim=16).config.dim == 16
+    with pytest.raises(ValueError, match="dim was given as 8, but"):
+        read_checkpoint(folder, dim=8)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_checkpoint(tmp_path / "nowhere")

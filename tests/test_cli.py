@@ -1,0 +1,155 @@
+"""The commands, run in this process as a person would type them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import support
+
+from colbert_jax import ColBERT, Index
+from colbert_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("files")
+    rows = [f"d{n}\t{text}\n" for n, text in enumerate(texts)]
+    (folder / "passages.tsv").write_text("".join(rows))
+    queries = [f"q{n}\t{texts[n]}\n" for n in range(12)]
+    (folder / "queries.tsv").write_text("".join(queries))
+    (folder / "qrels.tsv").write_text("".join(f"q{n}\t0\td{n}\t1\n" for n in range(12)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(files, stanford_folder):
+    path = files / "p.index"
+    arguments = ["index", str(files / "passages.tsv"), str(path), "--checkpoint"]
+    assert main([*arguments, str(stanford_folder), "--nbits", "4"]) == 0
+    return path
+
+
+def run(capsys, *arguments) -> str:
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_index_and_info(capsys, built):
+    index = Index.open(built)
+    assert len(index) == 120 and index.nbits == 4 and index.pids[5] == "d5"
+    out = run(capsys, "info", built, "--verify")
+    assert "documents    120 (0 without a token)" in out and "at 4 bits" in out
+    assert "all files are whole" in out
+    assert json.loads(run(capsys, "info", built, "--json"))["num_documents"] == 120
+
+
+def test_search(capsys, built, texts):
+    out = run(capsys, "search", built, texts[3], texts[4], "-k", "2")
+    lines = out.splitlines()
+    assert len(lines) == 6 and lines[0] == texts[3] and lines[3] == texts[4]
+    assert lines[1].split()[0] == "1" and "d3" in lines[1]
+
+
+def test_search_file_to_run(capsys, built, files):
+    output = files / "run.tsv"
+    run(capsys, "search", built, "--queries", files / "queries.tsv", "--output", output, "-k", 7)
+    rows = [line.split("\t") for line in output.read_text().splitlines()]
+    assert len(rows) == 12 * 7
+    assert {row[0] for row in rows[:7]} == {"q0"}
+    assert [row[2] for row in rows[:7]] == [str(n) for n in range(1, 8)]
+    scores = [float(row[3]) for row in rows[:7]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_evaluate(capsys, built, files, texts):
+    judged = ["--queries", files / "queries.tsv", "--qrels", files / "qrels.tsv"]
+    values = json.loads(run(capsys, "evaluate", built, *judged, "--json", "--exact"))
+    assert values["queries"] == 12 and values["exact"] is True
+    index = Index.open(built)
+    queries = ColBERT.for_index(index).encode_queries(texts[:12])
+    ids = index.search(queries, k=100, exact=True).ids
+    place = [row.tolist().index(n) if n in row else 999 for n, row in enumerate(ids)]
+    assert values["Success@5"] == pytest.approx(sum(p < 5 for p in place) / 12)
+    assert values["Recall@100"] == pytest.approx(sum(p < 100 for p in place) / 12)
+    assert values["MRR@10"] == pytest.approx(sum(1 / (p + 1) for p in place if p < 10) / 12)
+    out = run(capsys, "evaluate", built, *judged)
+    assert "PLAID" in out and all(f"\n{m} " in out for m in ("nDCG@10", "MRR@10", "Recall@100"))
+
+
+def test_rank(capsys, files, stanford_folder, texts):
+    out = run(
+        capsys, "rank", "--checkpoint", stanford_folder, texts[9], files / "passages.tsv", "-k", 3
+    )
+    assert len(out.splitlines()) == 3 and "d9" in out.splitlines()[0]
+
+
+def test_errors(capsys, built, files, tmp_path, stanford_folder):
+    checkpoint = ["--checkpoint", stanford_folder]
+    passages, queries = files / "passages.tsv", files / "queries.tsv"
+    assert "pass --overwrite" in fails(capsys, "index", passages, built, *checkpoint)
+    assert "No such file" in fails(
+        capsys, "index", tmp_path / "no.tsv", tmp_path / "i", *checkpoint
+    )
+    assert "nbits must be" in fails(
+        capsys, "index", passages, tmp_path / "i", *checkpoint, "--nbits", 3
+    )
+    assert "no index there" in fails(capsys, "search", tmp_path / "i", "query")
+    assert "one of the two" in fails(capsys, "search", built)
+    assert "one of the two" in fails(capsys, "search", built, "a", "--queries", queries)
+    (tmp_path / "qrels.tsv").write_text("other\t0\td1\t1\n")
+    message = fails(
+        capsys, "evaluate", built, "--queries", queries, "--qrels", tmp_path / "qrels.tsv"
+    )
+    assert "no query of" in message
+    (tmp_path / "twice.tsv").write_text("a\tx\na\ty\n")
+    message = fails(capsys, "index", tmp_path / "twice.tsv", tmp_path / "i", *checkpoint)
+    assert "duplicate document id 'a': passages 1 and 2" in message
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    message = fails(capsys, "index", tmp_path / "latin.txt", tmp_path / "i", *checkpoint)
+    assert "line 1: not UTF-8" in message
+    assert not (tmp_path / "i").exists() and not (tmp_path / "i.building").exists()
+
+
+def test_wrong_checkpoint_for_the_index(capsys, built, tmp_path):
+    other = support.write_stanford(tmp_path / "other", seed=5)
+    message = fails(capsys, "search", built, "heat", "--checkpoint", other)
+    assert "not the checkpoint that" in message
+
+
+def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
+    import colbert_jax.demo as demo
+
+    passages = dict(list(demo.standard_library_passages().items())[:80])
+    monkeypatch.setattr(demo, "standard_library_passages", lambda: passages)
+    arguments = ["demo", "--folder", tmp_path, "--checkpoint", stanford_folder]
+    first, second = run(capsys, *arguments), run(capsys, *arguments)
+    assert "Indexing 80 passages" in first and "is there" in second
+    for question in demo.QUESTIONS:
+        assert question in first and question in second
+
+
+def test_the_demos_collection():
+    from colbert_jax.demo import standard_library_passages
+
+    passages = standard_library_passages()
+    assert 2000 < len(passages) < 10_000
+    assert passages["shutil.rmtree"].startswith("shutil.rmtree: Recursively delete")
+
+
+def test_as_a_module_without_a_terminal(built, texts):
+    """A process of its own: output is clean, no bar where nobody watches."""
+    done = subprocess.run(
+        [sys.executable, "-m", "colbert_jax.cli", "search", str(built), texts[3], "-k", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and "%|" not in done.stderr

@@ -1,0 +1,85 @@
+"""Every jitted program lowers for CUDA and TPU, without the hardware."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from colbert_jax.compression import codec, kmeans
+from colbert_jax.config import SearchConfig
+from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
+from colbert_jax.search import exact, plaid
+
+F32, I32 = jnp.float32, jnp.int32
+
+
+def shaped(*shape, dtype=F32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def programs(index):
+    arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.arrays)
+    queries = shaped(4, 16, 16)
+    settings = SearchConfig().resolve(10)
+    search = partial(
+        plaid.search_one,
+        threshold=0.5,
+        ncells=settings.ncells,
+        ndocs=settings.ndocs,
+        k=10,
+        capacity=plaid.Capacity(1024, 48),
+    )
+    codec_shapes = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.codec)
+    return {
+        "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, 16), shaped(9, 20, dtype=bool)),
+        "n-way": (maxsim_nway, queries, shaped(4, 3, 20, 16), shaped(4, 3, 20, dtype=bool)),
+        "ragged": (
+            partial(maxsim_ragged, length=32),
+            *(queries, shaped(99, 16), shaped(8, dtype=I32), shaped(4, 5, dtype=I32)),
+        ),
+        "plaid": (lambda a, q: jax.vmap(partial(search, a))(q), arrays, queries),
+        "exact": (
+            partial(exact.score_documents, length=48),
+            *(arrays, queries, shaped(64, dtype=I32)),
+        ),
+        "k-means": (
+            kmeans._accumulate,
+            *(shaped(64, 16), shaped(64), shaped(64, 16), shaped(64), shaped(512, 16)),
+            shaped(dtype=I32),
+        ),
+        "compress": (codec._compress_block, codec_shapes, shaped(512, 16)),
+        "decompress": (
+            codec.decompress,
+            *(codec_shapes, shaped(512, dtype=I32), shaped(512, 4, dtype=jnp.uint8)),
+        ),
+    }
+
+
+NAMES = ["all pairs", "n-way", "ragged", "plaid", "exact", "k-means", "compress", "decompress"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_lowers(index, name, platform):
+    function, *arguments = programs(index)[name]
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert "func.func" in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_encoder_lowers(stanford_folder, platform, devices):
+    from colbert_jax import ColBERT
+
+    model = ColBERT.from_pretrained(
+        stanford_folder, dtype="bfloat16", devices=jax.devices()[:devices]
+    )
+    batch = (np.zeros((8, 32), np.int32), np.ones(8, np.int32), np.ones((8, 32), bool))
+    text = model.encode_ids.trace(model.params, *batch).lower(lowering_platforms=(platform,))
+    assert "bf16" in text.as_text()
+
+
+def test_names_are_all_programs(index):
+    assert list(programs(index)) == NAMES
