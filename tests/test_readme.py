@@ -1,0 +1,62 @@
+"""Every command and snippet of the README, word for word; a tiny model stands behind the hub id."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import support
+
+from colbert_jax.checkpoints import hub
+from colbert_jax.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "" for line in text.splitlines() if line]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder with the files that the commands name, and a checkpoint for every hub id."""
+    folder = support.write_stanford(tmp_path / "checkpoint")
+    original = hub.resolve
+    monkeypatch.setattr(
+        hub,
+        "resolve",
+        lambda name, **kwargs: folder if "colbert-ir" in str(name) else original(name, **kwargs),
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("passages.tsv").write_text(
+        "".join(f"{n}\t{t}\n" for n, t in enumerate(support.passages(30)))
+    )
+    Path("queries.tsv").write_text("q1\theat flow\nq2\trunning cats\n")
+    Path("qrels.tsv").write_text("q1\t0\t3\t1\nq2\t0\t4\t2\n")
+
+
+def test_all_blocks_are_covered():
+    assert {kind for kind, _ in BLOCKS} == {"", "python", "text"}
+    others = [c for c in COMMANDS if not c.startswith("colbert-jax ")]
+    assert others == ["make demo", "make test", "pip install -e ."]
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\ndemo:" in makefile and "\ntest:" in makefile
+
+
+def test_commands(elsewhere, capsys):
+    for command in COMMANDS:
+        if command.startswith("colbert-jax "):
+            assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+
+
+def test_snippets(elsewhere, capsys):
+    names: dict = {}
+    for snippet in PYTHON:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["index"].texts[0].startswith("Dune")
+    assert "[CLS]" in capsys.readouterr().out
+
+
+def test_links_point_to_files():
+    for name in re.findall(r"`((?:notebooks|benchmarks|colbert_jax|tests)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
