@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +29,6 @@ from colbert_jax.index.sources import PassageSource, Source, write_pids
 from colbert_jax.progress import progress_bar
 
 _STATE = "build.json"
-_LOCK = "lock"
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
 
 
@@ -73,7 +73,7 @@ def build_index(
         try:
             source = make_source(building)
             check_packable(source.dim, config.nbits)
-            pid_bytes = write_pids(building, ids, source.num_documents)
+            pids = write_pids(building, ids, source.num_documents)
         except Exception:
             if state.is_new:  # bad input: leave nothing behind
                 shutil.rmtree(building, ignore_errors=True)
@@ -81,19 +81,25 @@ def build_index(
         key = {
             "format_version": fmt.FORMAT_VERSION,
             "content": source.fingerprint,
+            "pids": pids.fingerprint,
+            "store_texts": store_texts,
             "dim": source.dim,
             "settings": dataclasses.asdict(config),
             "model": model,
         }
         state.start(key)
-        columns = {"pid": pid_bytes}
+        columns = {"pid": pids.num_bytes}
         if isinstance(source, PassageSource):
             columns["text"] = source.num_text_bytes if store_texts else None
-        _sample(building, source, config, state, progress)
-        codec = _train(building, source, config, state, progress)
-        _compress(building, source, codec, state, progress)
-        _finish(building, source, codec, key, columns, state)
-    fmt.publish(building, path)
+        if not state["finished"]:
+            _sample(building, source, config, state, progress)
+            codec = _train(building, source, config, state, progress)
+            _compress(building, source, codec, state, progress)
+            _finish(building, source, codec, key, columns)
+            state.update(finished=1)
+        _tidy(building)
+        fmt.publish(building, path)
+    (path / _STATE).unlink(missing_ok=True)
 
 
 class _State:
@@ -263,9 +269,8 @@ def _finish(
     codec: ResidualCodec,
     key: dict[str, Any],
     columns: dict[str, int | None],
-    state: _State,
 ) -> None:
-    """Offsets, inverted lists, metadata; nothing else is left in the folder."""
+    """Offsets, inverted lists, metadata."""
     lengths = np.load(folder / "lengths.npy")
     offsets = offsets_from_lengths(lengths)
     fmt.write_array(folder / "offsets.npy", offsets)
@@ -290,24 +295,33 @@ def _finish(
     names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
     metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
     fmt.write_json(folder / fmt.METADATA, metadata)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what an index does not need; the state goes last, after publishing."""
+    metadata = json.loads((folder / fmt.METADATA).read_text("utf-8"))
+    kept = {f"{name}.npy" for name in fmt.array_specs(metadata)} | {fmt.METADATA, _STATE}
     for file in folder.iterdir():
-        if file.name not in (fmt.METADATA, _LOCK, *names):
+        if file.name not in kept:
             file.unlink()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the building folder; the system lets go of it when the process ends, however it ends."""
-    file = folder / _LOCK
-    with file.open("w") as stream:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-        else:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RuntimeError(f"{folder}: another process is building this index") from None
-            yield
-    file.unlink(missing_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The folder that was opened may have been published meanwhile.
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise RuntimeError(f"{folder}: another process is building this index") from None
+    finally:
+        os.close(descriptor)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class PassageSource:
         """Reads all passages once. Raises ValueError or TypeError naming one that is no text."""
         self._model, self.dim = model, model.dim
         digest = hashlib.sha256()
-        sizes: list[int] = []
+        sizes = array("l")
         total = len(passages) if isinstance(passages, Sized) else None
         with (
             StringWriter(folder, "text") as writer,
@@ -122,14 +123,21 @@ class PassageSource:
         return self._model.encode_windows(windows, bar)
 
 
-def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> int | None:
-    """Write the documents' own ids, unless they are 0..N-1; returns their bytes, None if not kept.
+class Pids(NamedTuple):
+    """The documents' own ids as written: bytes (None: they are 0..N-1) and a hash of them."""
+
+    num_bytes: int | None
+    fingerprint: str | None
+
+
+def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> Pids:
+    """Write the documents' own ids, unless they are 0..N-1.
 
     Raises:
       ValueError: another number of ids than documents, or an id twice.
     """
     if ids is None:
-        return None
+        return Pids(None, None)
     hashes: list[np.ndarray] = []
     count, trivial = 0, True
     with StringWriter(folder, "pid") as writer:
@@ -142,11 +150,12 @@ def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> i
             count += len(strings)
     if count != num_documents:
         raise ValueError(f"{count} ids were given for {num_documents} documents")
-    _refuse_duplicates(folder, np.concatenate(hashes))
+    every = np.concatenate(hashes)
+    _refuse_duplicates(folder, every)
     if trivial:
         delete_strings(folder, "pid")
-        return None
-    return writer.num_bytes
+        return Pids(None, None)
+    return Pids(writer.num_bytes, hashlib.sha256(every.tobytes()).hexdigest())
 
 
 def _refuse_duplicates(folder: Path, hashes: np.ndarray) -> None:

@@ -331,3 +331,68 @@ def test_float16_and_mapped_embeddings(tmp_path):
     other = Index.build(tmp_path / "j", **data)
     # The build rounds to float16 itself, as Stanford's does.
     assert contents(index.path) == contents(other.path)
+
+
+def test_killed_before_publishing_does_not_start_again(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Killed
+
+    path = tmp_path / "i"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fmt, "publish", fail)
+        Index.build(path, **ready())
+    with monkeypatch.context() as patch:
+        for name in ("_sample", "_train", "_compress", "_finish"):
+            patch.setattr(build, name, fail)
+        index = Index.build(path, **ready())
+    index.verify()
+    assert not (path / "build.json").exists()
+
+
+def test_other_ids_are_another_build(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fmt, "publish", fail)
+        Index.build(tmp_path / "i", **ready(), ids=[f"a{n}" for n in range(60)])
+    index = Index.build(tmp_path / "i", **ready(), ids=[f"doc{n}" for n in range(60)])
+    index.verify()
+    assert index.pids[59] == "doc59"
+
+
+def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):
+    """Four times the passages from a generator: peak memory of arrays stays within a half more.
+
+    What grows is about 60 bytes a document and 30 a sampled token, with tiny chunks here.
+    """
+    import tracemalloc
+
+    from colbert_jax.config import ColBERTConfig
+    from colbert_jax.embeddings import DocumentEmbeddings
+
+    class Encoder:
+        dim, config, load = 64, ColBERTConfig(), {"name_or_path": "none"}
+
+        def fingerprint(self):
+            return "0"
+
+        def encode_windows(self, windows, bar):
+            for window in windows:
+                rng = np.random.default_rng(len(window))
+                yield DocumentEmbeddings.from_lengths(
+                    unit_rows(rng, 20 * len(window), 64), [20] * len(window)
+                )
+
+    monkeypatch.setattr(sources, "_CHUNK_TOKENS", 1 << 12)
+    monkeypatch.setattr("colbert_jax.compression.kmeans._BLOCK", 1 << 12)
+    monkeypatch.setattr("colbert_jax.index.inverted._TOKENS", 1 << 12)
+    monkeypatch.setattr(build, "sample_size_for", lambda n: 500)
+    peaks = []
+    for n in (2000, 8000):
+        passages = (f"passage {i} " + "of some length " * 10 for i in range(n))
+        tracemalloc.start()
+        Index.build(tmp_path / str(n), Encoder(), passages, num_centroids=64)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks

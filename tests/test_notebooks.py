@@ -1,0 +1,110 @@
+"""The notebooks run from top to bottom on small data, and are committed without outputs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+PASSAGES = 60
+
+
+def execute(path: Path, folder: Path, **environment: str) -> dict:
+    """Run a notebook in `folder`; its code cells by their ids.
+
+    The kernel is the Python of the tests, whatever kernels are installed for whoever runs them.
+    """
+    reason = "running a notebook needs the extra 'notebook'"
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    nbformat = pytest.importorskip("nbformat", reason=reason)
+    kernelspec = pytest.importorskip("ipykernel.kernelspec", reason=reason)
+    pytest.importorskip("matplotlib", reason=reason)
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    kernelspec.write_kernel_spec(folder / "kernels" / "python3")  # starts sys.executable
+    manager = AsyncKernelManager(
+        kernel_name="python3",
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(folder / "kernels")]),
+        connection_file=str(folder / "connection.json"),
+    )
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "IPYTHONDIR": str(folder / "ipython"),  # without anybody's start-up files
+        "PIP_NO_INDEX": "1",  # an install would fail, not fetch
+    }
+    work = folder / "work"
+    work.mkdir()
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, km=manager, timeout=300, resources={"metadata": {"path": str(work)}}
+    )
+    client.execute(cleanup_kc=True, env=os.environ | settings | environment)
+    return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def printed(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+@pytest.fixture(scope="module")
+def retrieve(stanford_folder, tmp_path_factory) -> dict:
+    return execute(
+        NOTEBOOKS / "retrieve.ipynb",
+        tmp_path_factory.mktemp("retrieve"),
+        COLBERT_CHECKPOINT=str(stanford_folder),
+        COLBERT_PASSAGES=str(PASSAGES),
+    )
+
+
+def test_every_cell_of_retrieve_ran(retrieve):
+    for name, cell in retrieve.items():
+        assert cell.execution_count, f"cell {name} did not run"
+        assert all(output.output_type != "error" for output in cell.outputs), f"cell {name} failed"
+
+
+def test_retrieve_installs_nothing_where_the_library_is(retrieve):
+    assert retrieve["install"].outputs == []
+
+
+def test_retrieve_prints_three_results_of_each_question(retrieve):
+    assert f"{PASSAGES} passages" in printed(retrieve["collection"])
+    blocks = printed(retrieve["search"]).strip().split("\n\n")
+    assert len(blocks) == 4
+    for block in blocks:
+        results = re.findall(r"^ +(-?\d+\.\d\d)  (\S+)\n +(\S+)", block, re.MULTILINE)
+        scores = [float(score) for score, _, _ in results]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        for _, name, first_word in results:
+            assert first_word == f"{name}:"  # the id and the text of one passage
+
+
+def test_retrieve_compares_plaid_with_exact_search(retrieve):
+    assert printed(retrieve["speed"]).count("queries per second") == 2
+    share = re.match(r"(\d+\.\d)%", printed(retrieve["exact"]))
+    assert share is not None and 50 <= float(share[1]) <= 100
+
+
+def test_retrieve_draws_a_picture(retrieve):
+    shown = [output.get("data", {}) for output in retrieve["picture"].outputs]
+    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    assert len(pictures) == 1
+    assert base64.b64decode(pictures[0]).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_committed_notebook_is_clean(path):
+    notebook = json.loads(path.read_text("utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
