@@ -1,15 +1,20 @@
-"""Fixtures. Tests run on 8 simulated CPU devices; models use one of them unless a test asks."""
+"""Fixtures. Tests run on 8 simulated CPU devices; models use one of them unless a test asks.
+
+On a machine with an accelerator, `COLBERT_JAX_TEST_PLATFORM=cuda make test` (or `tpu`) runs them
+there; tests that need 8 devices skip where there are fewer.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("COLBERT_JAX_TEST_PLATFORM", "cpu"))
 
 import pytest  # noqa: E402
 
@@ -24,8 +29,6 @@ from colbert_jax import ColBERT, Index  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache():
     """Programs are kept between runs, here and in the processes that tests start."""
-    import os
-
     from colbert_jax.runtime import enable_compilation_cache
 
     folder = ROOT / ".cache" / "xla"
@@ -46,7 +49,14 @@ def plain_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model(stanford_folder) -> ColBERT:
     """A tiny Stanford checkpoint on one device."""
-    return ColBERT.from_pretrained(stanford_folder, devices=jax.devices()[:1])
+    return ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def eight_devices() -> list[jax.Device]:
+    if len(jax.devices()) < 8:
+        pytest.skip(f"needs 8 devices, {len(jax.devices())} are here")
+    return jax.devices()[:8]
 
 
 @pytest.fixture(scope="session")

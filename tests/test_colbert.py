@@ -17,8 +17,8 @@ def test_documents_do_not_depend_on_company_or_order(model, texts):
         np.testing.assert_allclose(shuffled[place], together[int(i)], atol=2e-6)
 
 
-def test_eight_devices_change_nothing(model, stanford_folder, texts):
-    many = ColBERT.from_pretrained(stanford_folder, devices=jax.devices())
+def test_eight_devices_change_nothing(model, stanford_folder, texts, eight_devices):
+    many = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=eight_devices)
     assert len(many.devices) == 8
     one, eight = model.encode_documents(texts), many.encode_documents(texts)
     assert (one.offsets == eight.offsets).all()
@@ -80,7 +80,7 @@ def test_a_long_document(model):
 
 def test_bfloat16_is_close(stanford_folder, texts):
     half = ColBERT.from_pretrained(stanford_folder, dtype="bfloat16", devices=jax.devices()[:1])
-    full = ColBERT.from_pretrained(stanford_folder, devices=jax.devices()[:1])
+    full = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
     a, b = half.encode_documents(texts), full.encode_documents(texts)
     assert a.values.dtype == np.float32
     assert (a.values * b.values).sum(axis=1).min() > 0.99

@@ -58,7 +58,8 @@ def torch_embeddings(folder: Path, ids, attended, kept, prefix: str):
 
 
 def check(folder: Path, texts: list[str], prefix: str, devices=None, **settings):
-    model = ColBERT.from_pretrained(folder, devices=devices or jax.devices()[:1], **settings)
+    settings |= dict(dtype="float32", devices=devices or jax.devices()[:1])
+    model = ColBERT.from_pretrained(folder, **settings)
     tokens = model.tokenizer.queries(texts)
     kept = [np.ones(len(row), bool) for row in tokens.ids]
     queries = model.encode_queries(texts)
@@ -109,7 +110,5 @@ def test_real_minilm(minilm_folder):
     check(minilm_folder, texts, "")
 
 
-def test_eight_devices(tmp_path):
-    folder = support.write_stanford(tmp_path / "c")
-    assert len(jax.devices()) == 8
-    check(folder, TEXTS, "bert.", devices=jax.devices())
+def test_eight_devices(tmp_path, eight_devices):
+    check(support.write_stanford(tmp_path / "c"), TEXTS, "bert.", devices=eight_devices)
