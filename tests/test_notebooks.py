@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,19 @@ def execute(path: Path, folder: Path, **environment: str) -> dict:
     reason = "running a notebook needs the extra 'notebook'"
     nbclient = pytest.importorskip("nbclient", reason=reason)
     nbformat = pytest.importorskip("nbformat", reason=reason)
-    kernelspec = pytest.importorskip("ipykernel.kernelspec", reason=reason)
-    pytest.importorskip("matplotlib", reason=reason)
+    # These two are for the kernel. Imported here, ipykernel would make this process pass for one.
+    if not all(map(importlib.util.find_spec, ("ipykernel", "matplotlib"))):
+        pytest.skip(reason)
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
-    kernelspec.write_kernel_spec(folder / "kernels" / "python3")  # starts sys.executable
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": command, "display_name": "tests", "language": "python"}
+    spec = folder / "kernels" / "tests" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps(kernel), "utf-8")
     manager = AsyncKernelManager(
-        kernel_name="python3",
+        kernel_name="tests",
         kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(folder / "kernels")]),
         connection_file=str(folder / "connection.json"),
     )
