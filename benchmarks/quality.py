@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from functools import partial
@@ -28,6 +29,8 @@ from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.search.arrays import Hits, RawArrays, concatenate_hits
 from colbert_jax.search.exact import exact_search
 
+_ALLOWED_LOSS = {2: 0.01, 4: 0.003}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -36,11 +39,14 @@ def main() -> None:
     parser.add_argument("--collections", default="cranfield,scifact,vaswani_npl")
     parser.add_argument("--nbits", default="2,4")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--check", action="store_true", help="fail where compression loses too much"
+    )
     parser.add_argument("--cache", type=Path, help="keep embeddings and indexes here")
     args = parser.parse_args()
     enable_compilation_cache()
     model = ColBERT.from_pretrained(args.checkpoint)
-    work = args.cache or Path(tempfile.mkdtemp())
+    work = (args.cache or Path(tempfile.mkdtemp())) / model.fingerprint()
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name in args.collections.split(","):
         results[name] = evaluate_collection(
@@ -50,11 +56,25 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.cache is None:
-        shutil.rmtree(work)
+        shutil.rmtree(work.parent)
     columns = list(next(iter(results.values())))
     print("\n| nDCG@10 | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
     for name, rows in results.items():
         print(f"| {name} | " + " | ".join(f"{rows[c]['nDCG@10']:.4f}" for c in columns) + " |")
+    if args.check:
+        sys.exit(check(results))
+
+
+def check(results: dict[str, dict[str, dict[str, float]]]) -> int:
+    """1 where PLAID loses more nDCG@10 against raw embeddings than `_ALLOWED_LOSS`, else 0."""
+    status = 0
+    for name, rows in results.items():
+        for nbits, allowed in _ALLOWED_LOSS.items():
+            loss = rows["exact, raw"]["nDCG@10"] - rows[f"PLAID, {nbits} bits"]["nDCG@10"]
+            if loss > allowed:
+                print(f"{name}: {nbits} bits lose {loss:.4f}, allowed {allowed}")
+                status = 1
+    return status
 
 
 def evaluate_collection(
@@ -74,7 +94,9 @@ def evaluate_collection(
         documents = DocumentEmbeddings(**np.load(file))
     else:
         documents = model.encode_documents(texts, progress=True)
-        np.savez(file, values=documents.values, offsets=documents.offsets)
+        partial_file = work / "partial.npz"
+        np.savez(partial_file, values=documents.values, offsets=documents.offsets)
+        partial_file.rename(file)
     encoded = model.encode_queries(list(queries.values()))
     raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
     out = {}

@@ -19,7 +19,7 @@ from colbert_jax.evaluation import (
     read_queries,
     write_run,
 )
-from colbert_jax.evaluation.metrics import DEPTH
+from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.progress import progress_bar
@@ -32,7 +32,10 @@ _BATCH = 32  # queries searched in one call
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 for an error of the user's making."""
     args = _parser().parse_args(arguments)
-    enable_compilation_cache()
+    try:
+        enable_compilation_cache()
+    except OSError as error:
+        print(f"colbert-jax: compiled programs are not kept: {error}", file=sys.stderr)
     try:
         args.run(args)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -54,7 +57,7 @@ def index(args: argparse.Namespace) -> None:
     path = Path(args.index)
     if path.exists() and not args.overwrite:
         raise FileExistsError(f"{path}: exists; pass --overwrite to replace it")
-    settings = {"doc_maxlen": args.doc_maxlen} if args.doc_maxlen else {}
+    settings = {} if args.doc_maxlen is None else {"doc_maxlen": args.doc_maxlen}
     model = ColBERT.from_pretrained(args.checkpoint, dim=args.dim, **settings)
     built = Index.build(
         path,
@@ -73,7 +76,10 @@ def index(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace) -> None:
     if bool(args.query) == bool(args.queries):
         raise ValueError("give queries on the command line or --queries FILE, one of the two")
-    queries = read_queries(args.queries) if args.queries else {q: q for q in args.query}
+    if args.queries:
+        queries = read_queries(args.queries)
+    else:
+        queries = {f"q{n}": text for n, text in enumerate(args.query, 1)}
     opened = Index.open(args.index)
     hits = _search(opened, list(queries.values()), args.k, args)
     if args.output:
@@ -96,10 +102,18 @@ def rank(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    qrels = read_qrels(args.qrels)
-    queries = {qid: text for qid, text in read_queries(args.queries).items() if qid in qrels}
+    require_ir_measures()
+    given, judged = read_queries(args.queries), read_qrels(args.qrels)
+    queries = {qid: text for qid, text in given.items() if qid in judged}
     if not queries:
         raise ValueError(f"no query of {args.queries} has a judgement in {args.qrels}")
+    qrels = {qid: judged[qid] for qid in queries}
+    for name, number in (
+        ("without a judgement", len(given)),
+        ("judged but not given", len(judged)),
+    ):
+        if number > len(queries):
+            print(f"{number - len(queries)} queries {name}: left out", file=sys.stderr)
     opened = Index.open(args.index)
     hits = _search(opened, list(queries.values()), DEPTH, args)
     ranking = {
@@ -184,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     def command(run, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=summary, description=summary)
         sub.set_defaults(run=run)
+        sub.add_argument(
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show where an error comes from",
+        )
         return sub
 
     sub = command(index, "index a collection of passages")

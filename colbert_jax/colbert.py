@@ -17,13 +17,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from colbert_jax import runtime
-from colbert_jax.batching import ladder_length, pad_rows, plan_batches
+from colbert_jax.batching import ladder_length, next_power_of_two, pad_rows, plan_batches
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint
-from colbert_jax.config import ColBERTConfig
+from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.models.colbert import TokenEncoder
 from colbert_jax.progress import progress_bar
-from colbert_jax.search.arrays import Hits, RawArrays
+from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from colbert_jax.index import Index
 
 _TOKENS_PER_DEVICE = {"cpu": 1 << 11}  # of one batch: cache-sized; accelerators take 1 << 16
+_DOCUMENT_SETTINGS = ("doc_maxlen", "doc_token_id", "mask_punctuation")
 _WINDOW = 2048  # documents tokenised, sorted and batched together
 
 
@@ -148,16 +149,16 @@ class ColBERT:
         Raises:
           FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
+        names = {f.name for f in dataclasses.fields(TextConfig)}
+        unknown = sorted(text_settings.keys() - names)
+        if unknown:
+            raise TypeError(
+                f"from_pretrained has no setting {', '.join(unknown)}; text settings are "
+                f"{', '.join(sorted(names))}"
+            )
         folder = hub.resolve(name_or_path, revision=revision, token=token)
         checkpoint = read_checkpoint(folder, dim=dim, seed=seed)
         if text_settings:
-            names = {f.name for f in dataclasses.fields(checkpoint.config.text)}
-            unknown = sorted(text_settings.keys() - names)
-            if unknown:
-                raise TypeError(
-                    f"from_pretrained has no setting {', '.join(unknown)}; text settings are "
-                    f"{', '.join(sorted(names))}"
-                )
             text = dataclasses.replace(checkpoint.config.text, **text_settings)
             config = dataclasses.replace(checkpoint.config, text=text)
             checkpoint = dataclasses.replace(checkpoint, config=config)
@@ -203,8 +204,9 @@ class ColBERT:
             ) from None
         if loaded.fingerprint() != model["fingerprint"]:
             raise ValueError(
-                f"{load['name_or_path']}: not the checkpoint that {index.path} was built with "
-                f"(fingerprint {loaded.fingerprint()}, not {model['fingerprint']})"
+                f"{load['name_or_path']}: not the checkpoint, or not the document settings, that "
+                f"{index.path} was built with (fingerprint {loaded.fingerprint()}, not "
+                f"{model['fingerprint']})"
             )
         return loaded
 
@@ -261,7 +263,14 @@ class ColBERT:
                 rows = self._encode(token_ids, self.tokenizer.kept, bar)
                 yield DocumentEmbeddings.from_list(rows, self.dim)
 
-    def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        k: int | None = None,
+        *,
+        progress: bool | None = False,
+    ) -> Hits:
         """Order documents by their exact score, without an index.
 
         Returns:
@@ -269,11 +278,16 @@ class ColBERT:
         """
         if not isinstance(query, str):
             raise TypeError(f"rank takes one query string, got {type(query).__name__}")
-        encoded = self.encode_documents(as_texts(documents, "document"))
+        k = None if k is None else check_k(k)
+        encoded = self.encode_documents(as_texts(documents, "document"), progress=progress)
         count = int((encoded.lengths > 0).sum())
         if count == 0:
             return Hits(np.zeros(0, np.int32), np.zeros(0, np.float32))
-        arrays = RawArrays(jnp.asarray(encoded.values), jnp.asarray(encoded.offsets, jnp.int32))
+        # Powers of two of tokens and documents, so that calls of any size share a few programs.
+        tokens, n = len(encoded.values), len(encoded)
+        values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
+        offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
+        arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
         k = count if k is None else min(k, count)
         hits = exact_search(arrays, encoded.lengths, self.encode_queries([query]), k)
         return Hits(hits.ids[0], hits.scores[0])
@@ -291,8 +305,9 @@ class ColBERT:
         It covers the first values of every tensor, so it tells checkpoints apart without reading
         all of them. How queries are made is left out: an index does not depend on it.
         """
-        text = {k: v for k, v in vars(self.config.text).items() if "query" not in k}
-        digest = hashlib.sha256(json.dumps([text, dataclasses.asdict(self._backbone)]).encode())
+        text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
+        known = [text, dataclasses.asdict(self._backbone), self.tokenizer.fingerprint]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for path, value in nnx.to_flat_state(self.params):
             array = value[...]
             digest.update(f"{path}{array.shape}".encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 import sys
 import sysconfig
 import time
@@ -30,6 +29,7 @@ _SKIPPED = {
     "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
     "test", "this", "tkinter", "turtle", "turtledemo",
 }  # fmt: skip
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _WORDS = 60  # of a docstring
 
 
@@ -40,12 +40,13 @@ def run_demo(folder: Path, checkpoint: str | None = None, k: int = 3) -> None:
       FileNotFoundError: no checkpoint given and the model package is not installed.
     """
     start = time.perf_counter()
-    model = ColBERT.from_pretrained(checkpoint or packaged_model())
     path = folder / "standard_library.index"
     if path.exists():
         index = Index.open(path)
+        model = ColBERT.for_index(index, checkpoint)
         print(f"Index of {len(index)} passages is there: {path}")
     else:
+        model = ColBERT.from_pretrained(checkpoint or packaged_model())
         passages = standard_library_passages()
         print(f"Indexing {len(passages)} passages of the Python standard library's documentation")
         index = Index.build(path, model, passages.values(), ids=passages, nbits=2)
@@ -114,14 +115,12 @@ def _passages(library: Path) -> Iterator[tuple[str, str]]:
                 yield from _docstrings(tree, name)
 
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented):
-        words = inspect.cleandoc(ast.get_docstring(node) or "").split()
-        if len(words) >= 6:
-            yield name, f"{name}: {' '.join(words[:_WORDS])}"
+def _docstrings(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
+    words = (ast.get_docstring(node) or "").split()
+    if len(words) >= 6:
+        yield name, f"{name}: {' '.join(words[:_WORDS])}"
     if isinstance(node, (ast.Module, ast.ClassDef)):
         for child in node.body:
-            child_name = getattr(child, "name", "_")
-            if not child_name.startswith("_"):
-                yield from _docstrings(child, f"{name}.{child_name}")
+            definition = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if definition and not child.name.startswith("_"):
+                yield from _docstrings(child, f"{name}.{child.name}")

@@ -21,7 +21,12 @@ class DocumentEmbeddings:
     @classmethod
     def from_lengths(cls, values: np.ndarray, lengths: Iterable[int]) -> DocumentEmbeddings:
         """From flat values [T, D] and the documents' lengths [N], which must add up to T."""
-        return cls(values, offsets_from_lengths(np.asarray(lengths)))
+        offsets = offsets_from_lengths(np.asarray(lengths))
+        if offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+            raise ValueError(
+                f"lengths must be >= 0 and add up to {len(values)}, the rows of values"
+            )
+        return cls(values, offsets)
 
     @classmethod
     def from_list(cls, rows: list[np.ndarray], dim: int) -> DocumentEmbeddings:
@@ -46,7 +51,10 @@ class DocumentEmbeddings:
 
     def padded(self, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """[N, Ld, D] with zeros behind each document, and the mask bool[N, Ld] of its tokens."""
-        length = int(self.lengths.max(initial=0)) if length is None else length
+        longest = int(self.lengths.max(initial=0))
+        length = longest if length is None else length
+        if length < longest:
+            raise ValueError(f"the longest document has {longest} tokens, more than {length}")
         mask = np.arange(length) < self.lengths[:, None]
         block = np.zeros((len(self), length, self.values.shape[1]), self.values.dtype)
         block[mask] = self.values

@@ -7,6 +7,7 @@ Rows stay ragged here: padding to a static shape is `batching`'s business.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ import numpy as np
 import tokenizers
 
 from colbert_jax.config import TextConfig
+from colbert_jax.files import read_json
 
 _FILES = ("tokenizer.json", "vocab.txt")
+_OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
 
 
 class TokenIds(NamedTuple):
@@ -54,7 +57,12 @@ class TextTokenizer:
           config: lengths, markers, expansion.
         """
         self.config = config
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        # Tells vocabularies apart.
+        self.fingerprint = hashlib.sha256(
+            json.dumps(sorted(vocabulary.items())).encode()
+        ).hexdigest()
         self.special = SpecialTokens(
             pad=_token_id(tokenizer, names["pad_token"], "pad_token"),
             mask=_token_id(tokenizer, names["mask_token"], "mask_token"),
@@ -64,6 +72,8 @@ class TextTokenizer:
         # Two copies, since truncation is a state of the tokenizer. A marker takes one place.
         self._query = _truncating(tokenizer, config.query_maxlen, self.special.query_marker)
         self._doc = _truncating(tokenizer, config.doc_maxlen, self.special.doc_marker)
+        if len(self._doc.encode("").ids) != 2:
+            raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] behind it")
         # [V] True where a document's token is dropped from the output.
         self.skiplist = np.zeros(self.vocab_size, bool)
         self.skiplist[self.special.pad] = True
@@ -197,12 +207,18 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         if file.is_file():
-            settings |= json.loads(file.read_text("utf-8"))
+            fields = read_json(file)
+            if not isinstance(fields, dict):
+                raise ValueError(f"{file}: expected a JSON object")
+            settings |= fields
     names = {"pad_token": "[PAD]", "mask_token": "[MASK]"}
     for key in names:
         value = settings.get(key)
-        if value is not None:  # a string, or an added token written out as an object
-            names[key] = value["content"] if isinstance(value, dict) else value
+        if isinstance(value, dict):  # an added token written out as an object
+            value = value.get("content")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{folder}: {key} of the tokenizer must be a string, got {value!r}")
+        names[key] = value or names[key]
     file = folder / "tokenizer.json"
     try:
         if file.is_file():
@@ -218,12 +234,13 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
 
 
 def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
+    if not any((folder / name).is_file() for name in _OTHER_FILES):
+        raise ValueError(f"{folder}: no tokenizer: neither {' nor '.join(_FILES)} is there")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
     except Exception as error:
         raise ValueError(
-            f"{folder}: no tokenizer: neither {' nor '.join(_FILES)} is there, and transformers "
-            f"found none either ({error})"
+            f"{folder}: transformers could not read the tokenizer files that are there: {error}"
         ) from error

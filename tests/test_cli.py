@@ -80,6 +80,12 @@ def test_evaluate(capsys, built, files, texts):
     assert values["Success@5"] == pytest.approx(sum(p < 5 for p in place) / 12)
     assert values["Recall@100"] == pytest.approx(sum(p < 100 for p in place) / 12)
     assert values["MRR@10"] == pytest.approx(sum(1 / (p + 1) for p in place if p < 10) / 12)
+    short = files / "some.tsv"
+    short.write_text("".join(files.joinpath("queries.tsv").read_text().splitlines(True)[:3]))
+    main(["evaluate", str(built), "--queries", str(short), "--qrels", str(judged[-1]), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["queries"] == 3
+    assert "9 queries judged but not given: left out" in captured.err
     out = run(capsys, "evaluate", built, *judged)
     assert "PLAID" in out and all(f"\n{m} " in out for m in ("nDCG@10", "MRR@10", "Recall@100"))
 
@@ -121,7 +127,19 @@ def test_errors(capsys, built, files, tmp_path, stanford_folder):
 def test_wrong_checkpoint_for_the_index(capsys, built, tmp_path):
     other = support.write_stanford(tmp_path / "other", seed=5)
     message = fails(capsys, "search", built, "heat", "--checkpoint", other)
-    assert "not the checkpoint that" in message
+    assert "not the checkpoint, or" in message
+
+
+def test_traceback_on_request(built):
+    with pytest.raises(ValueError, match="one of the two"):
+        main(["search", str(built), "--traceback"])
+
+
+def test_compiled_programs_may_have_no_place(capsys, built, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert main(["info", str(built)]) == 0
+    assert "compiled programs are not kept" in capsys.readouterr().err
 
 
 def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):

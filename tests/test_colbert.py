@@ -62,6 +62,22 @@ def test_rank_is_maxsim(model, texts):
     assert model.rank("running cats", texts, k=3).ids.tolist() == hits.ids[:3].tolist()
 
 
+@pytest.mark.parametrize("k", [0, -1, "3", True])
+def test_rank_checks_k(model, k):
+    with pytest.raises(ValueError, match="k must be a whole number >= 1"):
+        model.rank("heat", ["a"], k=k)
+
+
+def test_rank_compiles_once_for_like_sizes(model, texts):
+    from colbert_jax.search import exact
+
+    model.rank("heat", texts[:20], k=3)
+    before = exact._merge._cache_size()
+    for start in range(1, 6):
+        model.rank("heat", texts[start : start + 20], k=3)
+    assert exact._merge._cache_size() <= before + 2
+
+
 def test_rank_breaks_ties_by_position(model):
     assert model.rank("heat", ["the dog", "heat flow", "the dog"]).ids.tolist()[1:] == [0, 2]
 
@@ -148,7 +164,7 @@ def test_hub_unreachable_names_the_alternative(monkeypatch, tmp_path):
 
 
 def test_model_fingerprint_ignores_query_settings(stanford_folder, model):
-    longer = ColBERT.from_pretrained(stanford_folder, query_maxlen=20)
+    longer = ColBERT.from_pretrained(stanford_folder, query_maxlen=20, attend_to_mask_tokens=True)
     assert longer.fingerprint() == model.fingerprint()
     shorter = ColBERT.from_pretrained(stanford_folder, doc_maxlen=20)
     assert shorter.fingerprint() != model.fingerprint()

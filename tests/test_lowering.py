@@ -23,14 +23,6 @@ def programs(index):
     arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.arrays)
     queries = shaped(4, 16, 16)
     settings = SearchConfig().resolve(10)
-    search = partial(
-        plaid.search_one,
-        threshold=0.5,
-        ncells=settings.ncells,
-        ndocs=settings.ndocs,
-        k=10,
-        capacity=plaid.Capacity(1024, 48),
-    )
     codec_shapes = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.codec)
     return {
         "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, 16), shaped(9, 20, dtype=bool)),
@@ -39,10 +31,15 @@ def programs(index):
             partial(maxsim_ragged, length=32),
             *(queries, shaped(99, 16), shaped(8, dtype=I32), shaped(4, 5, dtype=I32)),
         ),
-        "plaid": (lambda a, q: jax.vmap(partial(search, a))(q), arrays, queries),
+        "plaid": (
+            lambda a, q: plaid._search_batch(
+                a, q, 0.5, settings.ncells, settings.ndocs, 10, plaid.Capacity(1024, 48)
+            ),
+            *(arrays, queries),
+        ),
         "exact": (
-            partial(exact.score_documents, length=48),
-            *(arrays, queries, shaped(64, dtype=I32)),
+            partial(exact._merge, length=48),
+            *(arrays, queries, shaped(64, dtype=I32), shaped(4, 16), shaped(4, 16, dtype=I32)),
         ),
         "k-means": (
             kmeans._accumulate,

@@ -57,6 +57,10 @@ def test_snippets(elsewhere, capsys):
     assert "[CLS]" in capsys.readouterr().out
 
 
+def test_no_figure_is_missing():
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`", "", README))
+
+
 def test_links_point_to_files():
     for name in re.findall(r"`((?:notebooks|benchmarks|colbert_jax|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

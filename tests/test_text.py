@@ -38,9 +38,9 @@ def test_golden_queries(bert, query, ids):
 
 
 def test_golden_document(bert):
-    """The start that the original's tests give: [CLS] [D] the search of seeds ..."""
-    ids = bert.documents(["The search of seed"]).ids[0].tolist()
-    assert ids[:2] == [101, 2] and ids[-1] == 102 and ids[2] == 1996
+    """The start of document 0 of the original's tests, and the full stop and [SEP] of its end."""
+    ids = bert.documents(["The presence of communication."]).ids[0].tolist()
+    assert ids == [101, 2, 1996, 3739, 1997, 4807, 1012, 102]
 
 
 def test_golden_skiplist(bert):
@@ -122,6 +122,21 @@ def test_special_tokens_written_as_objects(plain_folder, tmp_path):
     assert tokenizer.special.mask == support.vocabulary().index("[unused1]")
     unknown = support.vocabulary().index("[UNK]")
     assert unknown in tokenizer.documents(["HEAT"]).ids[0]
+
+
+def test_tokenizer_without_cls_and_sep_is_refused(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    bare = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt")).to_str()
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(bare) | {"post_processor": None}))
+    with pytest.raises(ValueError, match=r"does not put \[CLS\] before a text"):
+        TextTokenizer.from_folder(folder, TextConfig())
+
+
+def test_no_tokenizer_is_said(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer: neither tokenizer\.json nor vocab\.txt"):
+        TextTokenizer.from_folder(folder, TextConfig())
 
 
 def test_damaged_tokenizer_names_the_file(plain_folder, tmp_path):

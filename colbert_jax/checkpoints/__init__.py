@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from colbert_jax.checkpoints import huggingface, stanford
-from colbert_jax.checkpoints.common import Checkpoint, read_json
+from colbert_jax.checkpoints.common import Checkpoint
+from colbert_jax.files import read_json
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from colbert_jax.config import BertConfig, ColBERTConfig
+from colbert_jax.files import read_json
 from colbert_jax.models.bert import activation
 from colbert_jax.models.colbert import TokenEncoder
 
@@ -35,16 +35,6 @@ class Checkpoint:
     backbone: BertConfig
     config: ColBERTConfig
     params: dict
-
-
-def read_json(file: Path) -> Any:
-    """Parse a JSON file; the error names the file and the place."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
 
 
 def read_backbone_config(folder: Path) -> BertConfig:
@@ -94,7 +84,10 @@ class Tensors:
                 f"{self.file}: tensor {name!r} has shape {list(self.shape(name))}, "
                 f"config.json asks for {list(shape)}"
             )
-        return self._open.get_tensor(self._names[name]).astype(np.float32)
+        array = self._open.get_tensor(self._names[name]).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{self.file}: tensor {name!r} holds NaN or infinite values")
+        return array
 
 
 def _modern(name: str) -> str:

@@ -11,18 +11,23 @@ from colbert_jax.checkpoints.common import (
     Tensors,
     fill_params,
     read_backbone_config,
-    read_json,
     refuse_unknown,
 )
 from colbert_jax.checkpoints.huggingface import IGNORED, bert_names, find_prefix
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+from colbert_jax.files import read_json
 
 METADATA = "artifact.metadata"
 PROJECTION = "linear.weight"
 
 # Settings that would change the numbers and that this library does not have, with the one value
 # that means "not used".
-_UNSUPPORTED = {"interaction": "colbert", "pool_factor": 1, "protected_tokens": 0}
+_UNSUPPORTED = {
+    "interaction": "colbert",
+    "pool_factor": 1,
+    "protected_tokens": 0,
+    "reranker": False,
+}
 
 
 def detect(folder: Path) -> bool:

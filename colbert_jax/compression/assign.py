@@ -49,7 +49,7 @@ def nearest(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Arr
 
 def nearest_blocks(points: np.ndarray, centroids: jax.Array, block: int = 1 << 16) -> np.ndarray:
     """The centroid with the largest dot product, for any number of points, a block at a time."""
-    bias = jnp.zeros(centroids.shape[0])
+    bias = jnp.zeros(centroids.shape[0], jnp.float32)
     codes = np.empty(len(points), np.int32)
     for start in range(0, len(points), block):
         chunk = points[start : start + block]

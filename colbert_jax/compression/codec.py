@@ -89,7 +89,7 @@ def compress(codec: ResidualCodec, values: np.ndarray) -> tuple[np.ndarray, np.n
 @jax.jit
 def _compress_block(codec: ResidualCodec, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     values = values.astype(jnp.float32)
-    codes = nearest(values, codec.centroids, jnp.zeros(codec.centroids.shape[0]))
+    codes = nearest(values, codec.centroids, jnp.zeros(codec.centroids.shape[0], jnp.float32))
     residuals = values - codec.centroids[codes]
     # A value equal to a cutoff stays below it. Comparing with all is fastest for few cutoffs.
     method = "compare_all" if codec.nbits <= 4 else "scan"

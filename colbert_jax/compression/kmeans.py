@@ -79,7 +79,7 @@ def train_kmeans(
     ) as bar:
         for _ in range(iterations):
             sums = jnp.zeros_like(centroids)
-            counts = jnp.zeros(num_centroids)
+            counts = jnp.zeros(num_centroids, jnp.float32)
             bias = -0.5 * (centroids**2).sum(axis=1)
             for start in blocks:
                 stop = min(start + _BLOCK, n)

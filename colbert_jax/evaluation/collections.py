@@ -22,9 +22,13 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
       ValueError: a line that can't be read, with its number; an empty collection.
     """
     path = Path(path)
-    readers = {".tsv": _tsv, ".jsonl": _jsonl, ".json": _jsonl}
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: a collection's name ends in one of {', '.join(filter(None, _READERS))}"
+        )
     empty = True
-    for passage in readers.get(path.suffix.lower(), _plain)(path):
+    for passage in reader(path):
         empty = False
         yield passage
     if empty:
@@ -97,12 +101,15 @@ def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
                 f"{path}, line {number}: expected an id ({', '.join(_ID_KEYS)}) and a text "
                 f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(record) or 'none'}"
             )
-        yield str(pid), _join(record.get("title") or "", text)
+        yield str(pid), _join(str(record.get("title") or ""), text)
 
 
 def _plain(path: Path) -> Iterator[tuple[str, str]]:
     for number, (_, line) in enumerate(_lines(path)):
         yield str(number), line
+
+
+_READERS = {".tsv": _tsv, ".jsonl": _jsonl, ".txt": _plain, "": _plain}
 
 
 def _join(title: str, text: str) -> str:

@@ -14,6 +14,17 @@ MEASURES = {
 DEPTH = 100
 
 
+def require_ir_measures():
+    """The module that measures. Raises ImportError naming the extra where it is missing."""
+    try:
+        import ir_measures
+    except ImportError as error:
+        raise ImportError(
+            'evaluation needs ir-measures: pip install "colbert-jax[eval]"'
+        ) from error
+    return ir_measures
+
+
 def evaluate_ranking(
     ranking: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[str, float]:
@@ -27,12 +38,7 @@ def evaluate_ranking(
       ImportError: ir-measures is not installed.
       ValueError: no judged query is in the ranking.
     """
-    try:
-        import ir_measures
-    except ImportError as error:
-        raise ImportError(
-            'evaluation needs ir-measures: pip install "colbert-jax[eval]"'
-        ) from error
+    ir_measures = require_ir_measures()
     if not ranking.keys() & qrels.keys():
         raise ValueError(
             "none of the queries has a judgement: do the ids of queries and qrels match?"

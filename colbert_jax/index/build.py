@@ -22,8 +22,9 @@ import numpy as np
 from colbert_jax.compression.codec import ResidualCodec, check_packable, compress, train_codec
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.config import IndexConfig
-from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
+from colbert_jax.index import sources
 from colbert_jax.index.inverted import write_inverted_lists
 from colbert_jax.index.sources import PassageSource, Source, write_pids
 from colbert_jax.progress import progress_bar
@@ -59,18 +60,14 @@ def build_index(
       RuntimeError: another process builds there.
       ValueError, TypeError: bad input, see the sources.
     """
-    fmt.recover(path)
-    if path.exists():
-        is_index = (path / fmt.METADATA).is_file()
-        if not is_index and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path}: exists and is not an index; choose another path")
-        if is_index and not overwrite:
-            raise FileExistsError(f"{path}: an index is there; pass overwrite=True to replace it")
+    _check_free(path, overwrite)
     building = fmt.building_folder(path)
     building.mkdir(parents=True, exist_ok=True)
     with _locked(building):
+        fmt.recover(path)
         state = _State(building)
         try:
+            _check_free(path, overwrite)  # another process may have published since
             source = make_source(building)
             check_packable(source.dim, config.nbits)
             pids = write_pids(building, ids, source.num_documents)
@@ -83,6 +80,7 @@ def build_index(
             "content": source.fingerprint,
             "pids": pids.fingerprint,
             "store_texts": store_texts,
+            "chunk_tokens": sources.CHUNK_TOKENS,
             "dim": source.dim,
             "settings": dataclasses.asdict(config),
             "model": model,
@@ -100,6 +98,16 @@ def build_index(
         _tidy(building)
         fmt.publish(building, path)
     (path / _STATE).unlink(missing_ok=True)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    is_index = (path / fmt.METADATA).is_file()
+    if not is_index and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path}: exists and is not an index; choose another path")
+    if is_index and not overwrite:
+        raise FileExistsError(f"{path}: an index is there; pass overwrite=True to replace it")
 
 
 class _State:
@@ -150,11 +158,17 @@ def _sample(
     ):
         bar.update(documents)
         for encoded in source.encode(_rest(source.chunks(ids), documents), bar):
+            _check_finite(encoded)
             values.append(encoded.values.astype(np.float16))
             lengths.append(encoded.lengths)
             values.sync()
             lengths.sync()
             state.update(sample_documents=lengths.rows, sample_tokens=values.rows)
+
+
+def _check_finite(encoded: DocumentEmbeddings) -> None:
+    if not np.isfinite(encoded.values).all():
+        raise ValueError("the model returned NaN or infinite token embeddings: check its weights")
 
 
 def _rest(chunks: list[np.ndarray], done: int) -> list[np.ndarray]:
@@ -226,6 +240,7 @@ def _compress(
     ):
         bar.update(documents)
         for chunk, new in zip(chunks, source.encode(fresh, _Silent()), strict=True):
+            _check_finite(new)
             rows = iter(new)
             values = [sample[i] if i in sample else next(rows) for i in chunk]
             packed = compress(codec, np.concatenate(values).astype(np.float16))

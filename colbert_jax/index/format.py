@@ -21,6 +21,7 @@ import json
 import operator
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,75 +67,105 @@ def open_array(folder: Path, name: str, dtype: type, shape: tuple[int, ...]) -> 
     try:
         # An empty file can't be mapped; every other array stays on disk.
         array = np.load(file, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
+        size = file.stat().st_size
     except FileNotFoundError:
         raise IndexFormatError(
             f"{file}: missing; the index is incomplete: build it again"
         ) from None
-    except (ValueError, EOFError, OSError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged header fails in numpy's parser in many ways
         raise IndexFormatError(f"{file}: damaged or truncated: {error}") from None
     if array.dtype != dtype or array.shape != shape:
         raise IndexFormatError(
             f"{file}: holds {array.dtype} {list(array.shape)}, but {METADATA} promises "
             f"{np.dtype(dtype)} {list(shape)}"
         )
-    if file.stat().st_size < array.nbytes:
+    if size < array.nbytes:
         raise IndexFormatError(f"{file}: truncated")
     return array
 
 
+_FIELDS: dict[str, Any] = {
+    "build": str,
+    "num_documents": int,
+    "num_empty_documents": int,
+    "num_tokens": int,
+    "num_centroids": int,
+    "num_list_entries": int,
+    "dim": int,
+    "nbits": int,
+    "settings": dict,
+    "model": (dict, type(None)),
+    "text_columns": list,
+    "checksums": dict,
+}
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a finished index.
+    """The metadata of the index in a folder, its fields checked.
 
     Raises:
       FileNotFoundError: no index there; says so where an unfinished build is.
       IndexFormatError: not an index this version reads.
     """
-    recover(folder)
     file = folder / METADATA
-    if not file.is_file():
-        if building_folder(folder).is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no index yet, only an unfinished build: run it again to resume"
-            )
-        raise FileNotFoundError(f"{folder}: no index there ({METADATA} is missing)")
     try:
         metadata = json.loads(file.read_text("utf-8"))
         version = metadata["format_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        if building_folder(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no index yet, only an unfinished build: run it again to resume"
+            ) from None
+        raise FileNotFoundError(f"{folder}: no index there ({METADATA} is missing)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(f"{file}: damaged: {error!r}") from None
     if version != FORMAT_VERSION:
         raise IndexFormatError(
             f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
         )
+    fields = dict(_FIELDS)
+    columns = metadata.get("text_columns")
+    if isinstance(columns, list):
+        fields |= {f"num_{column}_bytes": int for column in columns}
+    for name, kind in fields.items():
+        if not isinstance(metadata.get(name, ...), kind):
+            raise IndexFormatError(f"{file}: field {name!r} is missing or damaged")
     return metadata
 
 
-def open_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata and all arrays of a finished index, checked for size, dtype and consistent offsets.
+def open_arrays(path: Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
+    """Folder, metadata and all arrays of an index, checked for size, dtype and consistent offsets.
 
-    A build that replaces the index while it is being opened is noticed, and the new one is read.
+    A build that replaces the index while it is being opened is noticed: the old index or the new
+    one is read, never a mixture. Opening changes nothing on disk.
     """
-    for _ in range(3):
-        metadata = read_metadata(folder)
+    problem: Exception = IndexFormatError(f"{path}: replaced while it was being opened")
+    for _ in range(20):
+        folder = _locate(path)
         try:
+            metadata = read_metadata(folder)
             specs = array_specs(metadata)
-        except (KeyError, TypeError) as error:
-            raise IndexFormatError(
-                f"{folder / METADATA}: field missing or damaged: {error}"
-            ) from None
-        try:
             arrays = {name: open_array(folder, name, *spec) for name, spec in specs.items()}
-        except (IndexFormatError, FileNotFoundError):
             if read_metadata(folder)["build"] == metadata["build"]:
-                raise
-            continue
-        if read_metadata(folder)["build"] == metadata["build"]:
-            break
+                break
+        except (IndexFormatError, FileNotFoundError) as error:
+            problem = error  # for good, unless a build is just being published
+        time.sleep(0.01)
+    else:
+        raise problem
     for name, total in (("offsets", "num_tokens"), ("list_offsets", "num_list_entries")):
         offsets = arrays[name]
         if offsets[0] != 0 or offsets[-1] != metadata[total] or (np.diff(offsets) < 0).any():
             raise IndexFormatError(f"{folder / name}.npy: damaged: not ascending from 0 to {total}")
-    return metadata, arrays
+    return folder, metadata, arrays
+
+
+def _locate(path: Path) -> Path:
+    """The index's folder: `path`, or where an interrupted `publish` has left the former index."""
+    aside = previous_folder(path)
+    return aside if not path.exists() and (aside / METADATA).is_file() else path
 
 
 def checksum(file: Path) -> int:
@@ -151,13 +182,19 @@ def building_folder(path: Path) -> Path:
     return path.with_name(path.name + _BUILDING)
 
 
+def previous_folder(path: Path) -> Path:
+    """Where the former index is while a new one takes its place."""
+    return path.with_name(path.name + _PREVIOUS)
+
+
 def publish(building: Path, path: Path) -> None:
     """Make a finished folder the index at `path`, in place of the one that is there.
 
-    A reader sees the old index or the new one. A kill between the two renames leaves the old one
-    under another name, from where `recover` brings it back.
+    Readers find the old index or the new one at every moment (`open_arrays`). A kill between the
+    two renames leaves the old one aside, where readers look too and `recover` brings it back.
+    Only the process that holds the building folder may call this.
     """
-    previous = path.with_name(path.name + _PREVIOUS)
+    previous = previous_folder(path)
     sync_folder(building)
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -168,8 +205,8 @@ def publish(building: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring back the index that an interrupted `publish` had moved aside."""
-    previous = path.with_name(path.name + _PREVIOUS)
+    """Bring back the index that an interrupted `publish` had moved aside; for builders only."""
+    previous = previous_folder(path)
     if not path.exists() and (previous / METADATA).is_file():
         os.rename(previous, path)
 
@@ -219,7 +256,9 @@ class ArrayWriter:
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
         if rows and (not file.is_file() or file.stat().st_size < size):
-            raise IndexFormatError(f"{file}: shorter than its build committed")
+            raise IndexFormatError(
+                f"{file}: shorter than its build committed; delete {file.parent} and build again"
+            )
         self._stream = file.open("r+b" if rows else "w+b")
         self._stream.write(header)
         self._stream.truncate(size)
@@ -293,18 +332,42 @@ def delete_strings(folder: Path, column: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-class Strings:
-    """A column of strings on disk: `strings[i]`, or a slice of them."""
+class Column:
+    """A column of strings by position: `column[i]`; a list for a slice or an array of positions."""
 
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
-        self._data, self._offsets = data, offsets
+    def __init__(self, n: int):
+        self._n = n
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._n
 
-    def __getitem__(self, i: int) -> str:
-        i = range(len(self))[i]
-        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self.one(j) for j in range(self._n)[i]]
+        if np.ndim(i):
+            return [self[j] for j in i]
+        return self.one(range(self._n)[i])
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        return map(self.one, range(self._n))
+
+    def one(self, i: int) -> str:
+        raise NotImplementedError
+
+
+class Positions(Column):
+    """The ids of a collection without ids of its own: "0", "1", ..."""
+
+    def one(self, i: int) -> str:
+        return str(i)
+
+
+class Strings(Column):
+    """Strings on disk: `data` holds their UTF-8 bytes, string i those from offsets[i] on."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        super().__init__(len(offsets) - 1)
+        self._data, self._offsets = data, offsets
+
+    def one(self, i: int) -> str:
+        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,16 +15,18 @@ import numpy as np
 from colbert_jax.batching import ladder_length, next_power_of_two
 from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.config import IndexConfig, SearchConfig
+from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.sources import EmbeddingSource, PassageSource
-from colbert_jax.search.arrays import Hits, IndexArrays
+from colbert_jax.search.arrays import Hits, IndexArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.search.plaid import Capacity, initial_capacity, plaid_search
 
 if TYPE_CHECKING:
     from colbert_jax.colbert import ColBERT
 
+_WIDEN = 4  # times the probes for queries that found too few candidates
 _INT32 = np.iinfo(np.int32).max
 
 
@@ -56,10 +59,14 @@ class Index:
         self.texts = (
             fmt.Strings(arrays["texts"], arrays["text_offsets"]) if "text" in columns else None
         )
-        self.pids: fmt.Strings | list[str] | _Positions = _Positions(len(self.lengths))
+        self.pids: fmt.Column = fmt.Positions(len(self.lengths))
         if "pid" in columns:
             self.pids = fmt.Strings(arrays["pids"], arrays["pid_offsets"])
-        self._search_defaults = SearchConfig(**(metadata["model"] or {}).get("search", {}))
+        try:
+            self._search_defaults = SearchConfig(**(metadata["model"] or {}).get("search", {}))
+        except (TypeError, ValueError) as error:
+            file = path / fmt.METADATA
+            raise fmt.IndexFormatError(f"{file}: field 'model' is damaged: {error}") from None
         self._num_results = int((self.lengths > 0).sum())
         self._length = ladder_length(int(self.lengths.max(initial=1)))
         self._capacities: dict[tuple[int, int], Capacity] = {}
@@ -71,7 +78,7 @@ class Index:
         model: ColBERT | None = None,
         passages: Iterable[str] | None = None,
         *,
-        embeddings: np.ndarray | None = None,
+        embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
         nbits: int | None = None,
@@ -85,13 +92,14 @@ class Index:
         """Build an index from passages, or from ready token embeddings, and open it.
 
         An interrupted build leaves the former index untouched, and the same call goes on from its
-        last finished chunk. Memory is bounded by a chunk, whatever the collection's size.
+        last finished chunk. Memory is bounded by a chunk and, beside it, about 100 bytes a document
+        and 10 bytes a token of the training sample.
 
         Args:
           path: the index folder.
           model, passages: a model and any iterable of strings.
           embeddings, lengths: or float[T, D] token embeddings of unit length (in memory or mapped),
-            and the documents' lengths [N].
+            and the documents' lengths [N]; or a `DocumentEmbeddings` alone.
           ids: the documents' own ids, one each; None: 0..N-1.
           nbits: bits per dimension of the residuals, 1, 2, 4 or 8. None: what the checkpoint asks
             for, else 2.
@@ -107,6 +115,8 @@ class Index:
           RuntimeError: another process builds there.
           ValueError, TypeError: bad input, named.
         """
+        if isinstance(embeddings, DocumentEmbeddings) and lengths is None:
+            embeddings, lengths = embeddings.values, embeddings.lengths
         by_text = model is not None and passages is not None
         by_array = embeddings is not None and lengths is not None
         if by_text == by_array or (model is None) != (passages is None):
@@ -119,13 +129,13 @@ class Index:
         given = dict(
             nbits=nbits, kmeans_niters=kmeans_niters, num_centroids=num_centroids, seed=seed
         )
-        settings = {name: value for name, value in given.items() if value is not None}
+        settings = {name: plain(value) for name, value in given.items() if value is not None}
         config = IndexConfig(**(vars(base) | settings))
-        path = Path(path)
+        path = resolved(path)
         build_index(
             path,
             lambda folder: (
-                EmbeddingSource(embeddings, lengths)  # type: ignore[arg-type]
+                EmbeddingSource(embeddings, lengths)
                 if by_array
                 else PassageSource(model, passages, folder, progress)  # type: ignore[arg-type]
             ),
@@ -146,9 +156,7 @@ class Index:
           FileNotFoundError: no index there.
           ValueError: damaged or half-copied, naming the file.
         """
-        path = Path(path)
-        metadata, arrays = fmt.open_arrays(path)
-        return cls(path, metadata, arrays)
+        return cls(*fmt.open_arrays(resolved(path)))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -185,8 +193,8 @@ class Index:
         """The k best documents of each query.
 
         Settings that are None take what the checkpoint asks for, else Stanford's default for this k
-        (`SearchConfig.resolve`). A query whose candidates are fewer than the results asked for is
-        scored exactly with every document, so that min(k, documents with a token) always come back.
+        (`SearchConfig.resolve`). A query with fewer candidates than results is searched again with
+        more probes and in the end exactly: min(k, documents with a token) always come back.
 
         Args:
           queries: float[B, Lq, D], rows of zeros are padding.
@@ -201,20 +209,14 @@ class Index:
           ids int32[B, min(k, N)] and scores float32 of that shape; N counts documents with a token.
 
         Raises:
-          ValueError: another shape than [B, Lq, D], NaN, or k below 1.
+          ValueError, TypeError: another shape than [B, Lq, D], NaN, text, or k below 1.
         """
         queries = self._checked(queries)
-        if not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
-        k = min(int(k), self._num_results)
-        settings = SearchConfig(
-            ncells=ncells or self._search_defaults.ncells,
-            centroid_score_threshold=(
-                self._search_defaults.centroid_score_threshold
-                if centroid_score_threshold is None
-                else centroid_score_threshold
-            ),
-            ndocs=ndocs or self._search_defaults.ndocs,
+        k = min(check_k(k), self._num_results)
+        given = dict(ncells=ncells, centroid_score_threshold=centroid_score_threshold, ndocs=ndocs)
+        settings = dataclasses.replace(
+            self._search_defaults,
+            **{name: plain(value) for name, value in given.items() if value is not None},
         )
         if len(queries) == 0:
             return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
@@ -236,8 +238,10 @@ class Index:
                 raise fmt.IndexFormatError(f"{self.path / name}: damaged: its checksum differs")
 
     def _checked(self, queries: Any) -> np.ndarray:
+        if isinstance(queries, str) or (len(queries) and isinstance(queries[0], str)):
+            raise TypeError("search takes embeddings: index.search(model.encode_queries(texts))")
         queries = np.asarray(queries, np.float32)
-        if queries.ndim != 3:
+        if queries.ndim != 3 or queries.shape[1] == 0:
             raise ValueError(
                 f"queries must be [B, Lq, D], got {list(queries.shape)}"
                 + ("; add a batch axis: queries[None]" if queries.ndim == 2 else "")
@@ -254,35 +258,30 @@ class Index:
         batch, length = queries.shape[:2]
         # A power of two of queries, so that batches of any size share a few programs.
         padded = np.pad(queries, [(0, next_power_of_two(batch) - batch), (0, 0), (0, 0)])
-        shape = (length, int(settings.ncells or 1))
-        capacity = self._capacities.get(shape)
+        ncells = int(settings.ncells or 1)
+        capacity = self._capacities.get((length, ncells))
         if capacity is None:
-            capacity = initial_capacity(self._list_lengths, self._length, *shape)
+            capacity = initial_capacity(self._list_lengths, self._length, length, ncells)
         ids, scores, capacity = plaid_search(
             self.arrays, jnp.asarray(padded), k, settings, capacity
         )
-        self._capacities[shape] = capacity
+        self._capacities[length, ncells] = capacity
         ids, scores = ids[:batch].copy(), scores[:batch].copy()
         short = np.flatnonzero((ids == len(self)).any(axis=1))
         if len(short):
-            ids[short], scores[short] = self._exact(queries[short], k)
+            # Probing wider costs less than scoring everything, until it probes everything; a query
+            # of zeros finds no candidates however wide.
+            wider = ncells * _WIDEN
+            again = queries[short]
+            if wider < self.metadata["num_centroids"] and again.any(axis=(1, 2)).all():
+                hits = self._plaid(again, k, dataclasses.replace(settings, ncells=wider))
+            else:
+                hits = self._exact(again, k)
+            ids[short], scores[short] = hits
         return Hits(ids, scores)
 
     def _exact(self, queries: np.ndarray, k: int) -> Hits:
         return exact_search(self.arrays, self.lengths, jnp.asarray(queries), k)
-
-
-class _Positions:
-    """Document ids of a collection without ids of its own: "0", "1", ..."""
-
-    def __init__(self, n: int):
-        self._n = n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, i: int) -> str:
-        return str(range(self._n)[i])
 
 
 def describe(model: ColBERT) -> dict[str, Any]:
@@ -292,3 +291,13 @@ def describe(model: ColBERT) -> dict[str, Any]:
         "fingerprint": model.fingerprint(),
         "search": vars(model.config.search),
     }
+
+
+def plain(value: Any) -> Any:
+    """A Python number for a numpy scalar, anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def resolved(path: str | os.PathLike) -> Path:
+    """The real place of an index folder: `~`, `.` and links followed."""
+    return Path(path).expanduser().resolve()

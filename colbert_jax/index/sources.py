@@ -14,7 +14,7 @@ from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index.format import Strings, StringWriter, delete_strings
 from colbert_jax.progress import progress_bar
 
-_CHUNK_TOKENS = 1 << 18  # tokens between two commits of a build: its memory, and what a kill loses
+CHUNK_TOKENS = 1 << 18  # tokens between two commits of a build: its memory, and what a kill loses
 _CHECK_ROWS = 1 << 16
 _UNIT_TOLERANCE = 1e-2
 
@@ -25,7 +25,7 @@ class Source(Protocol):
     fingerprint: str  # of the content: equal content, equal fingerprint
 
     def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Cut ascending document ids into runs of about `_CHUNK_TOKENS` tokens."""
+        """Cut ascending document ids into runs of about `CHUNK_TOKENS` tokens."""
         ...
 
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
@@ -36,13 +36,15 @@ class Source(Protocol):
 class EmbeddingSource:
     """Ready token embeddings: values [T, D], in memory or mapped, and lengths [N]."""
 
-    def __init__(self, values: np.ndarray, lengths: np.ndarray):
+    def __init__(self, values: Any, lengths: Any):
         """Raises ValueError for arrays that do not fit together or are no unit embeddings."""
-        lengths = np.asarray(lengths)
-        if getattr(values, "ndim", None) != 2 or values.dtype.kind != "f":
+        values, lengths = np.asarray(values), np.asarray(lengths)
+        if values.dtype.name == "bfloat16":
+            values = values.astype(np.float32)
+        if values.ndim != 2 or values.dtype.kind != "f":
             raise ValueError(
                 "embeddings must be a float array [tokens, dim], got "
-                f"{getattr(values, 'dtype', type(values).__name__)} {list(np.shape(values))}"
+                f"{values.dtype} {list(values.shape)}"
             )
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any():
             raise ValueError("lengths must be a list of whole numbers >= 0, one per document")
@@ -109,9 +111,10 @@ class PassageSource:
         if not sizes:
             raise ValueError("the collection is empty: nothing to index")
         self.fingerprint = digest.hexdigest()
-        # A token is seldom under three characters, and none are encoded beyond doc_maxlen.
-        longest = model.config.text.doc_maxlen
-        self._estimates = np.minimum(np.array(sizes) // 3 + 3, longest)
+        # A token is seldom under three characters, and none are encoded beyond doc_maxlen; but
+        # very long texts must not meet in one chunk either.
+        longest, characters = model.config.text.doc_maxlen, np.array(sizes, np.int64)
+        self._estimates = np.maximum(np.minimum(characters // 3 + 3, longest), characters // 64)
         data = np.load(folder / "texts.npy", mmap_mode="r" if self.num_text_bytes else None)
         self._texts = Strings(data, np.load(folder / "text_offsets.npy", mmap_mode="r"))
 
@@ -175,7 +178,7 @@ def _refuse_duplicates(folder: Path, hashes: np.ndarray) -> None:
 
 def _cut(ids: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
     """Split ids where the running sum of sizes passes a multiple of the chunk size."""
-    part = (np.cumsum(sizes) - sizes) // _CHUNK_TOKENS
+    part = (np.cumsum(sizes) - sizes) // CHUNK_TOKENS
     return np.split(ids, np.flatnonzero(np.diff(part)) + 1) if len(ids) else []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ class Hits(NamedTuple):
 
     ids: np.ndarray
     scores: np.ndarray
+
+
+def check_k(k: Any) -> int:
+    """A number of results as int. Raises ValueError unless it is a whole number >= 1."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+    return int(k)
 
 
 def concatenate_hits(parts: list[Hits]) -> Hits:

@@ -11,8 +11,15 @@ import numpy as np
 from colbert_jax.batching import ladder_length, next_power_of_two
 from colbert_jax.progress import progress_bar
 from colbert_jax.scoring.maxsim import block_rows, maxsim
-from colbert_jax.search.arrays import Hits, IndexArrays, RawArrays, load_tokens
+from colbert_jax.search.arrays import (
+    Hits,
+    IndexArrays,
+    RawArrays,
+    concatenate_hits,
+    load_tokens,
+)
 
+_QUERIES = 256  # of one pass over the documents
 _TOKENS = 1 << 17  # document tokens of one call, padding included
 
 
@@ -35,10 +42,19 @@ def exact_search(
       queries: float32[B, Lq, D].
       k: at most the number of documents that have a token.
     """
-    queries = jnp.asarray(queries)
+    if len(queries) > _QUERIES:
+        return concatenate_hits(
+            [
+                exact_search(arrays, lengths, queries[i : i + _QUERIES], k, progress=progress)
+                for i in range(0, len(queries), _QUERIES)
+            ]
+        )
+    # Powers of two of queries and of results, so that calls of any size share a few programs.
+    batch, wanted = next_power_of_two(len(queries)), next_power_of_two(k)
+    padded_queries = jnp.pad(jnp.asarray(queries), [(0, batch - len(queries)), (0, 0), (0, 0)])
     best = (
-        jnp.full((len(queries), k), jnp.inf),
-        jnp.full((len(queries), k), len(lengths), jnp.int32),
+        jnp.full((batch, wanted), jnp.inf, jnp.float32),
+        jnp.full((batch, wanted), len(lengths), jnp.int32),
     )
     order = np.argsort(lengths, kind="stable").astype(np.int32)
     order = order[np.searchsorted(lengths[order], 1) :]  # a document without tokens is no result
@@ -51,10 +67,11 @@ def exact_search(
             ids = order[start : min(start + limit, stop)]
             size = min(limit, next_power_of_two(len(ids)))
             padded = np.pad(ids, (0, size - len(ids)), constant_values=len(lengths))
-            best = _merge(arrays, queries, padded, *best, length=length)
+            best = _merge(arrays, padded_queries, padded, *best, length=length)
             start += len(ids)
             bar.update(len(ids))
-    return Hits(np.asarray(best[1]), -np.asarray(best[0]))
+    negated, ids = (np.asarray(part)[: len(queries), :k] for part in best)
+    return Hits(ids, -negated)
 
 
 @partial(jax.jit, static_argnames="length")

@@ -25,7 +25,7 @@ import numpy as np
 
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.config import SearchConfig
-from colbert_jax.scoring.maxsim import maxsim, token_rows
+from colbert_jax.scoring.maxsim import block_rows, maxsim, token_rows
 from colbert_jax.search.arrays import IndexArrays, load_tokens
 
 _PRUNED = -9999.0  # per query token, for a document without a token left: ColBERT's constant
@@ -121,12 +121,11 @@ def search_one(
     real = jnp.any(query != 0, axis=1)
     kept = scores.max(axis=1, where=real, initial=-jnp.inf) >= threshold
     approximate = partial(centroid_interaction, arrays, scores, length=length)
-    ids = best(ids, approximate(ids, kept), ndocs)
+    ids = best(ids, approximate(ids, kept), max(ndocs, k))
     ids = best(ids, approximate(ids, None), max(ndocs // 4, k))
 
-    exact = by_blocks(
-        partial(_score_exactly, arrays, query, length), ids, arrays, _DECOMPRESS_BLOCK
-    )
+    block = min(_DECOMPRESS_BLOCK, block_rows(length * query.shape[1], len(ids)))
+    exact = by_blocks(partial(_score_exactly, arrays, query, length), ids, arrays, block)
     exact, place = jax.lax.top_k(exact, min(k, len(ids)))
     missing = k - len(place)
     ids = jnp.pad(ids[place], (0, missing), constant_values=len(arrays.offsets) - 1)
@@ -199,7 +198,8 @@ def centroid_interaction(
         similarity = jnp.where(mask[..., None], scores[codes], _PRUNED)
         return similarity.max(axis=1).sum(axis=-1)
 
-    return by_blocks(block, ids, arrays, _INTERACTION_BLOCK)
+    size = min(_INTERACTION_BLOCK, block_rows(length * scores.shape[1], len(ids)))
+    return by_blocks(block, ids, arrays, size)
 
 
 def best(ids: jax.Array, scores: jax.Array, n: int) -> jax.Array:
@@ -227,7 +227,7 @@ def by_blocks(
         part = score(jax.lax.dynamic_slice_in_dim(padded, i * block, block))
         return jax.lax.dynamic_update_slice_in_dim(scores, part, i * block, 0)
 
-    nothing = jnp.full(padded.shape, -jnp.inf)
+    nothing = jnp.full(padded.shape, -jnp.inf, jnp.float32)
     scores = jax.lax.fori_loop(0, (filled + block - 1) // block, step, nothing)
     return jnp.where(ids < num_documents, scores[:n], -jnp.inf)
 

@@ -175,6 +175,21 @@ def test_old_layer_norm_names_half_precision_and_position_ids(plain_folder, tmp_
             r"interaction 'flipr' is not supported; supported: 'colbert'",
         ),
         (
+            lambda f: edit_json(f / "artifact.metadata", reranker=True),
+            ValueError,
+            "reranker True is not supported",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t["linear.weight"].fill(np.nan)),
+            ValueError,
+            r"'linear\.weight' holds NaN",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", num_attention_heads=0),
+            ValueError,
+            "num_attention_heads must be >= 1",
+        ),
+        (
             lambda f: edit_json(f / "artifact.metadata", query_maxlen="32"),
             ValueError,
             r"artifact\.metadata: query_maxlen must be int, got '32'",

@@ -23,9 +23,9 @@ def test_a_passage_may_be_empty(tmp_path):
 
 
 def test_jsonl(tmp_path):
-    rows = [{"_id": "d1", "title": "T", "text": "a"}, {"id": 2, "contents": "b"}]
+    rows = [{"_id": "d1", "title": "T", "text": "a"}, {"id": 2, "contents": "b", "title": 5}]
     file = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, rows)))
-    assert list(read_collection(file)) == [("d1", "T | a"), ("2", "b")]
+    assert list(read_collection(file)) == [("d1", "T | a"), ("2", "5 | b")]
 
 
 def test_plain_text(tmp_path):
@@ -40,6 +40,7 @@ def test_plain_text(tmp_path):
         ("c.tsv", "0\tgood\nno tab\n", r"c\.tsv, line 2: expected 'pid<TAB>text', got 'no tab'"),
         ("c.tsv", "", "the collection is empty"),
         ("c.txt", "\n\n", "the collection is empty"),
+        ("c.csv", "1,a\n", r"c\.csv: a collection's name ends in one of \.tsv"),
         ("c.jsonl", "{", r"line 1: not valid JSON"),
         ("c.jsonl", "[1]", r"line 1: expected a JSON object"),
         ("c.jsonl", '{"id": 1, "body_html": "x"}', r"got the fields id, body_html"),

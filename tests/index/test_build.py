@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(sources, "CHUNK_TOKENS", 64)
 
 
 def test_arrays_are_consistent(tmp_path):
@@ -205,7 +206,7 @@ from colbert_jax.index import sources
 from colbert_jax.runtime import enable_compilation_cache
 from support import unit_rows
 enable_compilation_cache()
-sources._CHUNK_TOKENS = 256
+sources.CHUNK_TOKENS = 256
 rng = np.random.default_rng(0)
 lengths = rng.integers(1, 40, 800)
 values = unit_rows(rng, lengths.sum(), 32)
@@ -242,6 +243,94 @@ def test_two_builders_do_not_mix(tmp_path):
     folder.mkdir()
     with build._locked(folder), pytest.raises(RuntimeError, match="another process is building"):
         Index.build(tmp_path / "i", **ready())
+
+
+def test_readers_meet_the_old_index_or_the_new_one(tmp_path):
+    """Indexes opened over and over while they are replaced: never an error, never a mixture."""
+    path = tmp_path / "i"
+    kinds = [Index.build(tmp_path / f"k{n}", **ready(n, n=20 + n)).path for n in (0, 1)]
+    shutil.copytree(kinds[0], path)
+    done, seen = threading.Event(), []
+
+    def read():
+        while not done.is_set():
+            _, metadata, arrays = fmt.open_arrays(path)
+            seen.append((metadata["num_documents"], len(arrays["offsets"]) - 1))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for n in range(120):
+        building = fmt.building_folder(path)
+        shutil.copytree(kinds[n % 2], building)
+        fmt.publish(building, path)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert all(claimed == found for claimed, found in seen) and {20, 21} == set(dict(seen))
+    assert len(seen) > 20
+
+
+def test_links_and_relative_paths(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    Index.build(".", **ready())
+    for _ in range(2):
+        Index.build("../link", **ready(1), overwrite=True)
+    assert (tmp_path / "link").is_symlink() and len(Index.open(tmp_path / "link")) == 60
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_other_kinds_of_embeddings(tmp_path):
+    import ml_dtypes
+
+    from colbert_jax import DocumentEmbeddings
+
+    data = ready()
+    documents = DocumentEmbeddings.from_lengths(data["embeddings"], data["lengths"])
+    expected = contents(Index.build(tmp_path / "a", **data).path)
+    assert contents(Index.build(tmp_path / "b", embeddings=documents).path) == expected
+    half = data["embeddings"].astype(ml_dtypes.bfloat16)
+    assert len(Index.build(tmp_path / "c", embeddings=half, lengths=data["lengths"])) == 60
+
+
+def test_a_model_that_returns_nan(tmp_path, model, monkeypatch):
+    original = type(model).encode_windows
+
+    def encode_windows(self, windows, bar=None):
+        for part in original(self, windows, bar):
+            part.values[0] = np.nan
+            yield part
+
+    monkeypatch.setattr(type(model), "encode_windows", encode_windows)
+    with pytest.raises(ValueError, match="NaN or infinite token embeddings"):
+        Index.build(tmp_path / "i", model, ["heat flow"])
+    assert not (tmp_path / "i").exists()
+
+
+X64 = """
+import sys, numpy as np, jax
+jax.config.update("jax_platforms", "cpu")
+from colbert_jax import ColBERT, Index
+assert jax.numpy.zeros(1).dtype == np.float64
+model = ColBERT.from_pretrained(sys.argv[1])
+index = Index.build(sys.argv[2], model, ["heat flow", "the dog", "a river bank"])
+queries = model.encode_queries(["heat flow"])
+for exact in (False, True):
+    assert index.search(queries, k=3, exact=exact).ids[0, 0] == 0
+assert model.rank("heat flow", ["the dog", "heat flow"]).ids[0] == 1
+"""
+
+
+def test_with_64_bit_types_switched_on(tmp_path, stanford_folder):
+    done = subprocess.run(
+        [sys.executable, "-c", X64, str(stanford_folder), str(tmp_path / "i")],
+        env=os.environ | {"JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_replaced_unasked(tmp_path):
@@ -384,7 +473,7 @@ def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):
                     unit_rows(rng, 20 * len(window), 64), [20] * len(window)
                 )
 
-    monkeypatch.setattr(sources, "_CHUNK_TOKENS", 1 << 12)
+    monkeypatch.setattr(sources, "CHUNK_TOKENS", 1 << 12)
     monkeypatch.setattr("colbert_jax.compression.kmeans._BLOCK", 1 << 12)
     monkeypatch.setattr("colbert_jax.index.inverted._TOKENS", 1 << 12)
     monkeypatch.setattr(build, "sample_size_for", lambda n: 500)

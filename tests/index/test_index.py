@@ -102,7 +102,10 @@ def test_equal_documents_by_smaller_id(tmp_path, model):
         (dict(queries=np.zeros((16, 16))), r"must be \[B, Lq, D\].*queries\[None\]"),
         (dict(queries=np.zeros((1, 16, 8))), "queries have 8 dimensions, the index .* has 16"),
         (dict(queries=np.full((1, 4, 16), np.nan)), "NaN"),
+        (dict(queries=np.zeros((1, 0, 16))), r"must be \[B, Lq, D\], got \[1, 0, 16\]"),
         (dict(queries=np.zeros((1, 4, 16)), k=0), "k must be a whole number >= 1"),
+        (dict(queries=np.zeros((1, 4, 16)), k=True), "k must be a whole number >= 1"),
+        (dict(queries=np.zeros((1, 4, 16)), ncells=0), "ncells must be >= 1"),
         (dict(queries=np.zeros((1, 4, 16)), ncells=-1), "ncells must be >= 1"),
         (dict(queries=np.zeros((1, 4, 16)), ndocs=-1), "ndocs must be >= 1"),
     ],
@@ -110,6 +113,23 @@ def test_equal_documents_by_smaller_id(tmp_path, model):
 def test_bad_searches(index, call, message):
     with pytest.raises(ValueError, match=message):
         index.search(**call)
+
+
+def test_texts_are_no_queries(index):
+    for queries in ("who wrote dune", ["who wrote dune"]):
+        with pytest.raises(TypeError, match=r"index\.search\(model\.encode_queries"):
+            index.search(queries)
+
+
+def test_numpy_scalars_are_numbers(index, queries):
+    hits = index.search(
+        queries,
+        np.int64(4),
+        ncells=np.int64(2),
+        ndocs=np.int32(64),
+        centroid_score_threshold=np.float32(0.4),
+    )
+    assert hits.ids.shape == (3, 4)
 
 
 def test_a_query_of_zeros_still_answers(index):
@@ -165,7 +185,11 @@ def test_damaged_metadata(copy):
     metadata = json.loads(file.read_text())
     for change, message in [
         ({"format_version": 99}, "format version 99, this library reads 1"),
-        ({"num_tokens": None}, "field missing or damaged"),
+        ({"num_tokens": None}, "field 'num_tokens' is missing or damaged"),
+        ({"model": "x"}, "field 'model' is missing or damaged"),
+        ({"model": {"search": {"depth": 3}}}, "field 'model' is damaged"),
+        ({"checksums": None}, "field 'checksums' is missing"),
+        ({"num_text_bytes": "x"}, "field 'num_text_bytes' is missing or damaged"),
     ]:
         file.write_text(json.dumps(metadata | change))
         with pytest.raises(ValueError, match=message):
@@ -183,16 +207,47 @@ def test_no_index(tmp_path):
         Index.open(tmp_path / "half")
 
 
-def test_interrupted_publish_is_healed(copy):
-    aside = copy.with_name(copy.name + ".previous")
+def test_interrupted_publish_is_readable_and_healed_by_the_next_build(copy, model):
+    aside = fmt.previous_folder(copy)
     copy.rename(aside)
+    assert len(Index.open(copy)) == 120 and aside.exists() and not copy.exists()
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        Index.build(copy, model, ["heat"])
     assert len(Index.open(copy)) == 120 and not aside.exists()
+
+
+def test_columns(index, texts):
+    assert index.pids[5] == "5" and index.pids[-1] == "119" and index.texts[:2] == texts[:2]
+    assert index.pids[np.array([[3, 1]])] == [["3", "1"]]
+    assert index.texts[np.array([3, 1], np.int32)] == [texts[3], texts[1]]
+    with pytest.raises(IndexError):
+        index.pids[120]
+
+
+def test_few_candidates_are_widened_not_scored_one_and_all(index, queries, monkeypatch):
+    exact = index.search(queries, k=60, exact=True)
+
+    def fail(*args):
+        raise AssertionError("scored every document")
+
+    monkeypatch.setattr(Index, "_exact", fail)
+    assert index.search(queries, k=5, ncells=4).ids.shape == (3, 5)
+    assert index.search(queries, k=60, ncells=1, ndocs=3).ids.shape == exact.ids.shape
+
+
+def test_one_long_document_among_short_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = np.array([3] * 20 + [5000])
+    index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 5060, 16), lengths=lengths)
+    queries = unit_rows(rng, 2, 4, 16)
+    plaid, exact = (index.search(queries, k=21, exact=e) for e in (False, True))
+    np.testing.assert_array_equal(plaid.ids, exact.ids)
 
 
 def test_model_for_index(index, model, plain_folder, stanford_folder):
     assert ColBERT.for_index(index).fingerprint() == model.fingerprint()
     assert ColBERT.for_index(index, stanford_folder, query_maxlen=20).config.text.query_maxlen == 20
-    with pytest.raises(ValueError, match="not the checkpoint that"):
+    with pytest.raises(ValueError, match="not the checkpoint, or"):
         ColBERT.for_index(index, plain_folder, query_maxlen=32, doc_maxlen=48)
     with pytest.raises(FileNotFoundError, match="name its place"):
         ColBERT.for_index(index, plain_folder / "moved")
