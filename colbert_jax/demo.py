@@ -121,6 +121,7 @@ def _docstrings(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
         yield name, f"{name}: {' '.join(words[:_WORDS])}"
     if isinstance(node, (ast.Module, ast.ClassDef)):
         for child in node.body:
-            definition = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if definition and not child.name.startswith("_"):
+            if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if not child.name.startswith("_"):
                 yield from _docstrings(child, f"{name}.{child.name}")
