@@ -101,7 +101,8 @@ def evaluate_collection(
     raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
     out = {}
     start = time.perf_counter()
-    score_all = partial(exact_search, raw, documents.lengths, k=DEPTH)
+    depth = min(DEPTH, int((documents.lengths > 0).sum()))
+    score_all = partial(exact_search, raw, documents.lengths, k=depth)
     hits = batched(lambda q: score_all(jnp.asarray(q)), encoded)
     out["exact, raw"] = measure(hits, time.perf_counter() - start)
     for nbits in bits:

@@ -38,7 +38,12 @@ def elsewhere(tmp_path, monkeypatch):
 def test_all_blocks_are_covered():
     assert {kind for kind, _ in BLOCKS} == {"", "python", "text"}
     others = [c for c in COMMANDS if not c.startswith("colbert-jax ")]
-    assert others == ["make demo", "make test", "pip install -e ."]
+    assert others == [
+        "make demo",
+        "make test",
+        "pip install -e .",
+        "python benchmarks/quality.py DATA --checkpoint all-MiniLM-L6-v2 --check",
+    ]
     makefile = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in makefile and "\ntest:" in makefile
 

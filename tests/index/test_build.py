@@ -102,7 +102,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("previous", [False, True], ids=["fresh", "replacing"])
 def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
-    """Stop at the nth write, sync or rename, for every n: the old index or none, then resume."""
+    """Stop at the nth write, sync or rename: the old index or none, then resume.
+
+    The fresh build is stopped at every odd n, the replacing one at every even n.
+    """
     data, path = ready(), tmp_path / "i"
     expected = contents(Index.build(tmp_path / "whole", **data).path)
     old = None
@@ -122,7 +125,7 @@ def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(fmt.ArrayWriter, "append", counted(fmt.ArrayWriter.append))
     monkeypatch.setattr(build, "train_kmeans", counted(build.train_kmeans))
-    for step in range(1, 1000):
+    for step in range(1 + previous, 1000, 2):
         countdown[0] = 10**9
         shutil.rmtree(path, ignore_errors=True)
         if previous:
