@@ -42,7 +42,7 @@ def test_all_blocks_are_covered():
         "make demo",
         "make test",
         "pip install -e .",
-        "python benchmarks/quality.py DATA --checkpoint all-MiniLM-L6-v2",
+        "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
     ]
     makefile = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in makefile and "\ntest:" in makefile
