@@ -7,6 +7,7 @@ first; eight consecutive bits make a byte, the first of them the most significan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +98,11 @@ def _compress_block(codec: ResidualCodec, values: jax.Array) -> tuple[jax.Array,
     return codes, pack(buckets, codec.nbits)
 
 
-def decompress(codec: ResidualCodec, codes: jax.Array, residuals: jax.Array) -> jax.Array:
-    """Codes [...] and packed residuals uint8[..., D * b / 8] to unit embeddings float32[..., D]."""
+def decompress(codec: Any, codes: jax.Array, residuals: jax.Array) -> jax.Array:
+    """Codes [...] and packed residuals uint8[..., D * b / 8] to unit embeddings float32[..., D].
+
+    `codec` is whatever has `centroids` and `bucket_weights`: a ResidualCodec, an index's arrays.
+    """
     values = codec.centroids[codes] + unpack_weights(codec.bucket_weights, residuals)
     return values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 

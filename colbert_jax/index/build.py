@@ -231,6 +231,7 @@ def _compress(
     row = (source.dim * codec.nbits // 8,)
     sample = _Sample(folder, _sample_ids(source, config))
     chunks = _rest(source.chunks(np.arange(source.num_documents)), documents)
+    silent = progress_bar(None, "", "doc", False)
     fresh = (np.array([i for i in chunk if i not in sample], int) for chunk in chunks)
     with (
         fmt.ArrayWriter(folder / "codes.npy", np.int32, (), tokens) as codes,
@@ -239,7 +240,7 @@ def _compress(
         progress_bar(source.num_documents, "compressing", "doc", progress) as bar,
     ):
         bar.update(documents)
-        for chunk, new in zip(chunks, source.encode(fresh, _Silent()), strict=True):
+        for chunk, new in zip(chunks, source.encode(fresh, silent), strict=True):
             _check_finite(new)
             rows = iter(new)
             values = [sample[i] if i in sample else next(rows) for i in chunk]
@@ -271,11 +272,6 @@ class _Sample:
     def __getitem__(self, i: int) -> np.ndarray:
         place = self._place(i)
         return self._values[self._offsets[place] : self._offsets[place + 1]]
-
-
-class _Silent:
-    def update(self, n: int) -> None:
-        pass
 
 
 def _finish(

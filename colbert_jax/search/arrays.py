@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.compression.codec import unpack_weights
+from colbert_jax.compression.codec import decompress
 from colbert_jax.scoring.maxsim import token_rows
 
 
@@ -78,7 +78,4 @@ def load_tokens(
     rows, mask = token_rows(arrays.offsets, ids, length)
     if isinstance(arrays, RawArrays):
         return arrays.values[rows].astype(jnp.float32), mask
-    values = arrays.centroids[arrays.codes[rows]]
-    values = values + unpack_weights(arrays.bucket_weights, arrays.residuals[rows])
-    norms = jnp.linalg.norm(values, axis=-1, keepdims=True)
-    return values / jnp.maximum(norms, 1e-12), mask
+    return decompress(arrays, arrays.codes[rows], arrays.residuals[rows]), mask
