@@ -1,46 +1,122 @@
-"""The ColBERT encoder: backbone, projection without bias, mask, L2 normalisation."""
+"""The ColBERT encoder: backbone, head of dense layers, mask, L2 normalisation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from colbert_jax.config import BertConfig
-from colbert_jax.models.bert import Bert, matmul_precision
+from colbert_jax.config import _require, _require_types
+from colbert_jax.models.activations import ACTIVATIONS
+from colbert_jax.models.backbones import make_backbone
+from colbert_jax.models.config import BackboneConfig
+from colbert_jax.models.layers import matmul_precision
+
+# torch module class -> function, of the activations that heads come with.
+HEAD_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "Identity": lambda x: x,
+    "Tanh": jnp.tanh,
+    "GELU": ACTIVATIONS["gelu"],
+    "ReLU": jax.nn.relu,
+    "SiLU": jax.nn.silu,
+    "Sigmoid": jax.nn.sigmoid,
+}
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """One layer of a head: activation(x W + b), plus x (or x R where widths differ) if residual."""
+
+    in_features: int
+    out_features: int
+    bias: bool = False
+    activation: str = "Identity"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        for name in ("in_features", "out_features"):
+            _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        _require(
+            self.activation in HEAD_ACTIVATIONS,
+            f"activation {self.activation!r} of a dense layer is not supported; supported: "
+            f"{', '.join(HEAD_ACTIVATIONS)}",
+        )
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture of a token encoder. An empty head leaves the backbone's width."""
+
+    backbone: BackboneConfig
+    head: tuple[DenseConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        width = self.backbone.hidden_size
+        for i, layer in enumerate(self.head):
+            _require(
+                layer.in_features == width,
+                f"dense layer {i + 1} of the head takes {layer.in_features} features, but "
+                f"{'the layer' if i else 'the backbone'} before it gives {width}",
+            )
+            width = layer.out_features
+
+    @classmethod
+    def projecting(cls, backbone: BackboneConfig, dim: int | None) -> EncoderConfig:
+        """ColBERT's own head: one layer to `dim` without bias; None: no head."""
+        return cls(backbone, () if dim is None else (DenseConfig(backbone.hidden_size, dim),))
+
+    @property
+    def dim(self) -> int:
+        """Width of the token embeddings."""
+        return self.head[-1].out_features if self.head else self.backbone.hidden_size
+
+
+class Dense(nnx.Module):
+    def __init__(self, config: DenseConfig, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def linear(use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                config.in_features,
+                config.out_features,
+                use_bias=use_bias,
+                kernel_init=nnx.initializers.normal(std),
+                dtype=dtype,
+                precision=matmul_precision(dtype),
+                rngs=rngs,
+            )
+
+        self.activation = HEAD_ACTIVATIONS[config.activation]
+        self.linear = linear(config.bias)
+        self.add_input = config.residual
+        widths_differ = config.in_features != config.out_features
+        self.residual = linear(False) if config.residual and widths_differ else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.activation(self.linear(x))
+        if self.add_input:
+            y = y + (x if self.residual is None else self.residual(x))
+        return y
 
 
 class TokenEncoder(nnx.Module):
     """Token ids to token embeddings of unit length (Khattab and Zaharia, 2020, section 3.2).
 
     Args:
-      config: the backbone's architecture.
-      dim: width of the projection; None: no projection, embeddings keep the backbone's width.
+      config: backbone and head.
       dtype: of the dense layers' computation.
       rngs: for the initial parameters.
     """
 
-    def __init__(
-        self,
-        config: BertConfig,
-        dim: int | None,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.backbone = Bert(config, dtype=dtype, rngs=rngs)
-        self.projection = (
-            None
-            if dim is None
-            else nnx.Linear(
-                config.hidden_size,
-                dim,
-                use_bias=False,
-                kernel_init=nnx.initializers.normal(config.initializer_range),
-                dtype=dtype,
-                precision=matmul_precision(dtype),
-                rngs=rngs,
-            )
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.backbone = make_backbone(config.backbone, dtype=dtype, rngs=rngs)
+        std = config.backbone.initializer_range
+        self.head = nnx.List(
+            [Dense(layer, std=std, dtype=dtype, rngs=rngs) for layer in config.head]
         )
 
     def __call__(self, ids: jax.Array, attended: jax.Array, kept: jax.Array) -> jax.Array:
@@ -53,8 +129,41 @@ class TokenEncoder(nnx.Module):
         Returns:
           float32[B, L, D], rows of unit length.
         """
-        x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None])
-        if self.projection is not None:
-            x = self.projection(x)
-        x = x.astype(jnp.float32) * kept[..., None]
+        x = self.hidden(ids, attended)
+        x = x * kept[..., None]
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    def hidden(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+        """float32[B, L, D]: what the head gives, before masking and normalisation."""
+        x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None])
+        for layer in self.head:
+            x = layer(x)
+        return x.astype(jnp.float32)
+
+
+class _OneKey:
+    """Stands for `nnx.Rngs` where values do not matter: counting keys is most of the time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+class AbstractEncoder(NamedTuple):
+    """A TokenEncoder without its parameters.
+
+    graphdef, state: of `nnx.split`, the state holding shapes.
+    shapes: path -> shape, of every parameter.
+    """
+
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    shapes: dict[tuple, tuple[int, ...]]
+
+
+@cache
+def abstract_encoder(config: EncoderConfig, dtype: Any = jnp.float32) -> AbstractEncoder:
+    """The structure of an encoder, worked out once for each configuration."""
+    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))
+    graphdef, state = nnx.split(model)
+    shapes = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
+    return AbstractEncoder(graphdef, state, shapes)

@@ -1,0 +1,65 @@
+"""MPNet (Song et al., 2020): post-layer-norm, with learned biases of relative positions.
+
+The biases, one a head and bucket of distances, are shared by all layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from colbert_jax.models.config import MPNetConfig
+from colbert_jax.models.layers import (
+    Embeddings,
+    check_length,
+    positions_after_padding,
+    post_norm_layers,
+)
+
+MAX_DISTANCE = 128
+
+
+class MPNet(nnx.Module):
+    """Token ids to hidden states; arguments as of `bert.Bert`."""
+
+    def __init__(self, config: MPNetConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.relative_position = nnx.Embed(
+            config.relative_attention_num_buckets,
+            config.num_attention_heads,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        self.layers = post_norm_layers(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        check_length(ids, self.config.max_length)
+        x = self.embeddings(ids, positions_after_padding(ids, self.config.position_padding_id))
+        buckets = jnp.asarray(relative_buckets(ids.shape[1], self.config.num_buckets))
+        bias = self.relative_position(buckets).transpose(2, 0, 1)
+        for layer in self.layers:
+            x = layer(x, attended, bias)
+        return x
+
+
+def relative_buckets(length: int, num_buckets: int) -> np.ndarray:
+    """int32[L, L]: the bucket of key position minus query position (Raffel et al., 2020, 2.1).
+
+    Half of the buckets for each direction; of these, half for single distances and half for
+    ranges that grow with the logarithm, the last one for MAX_DISTANCE and more.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    ahead = np.arange(length)[None, :] - np.arange(length)[:, None]
+    distance = np.abs(ahead)
+    # float32, as the models were trained: it decides on which side of an edge a distance falls.
+    ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+    scaled = np.log(ratio) / np.float32(math.log(MAX_DISTANCE / exact)) * np.float32(half - exact)
+    ranged = np.minimum(exact + scaled.astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, ranged) + half * (ahead > 0)).astype(np.int32)

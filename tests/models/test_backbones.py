@@ -1,0 +1,335 @@
+"""Every backbone against torch's model of the same weights, and what they have in common."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
+from colbert_jax.models.backbones import make_backbone
+from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface, to_huggingface
+from colbert_jax.models.modernbert import rotary_tables
+from colbert_jax.models.mpnet import relative_buckets
+
+SIZES = dict(
+    vocab_size=53,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=48,
+)
+DISTILBERT = dict(
+    model_type="distilbert",
+    vocab_size=53,
+    dim=24,
+    n_layers=2,
+    n_heads=3,
+    hidden_dim=40,
+    max_position_embeddings=48,
+)
+MODERNBERT = SIZES | dict(
+    model_type="modernbert",
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    pad_token_id=0,
+    local_attention=8,
+)
+# transformers 5's words for a pattern and thetas of one's own.
+ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 20_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
+FIVE = dict(
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters=ROPE,
+)
+FOUR = dict(global_attn_every_n_layers=2, global_rope_theta=5_000.0, local_rope_theta=200.0)
+BIASES = dict(norm_bias=True, attention_bias=True, mlp_bias=True)
+
+CASES = {
+    "bert": SIZES | dict(model_type="bert"),
+    "bert gelu_new": SIZES | dict(model_type="bert", hidden_act="gelu_new", type_vocab_size=1),
+    "roberta": SIZES | dict(model_type="roberta", type_vocab_size=1),
+    "roberta pad 4": SIZES | dict(model_type="roberta", pad_token_id=4),
+    "xlm-roberta": SIZES | dict(model_type="xlm-roberta", type_vocab_size=1, layer_norm_eps=1e-5),
+    "distilbert": DISTILBERT,
+    "distilbert relu": DISTILBERT | dict(activation="relu", sinusoidal_pos_embds=True),
+    "electra": SIZES | dict(model_type="electra", embedding_size=10),
+    "electra square": SIZES | dict(model_type="electra", embedding_size=24),
+    "mpnet": SIZES | dict(model_type="mpnet"),
+    "mpnet long": SIZES
+    | dict(model_type="mpnet", max_position_embeddings=202, relative_attention_num_buckets=40),
+    "modernbert": MODERNBERT,
+    "modernbert biases": MODERNBERT | BIASES | dict(local_attention=5),
+    "modernbert 4": MODERNBERT | FOUR,
+    "modernbert 5": MODERNBERT | FIVE | dict(norm_bias=True, hidden_activation="gelu_new"),
+}
+ONE_EACH = [
+    next(name for name, case in CASES.items() if case["model_type"] == model_type)
+    for model_type in MODEL_TYPES
+]
+# One case a module, for what does not depend on the settings.
+MODULES = [name for name in ONE_EACH if name != "xlm-roberta"]
+
+
+def shallow(name):
+    """The architecture of a case with as few layers as have all its parts: compiles faster."""
+    if CASES[name]["model_type"] == "modernbert":
+        return config_from_huggingface(CASES[name] | dict(num_hidden_layers=2))
+    return dataclasses.replace(config_from_huggingface(CASES[name]), num_hidden_layers=1)
+
+
+def batch(config, length):
+    """Ids with padding inside and at the end, and masks: all, leading, with holes, none."""
+    rng = np.random.default_rng(length)
+    ids = rng.integers(5, config.vocab_size, (5, length), dtype=np.int32)
+    attended = np.ones((5, length), bool)
+    ids[1, length // 2 :], attended[1, length // 2 :] = config.pad_token_id, False
+    ids[2, 3], ids[2, -2] = config.pad_token_id, config.pad_token_id
+    attended[3] = rng.random(length) < 0.6
+    attended[3, -length // 3 :] = False  # like [MASK] expansion: tokens that nobody attends to
+    attended[4] = False
+    return ids, attended
+
+
+def abstract(config, dtype=jnp.float32):
+    return nnx.eval_shape(lambda: make_backbone(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def random_model(config, dtype=jnp.float32):
+    """With every parameter random, biases and normalisation included."""
+    graphdef, state = nnx.split(abstract(config, dtype))
+    rng, leaves = np.random.default_rng(7), []
+    for path, variable in nnx.to_flat_state(state):
+        array = rng.normal(float(path[-1] == "scale"), 0.1, variable.shape)
+        leaves.append((path, variable.replace(jnp.asarray(array, jnp.float32))))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def run(model, ids, attended):
+    return jax.jit(lambda ids, attended: model(ids, attended))(ids, attended)
+
+
+def torch_model(case, seed=0):
+    """transformers' model with every parameter random; its last hidden state as a function."""
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    transformers = pytest.importorskip("transformers")
+    fields = {k: v for k, v in case.items() if k != "model_type"}
+    config = transformers.AutoConfig.for_model(case["model_type"], **fields)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = "norm" in name.lower() and name.endswith("weight")
+            parameter.normal_(1.0 if norm else 0.0, 0.2)
+
+    def last_hidden_state(ids, attended):
+        with torch.inference_mode():
+            ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(attended).long()
+            return model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
+
+    return model, last_hidden_state
+
+
+def load(config, tensors, prefix=""):
+    """Our module with those tensors (numpy, torch's layout)."""
+    graphdef, state = nnx.split(abstract(config))
+    names = tensor_names(config, prefix)
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        array = tensors[names[path]]
+        array = array.T if path[-1] == "kernel" else array
+        assert array.shape == variable.shape, path
+        leaves.append((path, variable.replace(jnp.asarray(array))))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_with_torch(name):
+    case = CASES[name]
+    theirs, expected = torch_model(case)
+    config = config_from_huggingface(case)
+    tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    model = load(config, tensors)
+    assert config_from_huggingface(theirs.config.to_dict()) == config
+    ids, attended = batch(config, min(config.max_length, 150))
+    ours, theirs = run(model, ids, attended), expected(ids, attended)
+    assert np.isfinite(theirs).all() and ours.dtype == jnp.float32
+    print(f"{name}: largest difference {np.abs(ours - theirs).max():.1e}")
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_are_the_parameters(name):
+    config = config_from_huggingface(CASES[name])
+    state = nnx.state(abstract(config))
+    names = tensor_names(config, "x.")
+    assert set(names) == {path for path, _ in nnx.to_flat_state(state)}
+    assert len(set(names.values())) == len(names)
+    assert all(tensor.startswith("x.") for tensor in names.values())
+
+
+def test_names_take_milliseconds():
+    config = config_from_huggingface(CASES["bert"] | dict(num_hidden_layers=12))
+    start = time.perf_counter()
+    tensor_names(config)
+    assert time.perf_counter() - start < 0.05
+
+
+@pytest.mark.parametrize("name", [*ONE_EACH, "modernbert biases"])
+def test_tensors_of_models_with_heads(name):
+    """Behind the prefix lies the backbone; everything else is a head, and ignored."""
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    transformers = pytest.importorskip("transformers")
+    case = CASES[name]
+    fields = {k: v for k, v in case.items() if k != "model_type"}
+    config = config_from_huggingface(case)
+    names = set(tensor_names(config, PREFIXES[config.model_type]).values())
+    theirs = transformers.AutoConfig.for_model(case["model_type"], **fields)
+    heads = 0
+    for task in (
+        "PreTraining",
+        "MaskedLM",
+        "SequenceClassification",
+        "TokenClassification",
+        "QuestionAnswering",
+        "MultipleChoice",
+    ):
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, f"AutoModelFor{task}").from_config(theirs)
+        except ValueError:  # this architecture has no such head
+            continue
+        tensors = set(model.state_dict())
+        assert names <= tensors, task
+        rest = {f".{tensor}" for tensor in tensors - names}
+        assert rest and all(any(i in t for i in IGNORED[config.model_type]) for t in rest), rest
+        heads += 1
+    assert heads >= 5
+    for tensor in tensor_names(config).values():
+        assert not any(part in f".{tensor}" for part in IGNORED[config.model_type])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_loads_in_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    config = config_from_huggingface(CASES[name])
+    fields = to_huggingface(config)
+    assert config_from_huggingface(fields) == config
+    theirs = transformers.AutoConfig.for_model(**fields)
+    assert config_from_huggingface(theirs.to_dict()) == config
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", MODULES)
+def test_lowers(name, platform):
+    config = shallow(name)
+    graphdef, state = nnx.split(abstract(config, jnp.bfloat16))
+    arguments = [jax.ShapeDtypeStruct((2, 16), d) for d in (jnp.int32, jnp.bool)]
+    traced = jax.jit(lambda state, *rest: nnx.merge(graphdef, state)(*rest)).trace(
+        state, *arguments
+    )
+    assert "bf16" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@functools.cache
+def padded(name):
+    """A batch with 8 tokens of padding, and its hidden states."""
+    config = shallow(name)
+    ids = np.random.default_rng(0).integers(5, 53, (2, 11), dtype=np.int32)
+    ids = np.pad(ids, ((0, 0), (0, 8)), constant_values=config.pad_token_id)
+    attended = np.broadcast_to(np.arange(19) < 11, (2, 19))
+    return config, ids, attended, run(random_model(config), ids, attended)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_padding_changes_nothing(name):
+    config, ids, attended, long = padded(name)
+    short = run(random_model(config), ids[:, :11], attended[:, :11])
+    np.testing.assert_allclose(long[:, :11], short, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_bfloat16(name):
+    """Finite, float32 outside, and near the float32 result."""
+    config, ids, attended, high = padded(name)
+    low = run(random_model(config, jnp.bfloat16), ids, attended)
+    assert low.dtype == jnp.float32 and np.isfinite(low).all()
+    assert 0 < np.abs(low - high).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+def test_sharded_and_differentiable(name, eight_devices):
+    """Both with a bias of positions, which every device and every sequence shares."""
+    config = shallow(name)
+    ids, attended = (np.tile(a, (2, 1))[:8] for a in batch(config, 12))
+    graphdef, state = nnx.split(random_model(config))
+    mesh, rows = Mesh(np.array(eight_devices), ("data",)), PartitionSpec("data")
+
+    def hidden(state, ids, attended):
+        return nnx.merge(graphdef, state)(ids, attended)
+
+    sharded = jax.jit(
+        jax.shard_map(hidden, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows)
+    )
+    here = jax.jit(hidden)(state, ids, attended)
+    np.testing.assert_allclose(sharded(state, ids, attended), here, atol=2e-6)
+
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=here.shape), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda s: (hidden(s, ids, attended) * weights).sum()))(state)
+    for path, variable in nnx.to_flat_state(gradient):
+        value = np.asarray(variable[...])
+        # A bias of keys moves all scores of a query alike, so its gradient is only rounding.
+        if path[-2:] != ("key", "bias"):
+            assert np.isfinite(value).all() and value.any(), path
+
+
+def test_initial_parameters():
+    config = dataclasses.replace(shallow("modernbert biases"), initializer_range=0.1)
+    state = jax.jit(lambda: nnx.state(make_backbone(config, rngs=nnx.Rngs(0))))()
+    for path, variable in nnx.to_flat_state(state):
+        expected = {"scale": (1.0, 0.0), "bias": (0.0, 0.0)}.get(path[-1], (0.0, 0.1))
+        assert variable.dtype == jnp.float32
+        np.testing.assert_allclose((variable[...].mean(), variable[...].std()), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "modernbert"])
+def test_too_long(name):
+    config = config_from_huggingface(CASES[name])
+    graphdef, state = nnx.split(abstract(config))
+
+    def hidden(length):
+        arguments = [jax.ShapeDtypeStruct((1, length), d) for d in (jnp.int32, jnp.bool)]
+        return jax.eval_shape(lambda s, *a: nnx.merge(graphdef, s)(*a), state, *arguments)
+
+    assert hidden(config.max_length).shape == (1, config.max_length, config.hidden_size)
+    with pytest.raises(ValueError, match=f"the model has {config.max_length} positions"):
+        hidden(config.max_length + 1)
+
+
+def test_relative_buckets():
+    pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    import torch
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    i = torch.arange(600)
+    expected = MPNetEncoder.relative_position_bucket(i[None, :] - i[:, None])
+    np.testing.assert_array_equal(relative_buckets(600, 32), expected.numpy())
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 160_000.0])
+def test_rotary_tables(theta):
+    """Against torch's float32 arithmetic, up to the last position of ModernBERT."""
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    frequencies = 1.0 / theta ** (torch.arange(0, 64, 2, dtype=torch.float) / 64)
+    angles = torch.arange(8192)[:, None].float() * frequencies
+    cosine, sine = rotary_tables(8192, 64, theta)
+    np.testing.assert_allclose(cosine, angles.cos().numpy(), atol=1e-6)
+    np.testing.assert_allclose(sine, angles.sin().numpy(), atol=1e-6)
