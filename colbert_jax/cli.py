@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colbert_jax import __version__
+from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
@@ -145,6 +146,17 @@ def info(args: argparse.Namespace) -> None:
         print("checksums    all files are whole")
 
 
+def convert(args: argparse.Namespace) -> None:
+    found, checkpoint = convert_checkpoint(
+        args.source, args.folder, args.to, base=args.base, revision=args.revision
+    )
+    encoder = checkpoint.encoder
+    print(
+        f"{args.source}: {found}, {encoder.backbone.model_type}, {encoder.dim} dimensions\n"
+        f"{args.folder}: {args.to}"
+    )
+
+
 def demo(args: argparse.Namespace) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run_demo(Path(args.folder or cache / "colbert_jax" / "demo"), args.checkpoint)
@@ -243,6 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("index")
     sub.add_argument("--verify", action="store_true", help="read every file, compare checksums")
     sub.add_argument("--json", action="store_true", help="print the metadata as JSON")
+
+    sub = command(convert, "write a checkpoint in another layout")
+    sub.add_argument("source", help="folder, Hugging Face hub id, or ColBERTv1 .dnn file")
+    sub.add_argument("folder", help="the folder to make")
+    sub.add_argument("--to", required=True, choices=list(LAYOUTS), help="layout to write")
+    sub.add_argument("--revision", help="of the hub repository")
+    sub.add_argument("--base", help="for a .dnn file: the model it was trained from")
 
     sub = command(demo, "index the standard library's documentation and ask it five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")

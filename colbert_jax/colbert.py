@@ -18,10 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from colbert_jax import runtime
 from colbert_jax.batching import ladder_length, next_power_of_two, pad_rows, plan_batches
-from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint
+from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.embeddings import DocumentEmbeddings
-from colbert_jax.models.colbert import TokenEncoder
+from colbert_jax.models.colbert import abstract_encoder
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from colbert_jax.index import Index
 
 _TOKENS_PER_DEVICE = {"cpu": 1 << 11}  # of one batch: cache-sized; accelerators take 1 << 16
-_DOCUMENT_SETTINGS = ("doc_maxlen", "doc_token_id", "mask_punctuation")
+_DOCUMENT_SETTINGS = (
+    "doc_maxlen",
+    "doc_token_id",
+    "mask_punctuation",
+    "skiplist_words",
+    "keep_only_token_ids",
+    "doc_prompt",
+    "strip",
+    "lowercase",
+)
 _WINDOW = 2048  # documents tokenised, sorted and batched together
 
 
@@ -78,8 +87,8 @@ class ColBERT:
           dtype: of the encoder's dense layers; None: bfloat16 on accelerators, float32 on a CPU.
           devices: to encode on; None: all local ones.
         """
-        config = checkpoint.config
-        positions = checkpoint.backbone.max_position_embeddings
+        config, encoder = checkpoint.config, checkpoint.encoder
+        positions = encoder.backbone.max_length
         for limit in ("query_maxlen", "doc_maxlen"):
             if getattr(config.text, limit) > positions:
                 raise ValueError(
@@ -88,27 +97,37 @@ class ColBERT:
                 )
         self.load = load or {"name_or_path": str(checkpoint.folder.resolve())}
         self.config: ColBERTConfig = config
-        self.tokenizer = TextTokenizer.from_folder(checkpoint.folder, config.text)
-        if self.tokenizer.vocab_size > checkpoint.backbone.vocab_size:
+        try:
+            self.tokenizer = TextTokenizer(checkpoint.tokenizer, config.text)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.folder}: {error}") from None
+        if self.tokenizer.vocab_size > encoder.backbone.vocab_size:
             raise ValueError(
                 f"{checkpoint.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the "
-                f"encoder only {checkpoint.backbone.vocab_size}"
+                f"encoder only {encoder.backbone.vocab_size}"
             )
+        # Its parameters live on the devices from here on.
+        self._checkpoint = dataclasses.replace(checkpoint, params={}, query_params=None)
         self._positions = positions
-        self._backbone = checkpoint.backbone
-        self.dim = config.dim or checkpoint.backbone.hidden_size
+        self.dim = encoder.dim
         self.devices = list(devices or jax.local_devices())
         mesh = jax.sharding.Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
         self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         replicated = NamedSharding(mesh, PartitionSpec())
 
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
-        model = nnx.eval_shape(
-            lambda: TokenEncoder(checkpoint.backbone, config.dim, dtype=dtype, rngs=nnx.Rngs(0))
+        graphdef, shapes, _ = abstract_encoder(encoder, dtype)
+
+        def placed(params: dict) -> nnx.State:
+            state = jax.tree.map(lambda leaf: leaf, shapes)
+            nnx.replace_by_pure_dict(state, jax.device_put(params, replicated, may_alias=True))
+            return state
+
+        self.params = placed(checkpoint.params)
+        # An encoder of the queries' own, or the one for both.
+        self.query_params = (
+            self.params if checkpoint.query_params is None else placed(checkpoint.query_params)
         )
-        graphdef, state = nnx.split(model)
-        nnx.replace_by_pure_dict(state, jax.device_put(checkpoint.params, replicated))
-        self.params = state
         # Every device runs the program of one device on its share of the batch.
         rows = PartitionSpec("data")
         self.encode_ids = jax.jit(
@@ -130,20 +149,25 @@ class ColBERT:
         dtype: jnp.dtype | None = None,
         devices: Sequence[jax.Device] | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
+        base: str | Path | None = None,
         **text_settings: Any,
     ) -> ColBERT:
-        """Load a checkpoint.
+        """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
+        plain Hugging Face, this library's own.
 
-        A plain BERT without a late-interaction head is used as it is: its token embeddings at full
-        width, without markers, [MASK] expansion or dropped punctuation (`TextConfig.untrained`).
+        A plain encoder without a late-interaction head is used as it is: its token embeddings at
+        full width, without markers, [MASK] expansion or dropped punctuation
+        (`TextConfig.untrained`).
 
         Args:
-          name_or_path: a folder, or a Hugging Face hub id.
-          dim: for a plain BERT: add a new projection to this width, with random weights drawn from
-            `seed`, to be trained.
+          name_or_path: a folder, a Hugging Face hub id, or a ColBERTv1 `.dnn` file.
+          dim: for a plain encoder: add a new projection to this width, with random weights drawn
+            from `seed`, to be trained.
           dtype, devices: see `ColBERT`.
           revision, token: for the hub.
+          base: for a `.dnn` file: folder or hub id of the model it was trained from, for its
+            configuration and tokenizer; None: the files beside it, else the model it names.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
@@ -156,15 +180,15 @@ class ColBERT:
                 f"from_pretrained has no setting {', '.join(unknown)}; text settings are "
                 f"{', '.join(sorted(names))}"
             )
-        folder = hub.resolve(name_or_path, revision=revision, token=token)
-        checkpoint = read_checkpoint(folder, dim=dim, seed=seed)
+        path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
+        checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base)
         if text_settings:
-            text = dataclasses.replace(checkpoint.config.text, **text_settings)
-            config = dataclasses.replace(checkpoint.config, text=text)
-            checkpoint = dataclasses.replace(checkpoint, config=config)
+            checkpoint = checkpoint.with_text(**text_settings)
         load: dict[str, Any] = {"name_or_path": str(name_or_path)}
-        if Path(name_or_path).expanduser().is_dir():
-            load = {"name_or_path": str(folder.resolve())}
+        if Path(name_or_path).expanduser().exists():
+            load = {"name_or_path": str(path.resolve())}
+        if base is not None:
+            load["base"] = str(base)
         if dim is not None:
             load |= {"dim": dim, "seed": seed}
         if revision is not None:
@@ -210,21 +234,49 @@ class ColBERT:
             )
         return loaded
 
+    def save_pretrained(self, folder: str | Path, layout: str = "flax") -> None:
+        """Write the model as a new folder.
+
+        Args:
+          layout: "flax" (this library's own: safetensors and one JSON), "stanford", "flmr",
+            "pylate", "sentence-transformers" or "colbertv1": each is what its own library loads.
+
+        Raises:
+          ValueError: an unknown layout, or a setting that it cannot say.
+          FileExistsError: `folder` exists and is not empty.
+        """
+
+        def fetched(state: nnx.State) -> dict:
+            return jax.tree.map(np.asarray, nnx.to_pure_dict(state))
+
+        own = self.query_params is not self.params
+        checkpoint = dataclasses.replace(
+            self._checkpoint,
+            params=fetched(self.params),
+            query_params=fetched(self.query_params) if own else None,
+        )
+        write_checkpoint(checkpoint, Path(folder), layout)
+
     def encode_queries(
         self, queries: str | Sequence[str], *, progress: bool | None = False
     ) -> np.ndarray:
         """Token embeddings of queries.
 
         Returns:
-          float32[B, Lq, D]. With query expansion Lq is `query_maxlen` and every row counts; without
-          it Lq is the longest query's step of the length ladder, and rows of zeros fill up.
+          float32[B, Lq, D]. With query expansion Lq is `query_maxlen`; without it, or with a
+          smaller `query_minlen`, Lq is the longest query's step of the length ladder. Rows of
+          zeros fill up; they add nothing to a score.
         """
         token_ids = self.tokenizer.queries(as_texts(queries, "query"))
         rows = self._encode(
-            token_ids, None, progress_bar(len(token_ids.ids), "queries", "query", progress)
+            self.query_params,
+            token_ids,
+            self.tokenizer.kept_in_query,
+            progress_bar(len(token_ids.ids), "queries", "query", progress),
         )
-        if self.config.text.query_expansion:
-            width = self.config.text.query_maxlen
+        text = self.config.text
+        if text.query_expansion and text.query_minlen in (None, text.query_maxlen):
+            width = text.query_maxlen
         else:
             width = ladder_length(max(map(len, rows), default=1), self._positions)
         encoded = np.zeros((len(rows), width, self.dim), np.float32)
@@ -260,7 +312,7 @@ class ColBERT:
             ahead = host.submit(tokenize_next)
             while (token_ids := ahead.result()) is not None:
                 ahead = host.submit(tokenize_next)
-                rows = self._encode(token_ids, self.tokenizer.kept, bar)
+                rows = self._encode(self.params, token_ids, self.tokenizer.kept, bar)
                 yield DocumentEmbeddings.from_list(rows, self.dim)
 
     def rank(
@@ -306,7 +358,8 @@ class ColBERT:
         all of them. How queries are made is left out: an index does not depend on it.
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
-        known = [text, dataclasses.asdict(self._backbone), self.tokenizer.fingerprint]
+        encoder = dataclasses.asdict(self._checkpoint.encoder)
+        known = [text, encoder, self.tokenizer.fingerprint]
         digest = hashlib.sha256(json.dumps(known).encode())
         for path, value in nnx.to_flat_state(self.params):
             array = value[...]
@@ -314,7 +367,7 @@ class ColBERT:
             digest.update(np.asarray(array.reshape(-1)[:1024]).tobytes())
         return digest.hexdigest()[:16]
 
-    def _encode(self, token_ids: TokenIds, keep, bar) -> list[np.ndarray]:
+    def _encode(self, params: nnx.State, token_ids: TokenIds, keep, bar) -> list[np.ndarray]:
         """One [L, D] array per row. `keep` tells from the ids which rows are embeddings."""
         ids, attended = token_ids
         rows: list[np.ndarray] = [np.empty(0)] * len(ids)
@@ -328,11 +381,9 @@ class ColBERT:
             block = pad_rows([ids[i] for i in batch.rows], batch.size, batch.length, pad)
             count = pad_rows([attended[i : i + 1] for i in batch.rows], batch.size, 1)[:, 0]
             length = pad_rows([lengths[i : i + 1] for i in batch.rows], batch.size, 1)
-            kept = np.arange(batch.length) < length
-            if keep is not None:
-                kept &= keep(block)
+            kept = (np.arange(batch.length) < length) & keep(block)
             arguments = jax.device_put((block, count, kept), self._batch_sharding)
-            embeddings = self.encode_ids(self.params, *arguments)
+            embeddings = self.encode_ids(params, *arguments)
             if pending is not None:  # fetch a batch while the device works on the next
                 _collect(rows, *pending, bar)
             pending = batch.rows, embeddings, kept

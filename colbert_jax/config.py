@@ -1,5 +1,7 @@
 """Every setting of the library, as frozen dataclasses: one class per concern.
 
+Architectures of encoders are in `models.config` and `models.colbert`.
+
 Field names are Stanford ColBERT's where it has the setting, so that an `artifact.metadata` reads
 straight into them.
 """
@@ -35,64 +37,22 @@ def _require_types(settings: Any) -> None:
 
 
 @dataclass(frozen=True)
-class BertConfig:
-    """Architecture of a BERT encoder: the fields of a Hugging Face `config.json` used here."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        _require_types(self)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-            f"{self.num_attention_heads}",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> BertConfig:
-        """From a parsed `config.json`. Raises ValueError for what this encoder does not do."""
-        model_type = config.get("model_type")
-        _require(
-            model_type == "bert",
-            f"model_type {model_type!r} is not supported; supported: 'bert'",
-        )
-        positions = config.get("position_embedding_type") or "absolute"
-        _require(
-            positions == "absolute",
-            f"position_embedding_type {positions!r} is not supported; supported: 'absolute'",
-        )
-        names = {f.name for f in dataclasses.fields(cls)}
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        missing = sorted(required - config.keys())
-        _require(not missing, f"missing fields: {', '.join(missing)}")
-        given = {k: v for k, v in config.items() if k in names and v is not None}
-        return cls(**given)
-
-
-@dataclass(frozen=True)
 class TextConfig:
-    """How queries and documents become token ids.
+    """How queries and documents become token ids, and which tokens become embeddings.
 
-    The defaults are Stanford ColBERT's. `query_token_id` and `doc_token_id` name the marker put at
-    position 1 (None: no marker). With `query_expansion` a query is filled up to `query_maxlen` with
-    [MASK], whose vectors count; without it, it keeps its own length. `mask_punctuation` drops ASCII
-    punctuation from a document's output.
+    The defaults are Stanford ColBERT's.
+
+    query_maxlen, doc_maxlen: longest input in tokens; longer texts are cut.
+    query_token_id, doc_token_id: the marker put at position 1; None: no marker.
+    query_expansion: fill queries up to `query_minlen` tokens (None: `query_maxlen`) with
+      `expansion_token` (None: [MASK], else the end-of-sequence token), whose vectors count.
+    attend_to_mask_tokens: whether the other tokens attend to that filling.
+    mask_punctuation: drop ASCII punctuation from a document's output.
+    skiplist_words: drop exactly these tokens instead; () drops none.
+    skiplist_in_queries: drop them from queries too.
+    keep_only_token_ids: of documents, keep nothing but these tokens.
+    query_prompt, doc_prompt: text put before every text; strip, lowercase: done to the whole.
+    mask_instruction_token: a query's tokens up to and including this one give no embedding (FLMR).
     """
 
     query_maxlen: int = 32
@@ -102,8 +62,25 @@ class TextConfig:
     query_expansion: bool = True
     attend_to_mask_tokens: bool = False
     mask_punctuation: bool = True
+    query_minlen: int | None = None
+    expansion_token: str | None = None
+    skiplist_words: tuple[str, ...] | None = None
+    skiplist_in_queries: bool = False
+    keep_only_token_ids: tuple[int, ...] | None = None
+    query_prompt: str = ""
+    doc_prompt: str = ""
+    strip: bool = False
+    lowercase: bool = False
+    mask_instruction_token: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("skiplist_words", str), ("keep_only_token_ids", int)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            items = isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value)
+            _require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # JSON gives lists
         _require_types(self)
         for name, marker in (
             ("query_maxlen", self.query_token_id),
@@ -112,6 +89,11 @@ class TextConfig:
             least = 3 if marker is None else 4  # [CLS] (marker) one token [SEP]
             value = getattr(self, name)
             _require(value >= least, f"{name} must be at least {least}, got {value}")
+        floor = self.query_minlen
+        _require(
+            floor is None or 1 <= floor <= self.query_maxlen,
+            f"query_minlen must be between 1 and query_maxlen {self.query_maxlen}, got {floor}",
+        )
 
     @classmethod
     def untrained(cls, **changes: Any) -> TextConfig:
@@ -196,13 +178,11 @@ class SearchConfig:
 class ColBERTConfig:
     """All settings of a loaded model.
 
-    `dim` is the width of the projection, None where there is none and the token embeddings keep the
-    backbone's width. `index` and `search` are what the checkpoint itself asks for: defaults of an
-    index built with it. `metadata` keeps every other field of the checkpoint's own file (training
-    settings, provenance) for the code that trains and exports.
+    `index` and `search` are what the checkpoint itself asks for: defaults of an index built with
+    it. `metadata` keeps every other field of the checkpoint's own file (training settings,
+    provenance) for the code that trains and exports.
     """
 
-    dim: int | None = 128
     similarity: str = "cosine"
     text: TextConfig = TextConfig()
     index: IndexConfig = IndexConfig()
@@ -211,7 +191,6 @@ class ColBERTConfig:
 
     def __post_init__(self) -> None:
         _require_types(self)
-        _require(self.dim is None or self.dim >= 1, f"dim must be >= 1, got {self.dim}")
         _require(
             self.similarity in ("cosine", "l2"),
             f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",

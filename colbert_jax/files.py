@@ -1,4 +1,4 @@
-"""Small files, read with errors that name them."""
+"""Small files: read with errors that name them, written whole."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file}: not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

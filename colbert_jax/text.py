@@ -1,8 +1,8 @@
-"""Queries and documents to token ids, as Stanford ColBERT makes them.
+"""Queries and documents to token ids, as the checkpoint's own library makes them.
 
-A query is `[CLS] marker tokens [SEP]`, filled up with [MASK] to `query_maxlen` (query expansion); a
-document is `[CLS] marker tokens [SEP]`, at most `doc_maxlen` long. Both are cut from the right.
-Rows stay ragged here: padding to a static shape is `batching`'s business.
+A query is `[CLS] marker tokens [SEP]`, filled up with [MASK] (query expansion); a document is
+`[CLS] marker tokens [SEP]`. Both are cut to their maximum length. Rows stay ragged here: padding to
+a static shape is `batching`'s business.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ import json
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from colbert_jax.config import TextConfig
-from colbert_jax.files import read_json
-
-_FILES = ("tokenizer.json", "vocab.txt")
-_OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 
 class TokenIds(NamedTuple):
@@ -38,86 +35,98 @@ class TokenIds(NamedTuple):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens and the markers; a marker that is not used is None."""
+    """Ids of the special tokens and the markers; what is not used is None."""
 
     pad: int
-    mask: int
+    expansion: int | None
     query_marker: int | None
     doc_marker: int | None
+    instruction: int | None
 
 
 class TextTokenizer:
     """Tokenizer of one model: `queries` and `documents` turn texts into token ids."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, names: dict[str, str], config: TextConfig):
+    def __init__(self, model: ModelTokenizer, config: TextConfig):
         """
         Args:
-          tokenizer: the model's tokenizer, whose post-processor adds [CLS] and [SEP].
-          names: the strings of `pad_token` and `mask_token`.
-          config: lengths, markers, expansion.
+          model: the tokenizer, whose post-processor adds [CLS] and [SEP].
+          config: lengths, markers, expansion, what is dropped.
         """
         self.config = config
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._tokenizer, self._side = model.tokenizer, model.truncation_side
+        vocabulary = model.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
-        # Tells vocabularies apart.
-        self.fingerprint = hashlib.sha256(
-            json.dumps(sorted(vocabulary.items())).encode()
-        ).hexdigest()
         self.special = SpecialTokens(
-            pad=_token_id(tokenizer, names["pad_token"], "pad_token"),
-            mask=_token_id(tokenizer, names["mask_token"], "mask_token"),
-            query_marker=_marker_id(tokenizer, config.query_token_id, "query_token_id"),
-            doc_marker=_marker_id(tokenizer, config.doc_token_id, "doc_token_id"),
+            pad=self._special(model, "pad_token"),
+            expansion=self._expansion(model) if config.query_expansion else None,
+            query_marker=self._marker(config.query_token_id, "query_token_id"),
+            doc_marker=self._marker(config.doc_token_id, "doc_token_id"),
+            instruction=self._marker(config.mask_instruction_token, "mask_instruction_token"),
         )
-        # Two copies, since truncation is a state of the tokenizer. A marker takes one place.
-        self._query = _truncating(tokenizer, config.query_maxlen, self.special.query_marker)
-        self._doc = _truncating(tokenizer, config.doc_maxlen, self.special.doc_marker)
-        if len(self._doc.encode("").ids) != 2:
+        if len(self._tokenizer.encode("").ids) != 2:
             raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] behind it")
         # [V] True where a document's token is dropped from the output.
-        self.skiplist = np.zeros(self.vocab_size, bool)
-        self.skiplist[self.special.pad] = True
-        if config.mask_punctuation:
-            for char in string.punctuation:
-                self.skiplist[tokenizer.encode(char, add_special_tokens=False).ids[0]] = True
+        self.skiplist = self._skiplist()
 
     @classmethod
     def from_folder(cls, folder: Path, config: TextConfig) -> TextTokenizer:
-        """Read `tokenizer.json`, else `vocab.txt`, else whatever transformers can read."""
-        return cls(*_read_folder(folder), config)
+        return cls(read_tokenizer(Path(folder)), config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells vocabularies apart."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     def queries(self, texts: Sequence[str]) -> TokenIds:
-        """Token ids of queries; with query expansion every row has `query_maxlen` of them."""
-        rows = self._encode(self._query, texts, self.special.query_marker, "query")
+        """Token ids of queries; with query expansion every row has `query_minlen` at least."""
+        config = self.config
+        rows = self._encode(texts, is_query=True)
         attended = np.fromiter(map(len, rows), np.int32, len(rows))
-        if self.config.query_expansion:
-            width = self.config.query_maxlen
-            filled = np.full((len(rows), width), self.special.mask, np.int32)
-            for row, ids in zip(filled, rows, strict=True):
-                row[: len(ids)] = ids
-            rows = list(filled)
-            if self.config.attend_to_mask_tokens:
-                attended = np.full(len(rows), width, np.int32)
+        if config.query_expansion:
+            floor = config.query_minlen or config.query_maxlen
+            for i, row in enumerate(rows):
+                fill = np.full(max(floor - len(row), 0), self.special.expansion, np.int32)
+                rows[i] = np.concatenate([row, fill])
+            if config.attend_to_mask_tokens:
+                attended = np.fromiter(map(len, rows), np.int32, len(rows))
         return TokenIds(rows, attended)
 
     def documents(self, texts: Sequence[str]) -> TokenIds:
         """Token ids of documents, each at most `doc_maxlen` long."""
-        rows = self._encode(self._doc, texts, self.special.doc_marker, "document")
+        rows = self._encode(texts, is_query=False)
         return TokenIds(rows, np.fromiter(map(len, rows), np.int32, len(rows)))
 
     def kept(self, ids: np.ndarray) -> np.ndarray:
         """Which rows of a document's ids become token embeddings: bool of the same shape."""
         return ~self.skiplist[ids]
 
+    def kept_in_query(self, ids: np.ndarray) -> np.ndarray:
+        """Which rows of queries count: bool of ids' shape, [L] or [B, L].
+
+        All of them, except with `skiplist_in_queries`, and with `mask_instruction_token`: then the
+        tokens behind the marker up to and including the first such token are left out (FLMR: they
+        are an instruction, not the question).
+        """
+        kept = np.ones(ids.shape, bool)
+        if self.config.skiplist_in_queries:
+            kept &= ~self.skiplist[ids]
+        if self.special.instruction is not None:
+            end = np.maximum((ids == self.special.instruction).argmax(-1), 1)[..., None]
+            place = np.arange(ids.shape[-1])
+            kept &= (place > end) | (place < 2)
+        return kept
+
     def labels(self, text: str, *, is_query: bool) -> list[str]:
         """A readable word for every row of the output: the source word of each token.
 
         Rows of one word share its label. [CLS], [SEP], the marker ("[Q]", "[D]") and [MASK] are
-        labelled as such; rows that a document drops are left out.
+        labelled as such; rows that are dropped are left out.
         """
-        tokenizer = self._query if is_query else self._doc
-        marker = self.special.query_marker if is_query else self.special.doc_marker
-        encoding = tokenizer.encode(text)
+        row = self.queries([text]).ids[0] if is_query else self.documents([text]).ids[0]
+        text = self._prepare(text, is_query)
+        encoding = self._tokenizer.encode(text)
         labels = list(encoding.tokens)
         for i, word in enumerate(encoding.word_ids):
             if word is not None:
@@ -125,32 +134,93 @@ class TextTokenizer:
                     s for s, w in zip(encoding.offsets, encoding.word_ids, strict=True) if w == word
                 ]
                 labels[i] = text[spans[0][0] : spans[-1][1]]
-        ids = list(encoding.ids)
+        marker, limit = self._role(is_query)
+        labels = self._cut(labels, limit)
         if marker is not None:
             labels.insert(1, "[Q]" if is_query else "[D]")
-            ids.insert(1, marker)
-        if not is_query:
-            return [
-                label for label, keep in zip(labels, self.kept(np.array(ids)), strict=True) if keep
-            ]
-        if self.config.query_expansion:
-            labels += ["[MASK]"] * (self.config.query_maxlen - len(labels))
-        return labels
+        labels += ["[MASK]"] * (len(row) - len(labels))
+        kept = self.kept_in_query(row) if is_query else self.kept(row)
+        return [label for label, keep in zip(labels, kept, strict=True) if keep]
 
-    def _encode(
-        self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], marker: int | None, kind: str
-    ) -> list[np.ndarray]:
+    def _role(self, is_query: bool) -> tuple[int | None, int]:
+        """The marker, and how many tokens the tokenizer may give so that it has a place."""
+        if is_query:
+            marker, limit = self.special.query_marker, self.config.query_maxlen
+        else:
+            marker, limit = self.special.doc_marker, self.config.doc_maxlen
+        return marker, limit - (marker is not None)
+
+    def _prepare(self, text: str, is_query: bool) -> str:
+        text = (self.config.query_prompt if is_query else self.config.doc_prompt) + text
+        text = text.strip() if self.config.strip else text
+        return text.lower() if self.config.lowercase else text
+
+    def _cut(self, ids: list, limit: int) -> list:
+        """Truncate between [CLS] and [SEP]."""
+        if len(ids) <= limit:
+            return ids
+        if self._side == "left":
+            return ids[:1] + ids[len(ids) - limit + 1 :]
+        return ids[: limit - 1] + ids[-1:]
+
+    def _encode(self, texts: Sequence[str], *, is_query: bool) -> list[np.ndarray]:
+        kind = "query" if is_query else "document"
         try:
-            encodings = tokenizer.encode_batch_fast(list(texts))
-        except (TypeError, UnicodeEncodeError) as error:
+            prepared = [self._prepare(text, is_query) for text in texts]
+            encodings = self._tokenizer.encode_batch_fast(prepared)
+        except (AttributeError, TypeError, UnicodeEncodeError) as error:
             raise _bad_text(texts, kind) from error
+        marker, limit = self._role(is_query)
         rows = []
         for encoding in encodings:
-            ids = encoding.ids
+            ids = self._cut(encoding.ids, limit)
             if marker is not None:
                 ids.insert(1, marker)
             rows.append(np.array(ids, np.int32))
         return rows
+
+    def _special(self, model: ModelTokenizer, role: str) -> int:
+        if role not in model.special:
+            raise ValueError(f"the tokenizer names no {role}")
+        return self._id(model.special[role], role)
+
+    def _expansion(self, model: ModelTokenizer) -> int:
+        """[MASK], else the end-of-sequence token, as PyLate and sentence-transformers do."""
+        if self.config.expansion_token is not None:
+            return self._marker(self.config.expansion_token, "expansion_token")  # type: ignore
+        role = "mask_token" if "mask_token" in model.special else "eos_token"
+        return self._special(model, role)
+
+    def _id(self, token: str, role: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+        return token_id
+
+    def _marker(self, token: str | None, role: str) -> int | None:
+        if token is None:
+            return None
+        try:
+            return self._id(token, role)
+        except ValueError as error:
+            raise ValueError(f"{error}: name another token, or None for none") from None
+
+    def _skiplist(self) -> np.ndarray:
+        config, to_id = self.config, self._tokenizer.token_to_id
+        drop = np.zeros(self.vocab_size, bool)
+        if config.skiplist_words is not None:
+            ids = [to_id(word) for word in config.skiplist_words]
+            drop[[i for i in ids if i is not None]] = True
+        else:
+            drop[self.special.pad] = True
+            if config.mask_punctuation:
+                for char in string.punctuation:
+                    drop[self._tokenizer.encode(char, add_special_tokens=False).ids[0]] = True
+        if config.keep_only_token_ids is not None:
+            kept = np.zeros(self.vocab_size, bool)
+            kept[[i for i in config.keep_only_token_ids if 0 <= i < self.vocab_size]] = True
+            drop |= ~kept
+        return drop
 
 
 def as_texts(texts: str | Sequence[str], kind: str) -> list[str]:
@@ -175,72 +245,3 @@ def _bad_text(texts: Sequence[Any], kind: str) -> Exception:
                 "decode the bytes with errors='replace'"
             )
     return RuntimeError(f"the tokenizer could not encode the {kind} batch")
-
-
-def _token_id(tokenizer: tokenizers.Tokenizer, token: str, role: str) -> int:
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise ValueError(f"{role} {token!r} is not in the tokenizer's vocabulary")
-    return token_id
-
-
-def _marker_id(tokenizer: tokenizers.Tokenizer, marker: str | None, role: str) -> int | None:
-    if marker is None:
-        return None
-    try:
-        return _token_id(tokenizer, marker, role)
-    except ValueError as error:
-        raise ValueError(f"{error}: name another marker, or None for no marker") from None
-
-
-def _truncating(
-    tokenizer: tokenizers.Tokenizer, maxlen: int, marker: int | None
-) -> tokenizers.Tokenizer:
-    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    copy.no_padding()  # published tokenizer files often have padding and truncation switched on
-    copy.enable_truncation(max_length=maxlen - (marker is not None))
-    return copy
-
-
-def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        if file.is_file():
-            fields = read_json(file)
-            if not isinstance(fields, dict):
-                raise ValueError(f"{file}: expected a JSON object")
-            settings |= fields
-    names = {"pad_token": "[PAD]", "mask_token": "[MASK]"}
-    for key in names:
-        value = settings.get(key)
-        if isinstance(value, dict):  # an added token written out as an object
-            value = value.get("content")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{folder}: {key} of the tokenizer must be a string, got {value!r}")
-        names[key] = value or names[key]
-    file = folder / "tokenizer.json"
-    try:
-        if file.is_file():
-            return tokenizers.Tokenizer.from_file(str(file)), names
-        file = folder / "vocab.txt"
-        if file.is_file():
-            lower = settings.get("do_lower_case", True)
-            wordpiece = tokenizers.BertWordPieceTokenizer(str(file), lowercase=lower)
-            return tokenizers.Tokenizer.from_str(wordpiece.to_str()), names
-    except Exception as error:  # the Rust library raises plain Exception
-        raise ValueError(f"{file}: not a readable tokenizer file: {error}") from error
-    return _read_with_transformers(folder), names
-
-
-def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
-    if not any((folder / name).is_file() for name in _OTHER_FILES):
-        raise ValueError(f"{folder}: no tokenizer: neither {' nor '.join(_FILES)} is there")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: transformers could not read the tokenizer files that are there: {error}"
-        ) from error

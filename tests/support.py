@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from pathlib import Path
 
@@ -121,6 +122,49 @@ def write_stanford(
     tensors = bert_tensors(settings, seed, "bert.") | {"linear.weight": projection}
     save_file(tensors, folder / "model.safetensors")
     (folder / "artifact.metadata").write_text(json.dumps(fields))
+    return folder
+
+
+def write_flmr(
+    folder: Path, config: dict | None = None, seed: int = 0, *, separate: bool = False, **fields
+) -> Path:
+    """An FLMR folder: sparse config.json, `query_*` (and `context_*`) names, two tokenizers."""
+    write_plain(folder, config, seed)
+    text = json.loads((folder / "config.json").read_text())
+    del text["model_type"]
+    settings = dict(
+        architectures=["FLMRModelForRetrieval"],
+        model_type="flmr",
+        dim=16,
+        mask_punctuation=True,
+        mask_instruction_token=None,
+        use_vision_encoder=False,
+        query_concat_output_from_vision_encoder=False,
+        separate_query_and_context_text_encoder=separate,
+        text_config=text | {"model_type": "flmr_text_model"},
+        vision_config={"model_type": "flmr_vision_model", "dropout": 0.0},
+        vision_model_version=None,
+    )
+    (folder / "config.json").write_text(json.dumps(settings | fields))
+    tensors = {}
+    for n, side in enumerate(("query", "context") if separate else ("query",)):
+        tensors |= bert_tensors(text, seed + n, f"{side}_text_encoder.bert_model.")
+        shape = (settings["dim"], text["hidden_size"])
+        projection = np.random.default_rng(seed + n + 1).normal(0, 0.2, shape)
+        tensors[f"{side}_text_encoder_linear.weight"] = projection.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    for side, own in (
+        ("query", {"query_maxlen": 16, "attend_to_mask_tokens": False}),
+        ("context", {"doc_maxlen": 48}),
+    ):
+        place = folder / f"{side}_tokenizer"
+        place.mkdir()
+        shutil.copy(folder / "vocab.txt", place)
+        kind = f"FLMR{side.title()}EncoderTokenizer"
+        own |= {"tokenizer_class": kind, "do_lower_case": True}
+        (place / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer_config.json").unlink()
     return folder
 
 

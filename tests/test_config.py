@@ -2,17 +2,7 @@ import dataclasses
 
 import pytest
 
-from colbert_jax.config import BertConfig, ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-
-BERT = dict(
-    model_type="bert",
-    vocab_size=10,
-    hidden_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-)
-
+from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 
 @pytest.mark.parametrize(
     ("k", "expected"),
@@ -33,20 +23,6 @@ def test_search_defaults_by_k(k, expected):
 def test_search_settings_given_win_even_zero():
     resolved = SearchConfig(ncells=7, centroid_score_threshold=0.0).resolve(10)
     assert dataclasses.astuple(resolved) == (7, 0.0, 256)
-
-
-def test_bert_config_reads_and_refuses():
-    assert BertConfig.from_huggingface(BERT).head_dim == 4
-    for change, message in [
-        ({"model_type": "t5"}, "model_type 't5' is not supported"),
-        ({"position_embedding_type": "relative_key"}, "relative_key"),
-        ({"num_attention_heads": 3}, "not a multiple"),
-        ({"hidden_size": "8"}, "hidden_size must be int"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            BertConfig.from_huggingface(BERT | change)
-    with pytest.raises(ValueError, match="missing fields: vocab_size"):
-        BertConfig.from_huggingface({k: v for k, v in BERT.items() if k != "vocab_size"})
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_special_tokens_written_as_objects(plain_folder, tmp_path):
     tokens = {"mask_token": {"content": "[unused1]"}, "do_lower_case": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     tokenizer = TextTokenizer.from_folder(folder, TextConfig())
-    assert tokenizer.special.mask == support.vocabulary().index("[unused1]")
+    assert tokenizer.special.expansion == support.vocabulary().index("[unused1]")
     unknown = support.vocabulary().index("[UNK]")
     assert unknown in tokenizer.documents(["HEAT"]).ids[0]
 

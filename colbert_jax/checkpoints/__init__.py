@@ -1,52 +1,169 @@
-"""Checkpoint folders, one module per layout. The layout is told by the files present."""
+"""Checkpoints of every published layout, one module each, read and written.
+
+The layout is told by the files present, so nothing needs to be said when reading.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from colbert_jax.checkpoints import huggingface, stanford
-from colbert_jax.checkpoints.common import Checkpoint
-from colbert_jax.files import read_json
+from colbert_jax.checkpoints import (
+    colbertv1,
+    flmr,
+    hub,
+    huggingface,
+    modules,
+    native,
+    pylate,
+    sentence_transformers,
+    stanford,
+)
+from colbert_jax.checkpoints.common import Checkpoint, check_free, publishing
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = [
+    "LAYOUTS",
+    "Checkpoint",
+    "convert_checkpoint",
+    "detect_layout",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
+# What can be written, by the name that the command line takes.
+LAYOUTS: dict[str, Callable[[Checkpoint, Path], None]] = {
+    "flax": native.write,
+    "stanford": stanford.write,
+    "flmr": flmr.write,
+    "pylate": pylate.write,
+    "sentence-transformers": sentence_transformers.write,
+    "colbertv1": colbertv1.write,
+}
 
 
-def read_checkpoint(folder: Path, *, dim: int | None = None, seed: int = 0) -> Checkpoint:
-    """Read a checkpoint folder of any supported layout.
+def read_checkpoint(
+    path: Path, *, dim: int | None = None, seed: int = 0, base: Path | None = None
+) -> Checkpoint:
+    """Read a checkpoint of any supported layout.
 
     Args:
-      folder: Stanford ColBERT (`artifact.metadata`, or `linear.weight` among the weights), or a
-        plain Hugging Face BERT.
-      dim: for a plain BERT: width of a new projection with seeded random weights; None: no
-        projection. For a ColBERT checkpoint: None, or the width it has.
+      path: a folder in the layout of this library, FLMR, PyLate, sentence-transformers, Stanford
+        ColBERT or plain Hugging Face; or a ColBERTv1 `.dnn` file.
+      dim: for an encoder without a head: width of a new projection with seeded random weights;
+        None: no projection. For the others: None, or the width it has.
       seed: of the new projection.
+      base: for a `.dnn` file: folder of the model it was trained from; None: the file's own.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a checkpoint folder: config.json is missing")
-    _refuse_dense_modules(folder)
-    if stanford.detect(folder):
-        return stanford.read(folder, dim=dim)
-    return huggingface.read(folder, dim=dim, seed=seed)
+    path = Path(path)
+    layout = detect_layout(path)
+    if layout == "colbertv1":
+        file = path if path.is_file() else next(path.glob(f"*{colbertv1.SUFFIX}"))
+        return colbertv1.read(file, base=base or file.parent, dim=dim)
+    if layout == "huggingface":
+        return huggingface.read(path, dim=dim, seed=seed)
+    if layout in _FOLDERS:
+        return _FOLDERS[layout].read(path, dim=dim)
+    listed, settings = modules.read_modules(path), modules.read_settings(path)
+    if layout == "pylate":
+        return pylate.read(path, listed, settings, dim=dim)
+    if layout == "sentence-transformers":
+        return sentence_transformers.read(path, listed, settings, dim=dim)
+    return sentence_transformers.read_single_vector(path, listed, settings, dim=dim, seed=seed)
 
 
-def _refuse_dense_modules(folder: Path) -> None:
-    """A PyLate or sentence-transformers folder keeps its projection in Dense modules of its own."""
-    file = folder / "modules.json"
-    if not file.is_file():
-        return
-    modules = read_json(file)
-    try:
-        dense = [m["path"] for m in modules if m["type"].rpartition(".")[2] == "Dense"]
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"{file}: expected a list of objects with 'path' and 'type'") from None
-    if dense:
-        raise ValueError(
-            f"{file}: lists Dense modules ({', '.join(dense)}): the PyLate layout is not supported "
-            "yet; supported: Stanford ColBERT folders and plain BERT folders"
-        )
+_FOLDERS = {"flax": native, "flmr": flmr, "stanford": stanford}
+
+
+def detect_layout(path: Path) -> str:
+    """The layout of a checkpoint, told by its files.
+
+    Returns:
+      a name of `LAYOUTS`, or "single-vector" (sentence-transformers) or "huggingface" (a plain
+      encoder).
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, or no checkpoint.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != colbertv1.SUFFIX:
+            raise ValueError(
+                f"{path}: a file; a checkpoint is a folder, or a ColBERTv1 {colbertv1.SUFFIX} file"
+            )
+        return "colbertv1"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    if native.detect(path):
+        return "flax"
+    if (path / modules.MODULES).is_file():
+        listed, settings = modules.read_modules(path), modules.read_settings(path)
+        if sentence_transformers.detect(listed, settings):
+            return "sentence-transformers"
+        # Without a Dense module, a projection among the weights is Stanford's.
+        if not any(module.kind == "Dense" for module in listed) and _is_stanford(path):
+            return "stanford"
+        return "pylate" if pylate.detect(listed, settings) else "single-vector"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: not a checkpoint folder: config.json is missing")
+    if flmr.detect(path):
+        return "flmr"
+    if colbertv1.detect(path):
+        return "colbertv1"
+    return "stanford" if stanford.detect(path) else "huggingface"
+
+
+def _is_stanford(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and stanford.detect(folder)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "flax") -> None:
+    """Write a checkpoint as a new folder, complete or not at all.
+
+    Args:
+      layout: a name of `LAYOUTS`.
+
+    Raises:
+      ValueError: an unknown layout, or something that the layout cannot say.
+      FileExistsError: `folder` exists and is not empty.
+    """
+    _check_layout(layout)
+    with publishing(folder) as draft:
+        LAYOUTS[layout](checkpoint, draft)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    layout: str = "flax",
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[str, Checkpoint]:
+    """Read a checkpoint of any layout and write it in another one.
+
+    Args:
+      source: folder, hub id, or ColBERTv1 `.dnn` file; base, revision, token: as of
+        `ColBERT.from_pretrained`.
+      folder: the folder to make.
+      layout: a name of `LAYOUTS`.
+
+    Returns:
+      the source's layout, and the checkpoint.
+
+    Raises as `read_checkpoint` and `write_checkpoint`, before anything is written.
+    """
+    _check_layout(layout)
+    check_free(Path(folder))
+    path, base = hub.resolve_checkpoint(source, base=base, revision=revision, token=token)
+    checkpoint = read_checkpoint(path, base=base)
+    write_checkpoint(checkpoint, Path(folder), layout)
+    return detect_layout(path), checkpoint
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose from {', '.join(LAYOUTS)}")

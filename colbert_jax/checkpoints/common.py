@@ -1,123 +1,124 @@
-"""What every layout needs: safetensors files, JSON files, and parameters filled in strictly."""
+"""What every layout needs: a checkpoint in memory, parameters from tensors and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import dataclasses
+import os
+import shutil
+import string
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from colbert_jax.config import BertConfig, ColBERTConfig
-from colbert_jax.files import read_json
-from colbert_jax.models.bert import activation
-from colbert_jax.models.colbert import TokenEncoder
+from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
+from colbert_jax.checkpoints.tensors import Tensors
+from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.files import read_json, write_json
+from colbert_jax.models.colbert import EncoderConfig, abstract_encoder
+from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
+from colbert_jax.text import TextTokenizer
+from colbert_jax.tokenizer_files import ModelTokenizer, write_tokenizer
 
-_OTHER_WEIGHTS = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+# What the forward of a transformers model takes, where token types are among it.
+_INPUTS = {
+    "bert": ("input_ids", "token_type_ids", "attention_mask"),
+    "electra": ("input_ids", "token_type_ids", "attention_mask"),
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: the architecture, the settings and the parameters.
+    """A checkpoint in memory: architecture, settings, tokenizer and parameters.
 
+    folder: where it was read from.
     params: nested dict of float32 arrays, the state of `models.colbert.TokenEncoder`.
+    query_params: the same for an encoder of the queries' own; None: one encoder for both.
+    pooler: BERT's pooler by tensor name, which token embeddings do not use and which some
+      originals want to find.
     """
 
     folder: Path
-    backbone: BertConfig
+    encoder: EncoderConfig
     config: ColBERTConfig
+    tokenizer: ModelTokenizer
     params: dict
+    query_params: dict | None = None
+    pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def with_text(self, **changes: Any) -> Checkpoint:
+        """The same with other text settings."""
+        text = dataclasses.replace(self.config.text, **changes)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
 
 
-def read_backbone_config(folder: Path) -> BertConfig:
-    file = folder / "config.json"
-    config = read_json(file)
-    if not isinstance(config, dict):
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent}: {file.name} is missing")
+    fields = read_json(file)
+    if not isinstance(fields, dict):
         raise ValueError(f"{file}: expected a JSON object")
+    return fields
+
+
+def read_backbone(file: Path) -> BackboneConfig:
+    """The architecture of a `config.json`."""
     try:
-        backbone = BertConfig.from_huggingface(config)
-        activation(backbone.hidden_act)
+        return config_from_huggingface(read_object(file))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    return backbone
+        message = str(error)
+        raise ValueError(message if str(file) in message else f"{file}: {message}") from None
 
 
-class Tensors:
-    """The tensors of a folder's `model.safetensors`, read one at a time from the mapped file.
-
-    Old TensorFlow names of layer-norm parameters (gamma, beta) appear under today's names.
-    """
-
-    def __init__(self, folder: Path):
-        self.file = folder / "model.safetensors"
-        if not self.file.is_file():
-            others = [name for name in _OTHER_WEIGHTS if (folder / name).is_file()]
-            found = f"; found {others[0]}, which is not read yet" if others else ""
-            raise FileNotFoundError(f"{self.file}: missing weight file{found}")
-        try:
-            self._open = safe_open(self.file, framework="numpy")
-            names = list(self._open.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{self.file}: damaged or truncated weight file: {error}") from None
-        self._names = {_modern(name): name for name in names}
-
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open.get_slice(self._names[name]).get_shape())
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor as float32. Raises ValueError where it is missing or of another shape."""
-        if name not in self._names:
-            raise ValueError(f"{self.file}: tensor {name!r} is missing")
-        if self.shape(name) != shape:
-            raise ValueError(
-                f"{self.file}: tensor {name!r} has shape {list(self.shape(name))}, "
-                f"config.json asks for {list(shape)}"
-            )
-        array = self._open.get_tensor(self._names[name]).astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{self.file}: tensor {name!r} holds NaN or infinite values")
-        return array
+def find_prefix(tensors: Tensors, backbone: BackboneConfig) -> str:
+    """What stands before the names of the backbone's tensors: its usual prefix, or nothing."""
+    first = next(iter(tensor_names(backbone).values()))
+    for prefix in (PREFIXES[backbone.model_type], ""):
+        if prefix + first in tensors:
+            return prefix
+    raise ValueError(
+        f"{tensors.file}: no {backbone.model_type} encoder in it: tensor {first!r} is missing"
+    )
 
 
-def _modern(name: str) -> str:
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+def backbone_paths(backbone: BackboneConfig, prefix: str) -> dict[tuple, str]:
+    """Path in the state of a TokenEncoder -> tensor name, of the backbone."""
+    return {("backbone", *path): name for path, name in tensor_names(backbone, prefix).items()}
+
+
+def head_paths(encoder: EncoderConfig, layer: int) -> dict[tuple, str]:
+    """Path -> tensor name, of one dense layer of the head."""
+    config, path = encoder.head[layer], ("head", layer)
+    names: dict[tuple, str] = {(*path, "linear", "kernel"): "linear.weight"}
+    if config.bias:
+        names[*path, "linear", "bias"] = "linear.bias"
+    if config.residual and config.in_features != config.out_features:
+        names[*path, "residual", "kernel"] = "residual.weight"
+    return names
 
 
 def fill_params(
-    backbone: BertConfig, dim: int | None, tensors: Tensors, names: Mapping[tuple, str]
+    encoder: EncoderConfig, sources: Iterable[tuple[Tensors, Mapping[tuple, str]]]
 ) -> dict:
     """Parameters of a TokenEncoder from tensors in torch's layout.
 
     Args:
-      names: path in the NNX state -> tensor name. A path that is not named must be a projection
-        that the caller fills in.
+      sources: tensors, and which path each of them fills. A path that none fills is left out.
     """
-    model = nnx.eval_shape(lambda: TokenEncoder(backbone, dim, rngs=nnx.Rngs(0)))
-    state = nnx.to_flat_state(nnx.state(model))
+    shapes = abstract_encoder(encoder).shapes
     params: dict = {}
-    for path, variable in state:
-        if path not in names:
-            continue
-        shape = variable.shape
-        if path[-1] == "kernel":  # torch keeps [out, in], Flax [in, out]
-            array = tensors.read(names[path], shape[::-1]).T
-        else:
-            array = tensors.read(names[path], shape)
-        set_path(params, path, jax.numpy.asarray(array))
+    for tensors, names in sources:
+        # torch keeps kernels as [out, in], Flax as [in, out]
+        wanted = {name: (shapes[path], path[-1] == "kernel") for path, name in names.items()}
+        arrays = tensors.read_many(wanted)
+        for path, name in names.items():
+            set_path(params, path, arrays[name])
     return params
 
 
@@ -127,10 +128,171 @@ def set_path(tree: dict, path: tuple, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def refuse_unknown(tensors: Tensors, known: Iterable[str], ignorable: tuple[str, ...]) -> None:
+def get_path(tree: dict, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def refuse_unknown(
+    tensors: Tensors, backbone: BackboneConfig, known: Iterable[str], also: Sequence[str] = ()
+) -> None:
     """An extra tensor means another architecture, whose numbers would be wrong in silence."""
+    ignorable = (*IGNORED[backbone.model_type], *also)
     extra = sorted(set(tensors.names()) - set(known))
     extra = [name for name in extra if not any(part in f".{name}" for part in ignorable)]
     if extra:
         shown = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-        raise ValueError(f"{tensors.file}: tensors that a BERT encoder does not have: {shown}")
+        raise ValueError(
+            f"{tensors.file}: tensors that a {backbone.model_type} encoder with this head does "
+            f"not have: {shown}"
+        )
+
+
+def read_pooler(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
+    names = [f"pooler.dense.{part}" for part in ("weight", "bias")]
+    return {name: tensors.read(prefix + name) for name in names if prefix + name in tensors}
+
+
+# --- Writing --------------------------------------------------------------------------------
+
+
+def tensors_of(params: dict, names: Mapping[tuple, str]) -> dict[str, np.ndarray]:
+    """Tensors in torch's layout from parameters."""
+    tensors = {}
+    for path, name in names.items():
+        array = np.asarray(get_path(params, path), np.float32)
+        tensors[name] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+    return tensors
+
+
+def backbone_tensors(
+    checkpoint: Checkpoint, params: dict, prefix: str, *, pooler: bool
+) -> dict[str, np.ndarray]:
+    """The backbone's tensors behind `prefix`; with `pooler`, zeros where the checkpoint has none.
+
+    Originals that build a pooler would else fill it at random and warn.
+    """
+    backbone = checkpoint.encoder.backbone
+    tensors = tensors_of(params, backbone_paths(backbone, prefix))
+    if pooler and backbone.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+        width = backbone.hidden_size
+        zeros = {
+            "pooler.dense.weight": np.zeros((width, width), np.float32),
+            "pooler.dense.bias": np.zeros(width, np.float32),
+        }
+        tensors |= {prefix + name: value for name, value in (zeros | {**checkpoint.pooler}).items()}
+    return tensors
+
+
+def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
+    """The head as one matrix [dim, hidden] for layouts that have a single projection.
+
+    Raises ValueError where it is not linear: a bias or an activation.
+    """
+    matrix = np.eye(encoder.backbone.hidden_size, dtype=np.float64)
+    for i, layer in enumerate(encoder.head):
+        if layer.bias or layer.activation != "Identity":
+            what = "a bias" if layer.bias else f"activation {layer.activation}"
+            raise ValueError(
+                f"the {layout} layout has one projection without bias; dense layer {i + 1} of the "
+                f"head has {what}; write the pylate, sentence-transformers or flax layout"
+            )
+        step = np.asarray(params["head"][i]["linear"]["kernel"], np.float64)
+        if layer.residual:
+            same = layer.in_features == layer.out_features
+            step = step + (np.eye(len(step)) if same else params["head"][i]["residual"]["kernel"])
+        matrix = matrix @ step
+    return np.ascontiguousarray(matrix.T, np.float32)
+
+
+def one_encoder(checkpoint: Checkpoint, layout: str) -> None:
+    if checkpoint.query_params is not None:
+        raise ValueError(
+            f"the {layout} layout has one encoder, this checkpoint has one of its own for "
+            "queries; write the flmr or flax layout"
+        )
+
+
+def refuse_text(text: TextConfig, supported: Iterable[str], layout: str) -> None:
+    """Raises ValueError for text settings, other than defaults, that a layout cannot say."""
+    default = TextConfig()
+    cannot = [
+        f"{f.name}={getattr(text, f.name)!r}"
+        for f in dataclasses.fields(text)
+        if f.name not in supported and getattr(text, f.name) != getattr(default, f.name)
+    ]
+    if cannot:
+        raise ValueError(f"the {layout} layout cannot say {', '.join(cannot)}")
+
+
+def masks_punctuation(checkpoint: Checkpoint, layout: str) -> bool:
+    """Whether documents drop Stanford's punctuation, or nothing; else raises ValueError."""
+    text = checkpoint.config.text
+    dropped = set(skipped_tokens(checkpoint))
+    for mask in (True, False):
+        other = checkpoint.with_text(skiplist_words=None, mask_punctuation=mask)
+        if dropped == set(skipped_tokens(other)):
+            return mask
+    raise ValueError(
+        f"the {layout} layout drops ASCII punctuation or nothing; this checkpoint's skiplist has "
+        f"{len(dropped)} tokens of its own (skiplist_words={text.skiplist_words!r})"
+    )
+
+
+def skipped_tokens(checkpoint: Checkpoint) -> list[str]:
+    """The tokens that documents drop, padding apart, by id; punctuation in its usual order."""
+    tokenizer = TextTokenizer(checkpoint.tokenizer, checkpoint.config.text)
+    to_token = checkpoint.tokenizer.tokenizer.id_to_token
+    ids = set(np.flatnonzero(tokenizer.skiplist).tolist())
+    if checkpoint.config.text.skiplist_words is None:
+        ids.discard(tokenizer.special.pad)
+    tokens = [str(to_token(i)) for i in sorted(ids)]
+    usual = [char for char in string.punctuation if char in tokens]
+    return usual + [token for token in tokens if token not in usual]
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError where `folder` exists and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another place")
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` when all is written.
+
+    Raises FileExistsError where `folder` exists and is not empty.
+    """
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rmdir()
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file as transformers does (it asks for the format in the header)."""
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_base(checkpoint: Checkpoint, folder: Path, architectures: list[str]) -> None:
+    """`config.json` and the tokenizer's files."""
+    backbone = checkpoint.encoder.backbone
+    fields = to_huggingface(backbone) | {"architectures": architectures, "torch_dtype": "float32"}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", fields)
+    inputs = _INPUTS.get(backbone.model_type, ("input_ids", "attention_mask"))
+    write_tokenizer(folder, checkpoint.tokenizer, max_length=backbone.max_length, inputs=inputs)

@@ -8,18 +8,42 @@ from typing import Any
 
 from colbert_jax.checkpoints.common import (
     Checkpoint,
-    Tensors,
+    backbone_paths,
+    backbone_tensors,
     fill_params,
-    read_backbone_config,
+    find_prefix,
+    fold_head,
+    head_paths,
+    masks_punctuation,
+    one_encoder,
+    read_backbone,
+    read_object,
+    read_pooler,
+    refuse_text,
     refuse_unknown,
+    save_tensors,
+    write_base,
 )
-from colbert_jax.checkpoints.huggingface import IGNORED, bert_names, find_prefix
+from colbert_jax.checkpoints.names import PREFIXES
+from colbert_jax.checkpoints.tensors import SAFETENSORS, WEIGHT_FILES, Tensors, find_tensors
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import read_json
+from colbert_jax.files import write_json
+from colbert_jax.models.colbert import EncoderConfig
+from colbert_jax.models.config import BackboneConfig
+from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 METADATA = "artifact.metadata"
 PROJECTION = "linear.weight"
 
+# The text settings that artifact.metadata has. Everything in it is in TextConfig under its name.
+TEXT_FIELDS = (
+    "query_maxlen",
+    "doc_maxlen",
+    "query_token_id",
+    "doc_token_id",
+    "mask_punctuation",
+    "attend_to_mask_tokens",
+)
 # Settings that would change the numbers and that this library does not have, with the one value
 # that means "not used".
 _UNSUPPORTED = {
@@ -34,63 +58,144 @@ def detect(folder: Path) -> bool:
     """Whether Stanford's metadata file is there, or its projection among the weights."""
     if (folder / METADATA).is_file():
         return True
-    return (folder / "model.safetensors").is_file() and PROJECTION in Tensors(folder).names()
+    found = any((folder / name).is_file() for name in WEIGHT_FILES)
+    return found and PROJECTION in find_tensors(folder)
 
 
 def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
     """Read weights and settings. The projection's width comes from the weights."""
-    backbone = read_backbone_config(folder)
-    tensors = Tensors(folder)
-    if PROJECTION not in tensors.names():
-        raise ValueError(f"{tensors.file}: tensor {PROJECTION!r} is missing")
+    backbone = read_backbone(folder / "config.json")
+    tokenizer = read_tokenizer(folder)
+    file = folder / METADATA
+    config, said = read_config(file) if file.is_file() else (ColBERTConfig(), None)
+    return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, said, dim)
+
+
+def from_tensors(
+    folder: Path,
+    backbone: BackboneConfig,
+    tensors: Tensors,
+    tokenizer: ModelTokenizer,
+    config: ColBERTConfig,
+    said: int | None,
+    dim: int | None,
+) -> Checkpoint:
+    """A checkpoint from tensors under Stanford's names.
+
+    Args:
+      said, dim: the width that the settings, or the caller, ask for; None: whatever it is.
+    """
     shape = tensors.shape(PROJECTION)
     if len(shape) != 2:
         raise ValueError(f"{tensors.file}: tensor {PROJECTION!r} has shape {list(shape)}, not 2-D")
-    file = folder / METADATA
-    config = read_config(file) if file.is_file() else ColBERTConfig(dim=shape[0])
-    for asked, where in ((config.dim, f"{METADATA} has dim"), (dim, "dim was given as")):
+    for asked, where in ((said, "the settings have dim"), (dim, "dim was given as")):
         if asked is not None and asked != shape[0]:
             raise ValueError(
                 f"{folder}: {where} {asked}, but {PROJECTION} projects to {shape[0]} dimensions"
             )
-    names = bert_names(backbone, find_prefix(tensors))
-    names["projection", "kernel"] = PROJECTION
-    refuse_unknown(tensors, names.values(), IGNORED)
-    params = fill_params(backbone, shape[0], tensors, names)
-    return Checkpoint(folder, backbone, config, params)
+    encoder = EncoderConfig.projecting(backbone, shape[0])
+    prefix = find_prefix(tensors, backbone)
+    names = backbone_paths(backbone, prefix) | head_paths(encoder, 0)
+    refuse_unknown(tensors, backbone, names.values())
+    params = fill_params(encoder, [(tensors, names)])
+    config = dataclasses.replace(config, text=known_markers(config.text, tokenizer))
+    pooler = read_pooler(tensors, prefix)
+    return Checkpoint(folder, encoder, config, tokenizer, params, pooler=pooler)
 
 
-def read_config(file: Path) -> ColBERTConfig:
-    """Settings from an `artifact.metadata`: Stanford's defaults where a field is absent or null."""
-    fields = read_json(file)
-    if isinstance(fields, dict) and isinstance(fields.get("config"), dict):
+def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:
+    """Markers that the vocabulary lacks are the unknown token, as for XLM-R in the original."""
+    unknown = tokenizer.special.get("unk_token")
+    changes: dict[str, Any] = {
+        name: unknown
+        for name in ("query_token_id", "doc_token_id")
+        if not tokenizer.has(getattr(text, name)) and tokenizer.has(unknown)
+    }
+    return dataclasses.replace(text, **changes)
+
+
+def read_config(file: Path) -> tuple[ColBERTConfig, int]:
+    """Settings and `dim` of an `artifact.metadata`: Stanford's defaults where one is absent."""
+    fields = read_object(file)
+    if isinstance(fields.get("config"), dict):
         fields = fields["config"]
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object of settings")
+    return config_from_fields(fields, file)
+
+
+def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfig, int]:
+    """Settings under Stanford's names; what is no setting of ours is kept as metadata."""
     fields = {key: value for key, value in fields.items() if value is not None}
     for name, only in _UNSUPPORTED.items():
         if fields.get(name, only) != only:
             raise ValueError(
                 f"{file}: {name} {fields[name]!r} is not supported; supported: {only!r}"
             )
-    defaults = {"nbits": 1}  # Stanford's own, where ours is 2
+    dim = fields.pop("dim", 128)
+    parts = {
+        "text": (TextConfig, TEXT_FIELDS),
+        "index": (IndexConfig, _fields(IndexConfig)),
+        "search": (SearchConfig, _fields(SearchConfig)),
+    }
+    fields = {"nbits": 1} | fields  # Stanford's own default, where ours is 2
     try:
-        config = ColBERTConfig(
-            dim=fields.pop("dim", 128),
-            similarity=fields.pop("similarity", "cosine"),
-            text=_take(TextConfig, fields),
-            index=_take(IndexConfig, defaults | fields),
-            search=_take(SearchConfig, fields),
-        )
+        settings = {
+            part: cls(**{name: fields[name] for name in names if name in fields})
+            for part, (cls, names) in parts.items()
+        }
+        similarity = fields.pop("similarity", "cosine")
+        config = ColBERTConfig(similarity=similarity, **settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    known = {
-        f.name for cls in (TextConfig, IndexConfig, SearchConfig) for f in dataclasses.fields(cls)
-    }
+    known = {name for _, names in parts.values() for name in names}
     rest = {key: value for key, value in fields.items() if key not in known}
-    return dataclasses.replace(config, metadata=rest)
+    return dataclasses.replace(config, metadata=rest), dim
 
 
-def _take(cls: type, fields: dict[str, Any]) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in fields.items() if key in names})
+def _fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls))
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what colbert-ai loads.
+
+    Raises ValueError for what its layout cannot say: no query expansion, no marker, prompts, a
+    head with a bias or an activation, an encoder of the queries' own.
+    """
+    one_encoder(checkpoint, "stanford")
+    backbone = checkpoint.encoder.backbone
+    fields = stanford_fields(checkpoint, "stanford")
+    projection = fold_head(checkpoint.encoder, checkpoint.params, "stanford")
+    prefix = PREFIXES[backbone.model_type]
+    tensors = backbone_tensors(checkpoint, checkpoint.params, prefix, pooler=True)
+    save_tensors(folder / SAFETENSORS, tensors | {PROJECTION: projection})
+    write_base(checkpoint, folder, ["HF_ColBERT"])
+    write_json(folder / METADATA, fields | {"dim": len(projection)})
+
+
+def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
+    """The settings under Stanford's names."""
+    config = checkpoint.config
+    text = config.text
+    # Stripping changes WordPiece and SentencePiece nothing, and Stanford's layout has no word for
+    # it; a query that must be exactly query_maxlen long has no floor of its own.
+    supported = (*TEXT_FIELDS, "skiplist_words", "strip", "query_minlen")
+    refuse_text(text, supported, layout)
+    if text.query_minlen not in (None, text.query_maxlen):
+        raise ValueError(f"the {layout} layout cannot say query_minlen={text.query_minlen}")
+    for name in ("query_token_id", "doc_token_id"):
+        if getattr(text, name) is None:
+            raise ValueError(f"the {layout} layout needs a marker; {name} is None")
+    said = {name: getattr(text, name) for name in TEXT_FIELDS}
+    said["mask_punctuation"] = masks_punctuation(checkpoint, layout)
+    rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
+    known = {"nbits", "kmeans_niters", *_fields(SearchConfig)}
+    return (
+        {key: value for key, value in config.metadata.items() if _is_plain(value)}
+        | {key: value for key, value in rest.items() if key in known}
+        | said
+        | {"similarity": config.similarity}
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool, list, dict, type(None)))

@@ -163,7 +163,7 @@ class AbstractEncoder(NamedTuple):
 @cache
 def abstract_encoder(config: EncoderConfig, dtype: Any = jnp.float32) -> AbstractEncoder:
     """The structure of an encoder, worked out once for each configuration."""
-    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))
+    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))  # type: ignore
     graphdef, state = nnx.split(model)
     shapes = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
     return AbstractEncoder(graphdef, state, shapes)

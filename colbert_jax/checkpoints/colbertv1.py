@@ -1,0 +1,91 @@
+"""ColBERTv1 checkpoints: one `.dnn` file of torch, over a base model's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colbert_jax.checkpoints import stanford
+from colbert_jax.checkpoints.common import (
+    Checkpoint,
+    backbone_tensors,
+    fold_head,
+    one_encoder,
+    read_backbone,
+    write_base,
+)
+from colbert_jax.checkpoints.names import PREFIXES
+from colbert_jax.checkpoints.tensors import Tensors, state_dict
+from colbert_jax.checkpoints.torch_file import read_torch_file, write_torch_file
+from colbert_jax.tokenizer_files import read_tokenizer
+
+SUFFIX = ".dnn"
+NAME = "colbert.dnn"
+DEFAULT_BASE = "bert-base-uncased"
+
+# Defaults of version 1's command line.
+_DEFAULTS: dict[str, Any] = dict(
+    query_maxlen=32, doc_maxlen=180, mask_punctuation=False, similarity="cosine", dim=128
+)
+
+
+def detect(folder: Path) -> bool:
+    """Whether a folder has a `.dnn` file beside its base model's configuration."""
+    return len(list(folder.glob(f"*{SUFFIX}"))) == 1
+
+
+def base_name(file: Path) -> str:
+    """The model that a `.dnn` file says it was trained from."""
+    value = read_torch_file(file)
+    arguments = value.get("arguments") if isinstance(value, dict) else None
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return arguments.get("model") or DEFAULT_BASE
+
+
+def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
+    """Read a `.dnn` file.
+
+    Args:
+      base: folder with the `config.json` and the tokenizer of the model it was trained from.
+    """
+    value = read_torch_file(file)
+    arguments = value.get("arguments") if isinstance(value, dict) else None
+    arguments = arguments if isinstance(arguments, dict) else {}
+    given = {key: v for key, v in arguments.items() if key in _DEFAULTS and v is not None}
+    config, said = stanford.config_from_fields(_DEFAULTS | given, file)
+    # Saved from DistributedDataParallel, the names have a prefix.
+    tensors = Tensors(file, state_dict(file, value)).renamed(lambda n: n.removeprefix("module."))
+    return stanford.from_tensors(
+        file,
+        read_backbone(base / "config.json"),
+        tensors,
+        read_tokenizer(base),
+        config,
+        said if "dim" in given else None,
+        dim,
+    )
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `colbert.dnn` and the base model's configuration and tokenizer beside it."""
+    one_encoder(checkpoint, "colbertv1")
+    fields = stanford.stanford_fields(checkpoint, "colbertv1")
+    projection = fold_head(checkpoint.encoder, checkpoint.params, "colbertv1")
+    prefix = PREFIXES[checkpoint.encoder.backbone.model_type]
+    tensors: dict[str, np.ndarray] = backbone_tensors(
+        checkpoint, checkpoint.params, prefix, pooler=True
+    )
+    arguments = {name: fields[name] for name in _DEFAULTS if name in fields}
+    write_base(checkpoint, folder, ["ColBERT"])
+    write_torch_file(
+        folder / NAME,
+        {
+            "epoch": 0,
+            "batch": 0,
+            "model_state_dict": tensors | {stanford.PROJECTION: projection},
+            "optimizer_state_dict": {},
+            "arguments": arguments | {"dim": len(projection), "model": DEFAULT_BASE},
+        },
+    )

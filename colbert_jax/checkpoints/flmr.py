@@ -1,0 +1,299 @@
+"""FLMR folders (`LinWeizheDragon/ColBERT-v2` and the PreFLMR family), their text part.
+
+One BERT for queries and documents, or one each; tokenizers in `query_tokenizer/` and
+`context_tokenizer/`. Vision tensors are left where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colbert_jax.checkpoints.common import (
+    Checkpoint,
+    backbone_paths,
+    backbone_tensors,
+    fill_params,
+    fold_head,
+    head_paths,
+    masks_punctuation,
+    read_object,
+    read_pooler,
+    refuse_text,
+    refuse_unknown,
+    save_tensors,
+)
+from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
+from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.files import write_json
+from colbert_jax.models.colbert import EncoderConfig
+from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
+from colbert_jax.tokenizer_files import (
+    ModelTokenizer,
+    read_tokenizer,
+    write_tokenizer,
+    write_vocabulary,
+)
+
+MODEL_TYPE = "flmr"
+QUERY, CONTEXT = "query", "context"
+QUERY_TOKENIZER, CONTEXT_TOKENIZER = "query_tokenizer", "context_tokenizer"
+
+# config.json holds only what differs from these.
+TEXT_DEFAULTS: dict[str, Any] = dict(
+    vocab_size=30522,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    hidden_act="gelu",
+    max_position_embeddings=512,
+    type_vocab_size=2,
+    initializer_range=0.02,
+    layer_norm_eps=1e-12,
+    pad_token_id=0,
+    position_embedding_type="absolute",
+    text_encoder_base_model="bert-base-uncased",
+    query_maxlen=32,
+)
+BASES = ("bert-base-uncased",)
+_VISION = ("vision_encoder.", "vision_projection.", ".transformer_mapping_")
+_TEXT_FIELDS = (
+    "query_maxlen",
+    "doc_maxlen",
+    "query_token_id",
+    "doc_token_id",
+    "attend_to_mask_tokens",
+    "mask_punctuation",
+    "mask_instruction_token",
+    "skiplist_words",
+    "strip",
+    "query_minlen",
+)
+
+
+def detect(folder: Path) -> bool:
+    """Whether the two tokenizer folders are there, or config.json says so."""
+    if all((folder / name).is_dir() for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)):
+        return True
+    return read_object(folder / "config.json").get("model_type") == MODEL_TYPE
+
+
+def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+    file = folder / "config.json"
+    fields = read_object(file)
+    backbone = text_backbone(fields, file)
+    separate = bool(fields.get("separate_query_and_context_text_encoder", False))
+    if fields.get("query_mask_input_ids_skip_list"):
+        raise ValueError(f"{file}: query_mask_input_ids_skip_list is not supported; leave it out")
+    tensors = find_tensors(folder).renamed(_canonical)
+    sides = {side: f"{side}_text_encoder_linear.weight" for side in (CONTEXT, QUERY)}
+    found = [side for side, name in sides.items() if name in tensors]
+    if not found:
+        raise ValueError(f"{tensors.file}: tensor {sides[QUERY]!r} is missing")
+    if separate and len(found) < 2:
+        raise ValueError(
+            f"{tensors.file}: {file.name} speaks of two text encoders, only the {found[0]} side "
+            "is in the weights"
+        )
+    encoder = EncoderConfig.projecting(backbone, tensors.shape(sides[found[0]])[0])
+    for asked, where in ((fields.get("dim"), f"{file.name} has dim"), (dim, "dim was given as")):
+        if asked is not None and asked != encoder.dim:
+            raise ValueError(f"{folder}: {where} {asked}, the weights project to {encoder.dim}")
+    names = {side: _side_names(encoder, side) for side in found}
+    known = {name for side in names.values() for name in side.values()}
+    refuse_unknown(tensors, backbone, known, _VISION)
+    params = {
+        side: fill_params(encoder, [(tensors, names[side])])
+        for side in (found if separate else found[:1])
+    }
+    tokenizer = read_tokenizers(folder)
+    return Checkpoint(
+        folder,
+        encoder,
+        ColBERTConfig(text=read_text(folder, fields, tokenizer)),
+        tokenizer,
+        params[found[0]],
+        query_params=params[QUERY] if separate else None,
+        pooler=read_pooler(tensors, f"{found[0]}_text_encoder.bert_model."),
+    )
+
+
+def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
+    """The text encoder's architecture: the sparse `text_config` over upstream's defaults."""
+    text = fields.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise ValueError(f"{file}: text_config must be an object")
+    text = TEXT_DEFAULTS | {key: value for key, value in text.items() if value is not None}
+    base = text["text_encoder_base_model"]
+    if base not in BASES:
+        raise ValueError(
+            f"{file}: text_encoder_base_model {base!r} is not supported; supported: "
+            f"{', '.join(BASES)}"
+        )
+    try:
+        return config_from_huggingface(text | {"model_type": "bert"})
+    except ValueError as error:
+        raise ValueError(f"{file}: text_config: {error}") from None
+
+
+def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -> TextConfig:
+    """Text settings: lengths from the tokenizers' own configurations, the rest from config.json."""
+    query, context = (
+        read_object(file) if (file := folder / name / "tokenizer_config.json").is_file() else {}
+        for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
+    )
+    instruction = fields.get("mask_instruction_token")
+    if instruction is not None:
+        # Upstream takes the first id of its encoding.
+        instruction = tokenizer.tokenizer.encode(instruction, add_special_tokens=False).tokens[0]
+    try:
+        return TextConfig(
+            query_maxlen=query.get("query_maxlen", TEXT_DEFAULTS["query_maxlen"]),
+            doc_maxlen=context.get("doc_maxlen", 512),
+            attend_to_mask_tokens=query.get("attend_to_mask_tokens", False),
+            mask_punctuation=fields.get("mask_punctuation", True),
+            mask_instruction_token=instruction,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def read_tokenizers(folder: Path) -> ModelTokenizer:
+    """The tokenizer of both sides. Raises ValueError where they do not agree."""
+    places = [folder / name for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]
+    places = [place for place in places if place.is_dir()] or [folder]
+    models = [read_tokenizer(place) for place in places]
+    if len({model.tokenizer.to_str() for model in models}) > 1:
+        raise ValueError(f"{folder}: {QUERY_TOKENIZER} and {CONTEXT_TOKENIZER} are different")
+    return models[0]
+
+
+def _canonical(name: str) -> str | None:
+    """Upstream's alias, and Stanford's names, as the names that upstream writes."""
+    if name.endswith("position_ids"):
+        return None
+    name = name.replace("_text_encoder.text_model.", "_text_encoder.bert_model.")
+    for theirs, ours in (
+        ("bert.", f"{CONTEXT}_text_encoder.bert_model."),
+        ("linear.", f"{CONTEXT}_text_encoder_linear."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _side_names(encoder: EncoderConfig, side: str) -> dict[tuple, str]:
+    names = backbone_paths(encoder.backbone, f"{side}_text_encoder.bert_model.")
+    (path,) = head_paths(encoder, 0)
+    return names | {path: f"{side}_text_encoder_linear.weight"}
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what FLMR's `from_pretrained` loads.
+
+    Raises ValueError for what its layout cannot say: another backbone than BERT, no query
+    expansion, other markers, prompts, a head with a bias or an activation.
+    """
+    backbone, text = checkpoint.encoder.backbone, checkpoint.config.text
+    if not isinstance(backbone, BertConfig):
+        raise ValueError(f"the flmr layout has BERT encoders, this one is {backbone.model_type}")
+    refuse_text(text, _TEXT_FIELDS, "flmr")
+    markers = (text.query_token_id, text.doc_token_id)
+    ids = tuple(map(checkpoint.tokenizer.tokenizer.token_to_id, ("[unused0]", "[unused1]")))
+    if markers != ("[unused0]", "[unused1]") or ids != (1, 2):
+        raise ValueError(
+            f"the flmr layout has [unused0] and [unused1] with ids 1 and 2 as markers, this "
+            f"checkpoint {markers} with {ids}"
+        )
+    separate = checkpoint.query_params is not None
+    tensors: dict[str, np.ndarray] = {}
+    sides = {QUERY: checkpoint.query_params or checkpoint.params}
+    if separate:
+        sides[CONTEXT] = checkpoint.params
+    for side, params in sides.items():
+        prefix = f"{side}_text_encoder.bert_model."
+        tensors |= backbone_tensors(checkpoint, params, prefix, pooler=True)
+        projection = fold_head(checkpoint.encoder, params, "flmr")
+        tensors[f"{side}_text_encoder_linear.weight"] = projection
+    save_tensors(folder / SAFETENSORS, tensors)
+    write_json(folder / "config.json", config_fields(checkpoint, separate))
+    for side, name, settings in (
+        (
+            "Query",
+            QUERY_TOKENIZER,
+            {
+                "query_maxlen": text.query_maxlen,
+                "attend_to_mask_tokens": text.attend_to_mask_tokens,
+            },
+        ),
+        ("Context", CONTEXT_TOKENIZER, {"doc_maxlen": text.doc_maxlen}),
+    ):
+        write_flmr_tokenizer(
+            folder / name,
+            checkpoint.tokenizer,
+            f"FLMR{side}EncoderTokenizer",
+            backbone.max_length,
+            settings,
+        )
+
+
+def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:
+    """config.json as upstream writes it: of text_config what differs from the defaults."""
+    backbone, text = checkpoint.encoder.backbone, checkpoint.config.text
+    differing = {
+        name: value
+        for name, value in dataclasses.asdict(backbone).items()
+        if TEXT_DEFAULTS.get(name, value) != value
+    }
+    differing |= {"model_type": "flmr_text_model", "torch_dtype": "float32"}
+    if text.query_maxlen != TEXT_DEFAULTS["query_maxlen"]:
+        differing["query_maxlen"] = text.query_maxlen
+    return {
+        "architectures": ["FLMRModelForRetrieval"],
+        "model_type": MODEL_TYPE,
+        "dim": checkpoint.encoder.dim,
+        "mask_punctuation": masks_punctuation(checkpoint, "flmr"),
+        "mask_instruction_token": text.mask_instruction_token,
+        "separate_query_and_context_text_encoder": separate,
+        "separate_query_and_context_vision_encoder": False,
+        "use_vision_encoder": False,
+        "use_transformer_mapping_network": False,
+        "query_concat_output_from_text_encoder": True,
+        "query_concat_output_from_vision_encoder": False,
+        "context_concat_output_from_text_encoder": True,
+        "context_concat_output_from_vision_encoder": False,
+        "load_cpu_extension": False,
+        "text_config": differing,
+        "vision_config": {"model_type": "flmr_vision_model"},
+        "torch_dtype": "float32",
+    }
+
+
+def write_flmr_tokenizer(
+    folder: Path, model: ModelTokenizer, tokenizer_class: str, max_length: int, settings: dict
+) -> None:
+    """A slow BERT tokenizer's files: upstream's classes read `vocab.txt`."""
+    inputs = ("input_ids", "token_type_ids", "attention_mask")
+    normalizer = _normalizer(model)
+    write_tokenizer(
+        folder,
+        model,
+        max_length=max_length,
+        inputs=inputs,
+        **settings,
+        do_lower_case=normalizer.get("lowercase", True),
+        strip_accents=normalizer.get("strip_accents"),
+        tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
+        tokenizer_class=tokenizer_class,
+    )
+    if not write_vocabulary(folder, model):
+        raise ValueError("the flmr layout needs a WordPiece vocabulary")
+
+
+def _normalizer(model: ModelTokenizer) -> dict[str, Any]:
+    return json.loads(model.tokenizer.to_str()).get("normalizer") or {}

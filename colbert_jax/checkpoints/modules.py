@@ -1,0 +1,215 @@
+"""What PyLate and sentence-transformers folders share: `modules.json` and its Dense modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colbert_jax.checkpoints.common import (
+    Checkpoint,
+    backbone_paths,
+    backbone_tensors,
+    fill_params,
+    find_prefix,
+    head_paths,
+    read_backbone,
+    read_object,
+    read_pooler,
+    refuse_unknown,
+    save_tensors,
+    tensors_of,
+)
+from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
+from colbert_jax.config import ColBERTConfig
+from colbert_jax.files import read_json, write_json
+from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
+from colbert_jax.tokenizer_files import read_tokenizer
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+
+# Settings of the Transformer module: the name followed the architecture once.
+_TRANSFORMER_SETTINGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_mpnet_config.json",
+)
+_TORCH_CLASSES = {name: f"torch.nn.modules.activation.{name}" for name in HEAD_ACTIVATIONS}
+_TORCH_CLASSES["Identity"] = "torch.nn.modules.linear.Identity"
+
+
+class Module(NamedTuple):
+    """An entry of modules.json: class path, its last part, and the module's own folder."""
+
+    type: str
+    kind: str
+    folder: Path
+
+
+def read_modules(folder: Path) -> list[Module]:
+    """The modules in their order. Raises ValueError for a path that leaves the folder."""
+    file = folder / MODULES
+    entries = read_json(file)
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("path"), str) and isinstance(e.get("type"), str)
+        for e in entries
+    ):
+        raise ValueError(f"{file}: expected a list of objects with 'path' and 'type'")
+    modules = []
+    for entry in entries:
+        place = folder / entry["path"]
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file}: module path {entry['path']!r} leads out of the folder")
+        modules.append(Module(entry["type"], entry["type"].rpartition(".")[2], place))
+    return modules
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`config_sentence_transformers.json`; {} where there is none."""
+    return read_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+
+
+def transformer_settings(module: Module) -> dict[str, Any]:
+    for name in _TRANSFORMER_SETTINGS:
+        if (module.folder / name).is_file():
+            return read_object(module.folder / name)
+    return {}
+
+
+def read_encoder(
+    folder: Path, modules: Sequence[Module], ignored: Sequence[str], dim: int | None
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """The transformer and the dense modules of a folder, and the settings of the transformer.
+
+    The text settings of the checkpoint are the library's defaults; the caller knows the real ones.
+
+    Args:
+      ignored: kinds of modules that the caller has dealt with.
+      dim: the width that the head must have; None: whatever it has.
+    """
+    known = {"Transformer", "Dense", *ignored}
+    for module in modules:
+        if module.kind not in known:
+            raise ValueError(
+                f"{folder / MODULES}: module {module.type} is not supported; supported: "
+                f"{', '.join(sorted(known))}"
+            )
+    transformers = [m for m in modules if m.kind == "Transformer"]
+    if len(transformers) != 1 or modules[0] is not transformers[0]:
+        raise ValueError(f"{folder / MODULES}: expected one Transformer module, in the first place")
+    root = transformers[0].folder
+    backbone = read_backbone(root / "config.json")
+    dense = [m.folder for m in modules if m.kind == "Dense"]
+    try:
+        encoder = EncoderConfig(backbone, tuple(map(read_dense, dense)))
+    except ValueError as error:
+        raise ValueError(f"{folder / MODULES}: {error}") from None
+    if dim is not None and dense and dim != encoder.dim:
+        raise ValueError(f"{folder}: dim was given as {dim}, but the head gives {encoder.dim}")
+    tensors = find_tensors(root)
+    prefix = find_prefix(tensors, backbone)
+    names = backbone_paths(backbone, prefix)
+    refuse_unknown(tensors, backbone, names.values())
+    sources = [(tensors, names)]
+    for i, place in enumerate(dense):
+        head, names = find_tensors(place), head_paths(encoder, i)
+        extra = sorted(set(head.names()) - set(names.values()))
+        if extra:
+            raise ValueError(
+                f"{head.file}: tensors that its config.json does not speak of: {extra}"
+            )
+        sources.append((head, names))
+    params = fill_params(encoder, sources)
+    pooler = read_pooler(tensors, prefix)
+    checkpoint = Checkpoint(
+        folder, encoder, ColBERTConfig(), read_tokenizer(root), params, pooler=pooler
+    )
+    return checkpoint, transformer_settings(transformers[0])
+
+
+def read_dense(folder: Path) -> DenseConfig:
+    """The configuration of a Dense module, with sentence-transformers' defaults."""
+    file = folder / "config.json"
+    fields = read_object(file)
+    path = fields.get("activation_function", "torch.nn.modules.activation.Tanh")
+    name = str(path).rpartition(".")[2]
+    if not str(path).startswith("torch.") or name not in HEAD_ACTIVATIONS:
+        raise ValueError(
+            f"{file}: activation_function {path!r} is not supported; supported: "
+            f"{', '.join(_TORCH_CLASSES.values())}"
+        )
+    missing = [name for name in ("in_features", "out_features") if name not in fields]
+    if missing:
+        raise ValueError(f"{file}: missing fields: {', '.join(missing)}")
+    try:
+        return DenseConfig(
+            fields["in_features"],
+            fields["out_features"],
+            bias=fields.get("bias", True),
+            activation=name,
+            residual=fields.get("use_residual", False),
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def write_encoder(
+    checkpoint: Checkpoint, folder: Path, dense_type: str, **extra: Any
+) -> list[dict[str, str]]:
+    """Write the weights of the transformer and of each dense module.
+
+    Without a head an identity projection is written: the originals would add a random one.
+
+    Args:
+      dense_type: class path of a dense module.
+      **extra: more fields for their configurations.
+
+    Returns:
+      their entries for `modules.json`.
+    """
+    save_tensors(
+        folder / SAFETENSORS, backbone_tensors(checkpoint, checkpoint.params, "", pooler=True)
+    )
+    checkpoint = with_head(checkpoint)
+    entries = []
+    for i, layer in enumerate(checkpoint.encoder.head):
+        place = folder / f"{i + 1}_Dense"
+        place.mkdir()
+        fields = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias,
+            "activation_function": _TORCH_CLASSES[layer.activation],
+        }
+        if layer.residual:
+            fields["use_residual"] = True
+        write_json(place / "config.json", fields | extra)
+        names = head_paths(checkpoint.encoder, i)
+        save_tensors(place / SAFETENSORS, tensors_of(checkpoint.params, names))
+        entries.append({"path": place.name, "type": dense_type})
+    return entries
+
+
+def with_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with an identity projection where there is no head."""
+    if checkpoint.encoder.head:
+        return checkpoint
+    backbone = checkpoint.encoder.backbone
+    identity = np.eye(backbone.hidden_size, dtype=np.float32)
+    return dataclasses.replace(
+        checkpoint,
+        encoder=EncoderConfig.projecting(backbone, backbone.hidden_size),
+        params=checkpoint.params | {"head": {0: {"linear": {"kernel": identity}}}},
+    )
+
+
+def write_modules(folder: Path, entries: list[dict[str, str]]) -> None:
+    """Write modules.json: the transformer in the root, then `entries`."""
+    numbered = [{"idx": i, "name": str(i), **entry} for i, entry in enumerate(entries)]
+    write_json(folder / MODULES, numbered)

@@ -1,0 +1,120 @@
+"""This library's own layout: `model.safetensors` and `colbert_jax.json`, nothing else.
+
+Tensors have the names of the NNX state and Flax's layout; the JSON holds the architecture, every
+setting and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colbert_jax.checkpoints.common import Checkpoint, read_object, save_tensors, set_path
+from colbert_jax.checkpoints.tensors import SAFETENSORS, Tensors, open_tensors
+from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+from colbert_jax.files import write_json
+from colbert_jax.models.colbert import DenseConfig, EncoderConfig, abstract_encoder
+from colbert_jax.models.config import config_from_huggingface, to_huggingface
+from colbert_jax.tokenizer_files import ModelTokenizer
+
+FILE = "colbert_jax.json"
+VERSION = 1
+_QUERY = "query_encoder."
+
+
+def detect(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+    file = folder / FILE
+    fields = read_object(file)
+    if fields.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: version {fields.get('version')!r} is not {VERSION}; convert the checkpoint "
+            "again, or update colbert_jax"
+        )
+    try:
+        encoder = EncoderConfig(
+            config_from_huggingface(fields["backbone"]),
+            tuple(DenseConfig(**layer) for layer in fields["head"]),
+        )
+        config = ColBERTConfig(
+            similarity=fields["similarity"],
+            text=TextConfig(**fields["text"]),
+            index=IndexConfig(**fields["index"]),
+            search=SearchConfig(**fields["search"]),
+            metadata=fields["metadata"],
+        )
+        tokenizer = ModelTokenizer.from_json(fields["tokenizer"])
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"{file}: {error}") from None
+    if dim is not None and dim != encoder.dim:
+        raise ValueError(f"{folder}: dim was given as {dim}, but the head gives {encoder.dim}")
+    if not (folder / SAFETENSORS).is_file():
+        raise FileNotFoundError(f"{folder}: {SAFETENSORS} is missing")
+    tensors = open_tensors(folder / SAFETENSORS)
+    names = {path: _name(path) for path in abstract_encoder(encoder).shapes}
+    separate = any(name.startswith(_QUERY) for name in tensors.names())
+    poolers = [name for name in tensors.names() if name.startswith("pooler.")]
+    known = {*names.values(), *poolers}
+    known |= {_QUERY + name for name in names.values()} if separate else set()
+    extra = sorted(set(tensors.names()) - known)
+    if extra:
+        raise ValueError(f"{tensors.file}: tensors that {FILE} does not speak of: {extra[:5]}")
+    return Checkpoint(
+        folder,
+        encoder,
+        config,
+        tokenizer,
+        _params(tensors, encoder, names, ""),
+        query_params=_params(tensors, encoder, names, _QUERY) if separate else None,
+        pooler={name: tensors.read(name) for name in poolers},
+    )
+
+
+def _params(tensors: Tensors, encoder: EncoderConfig, names: dict, prefix: str) -> dict:
+    shapes = abstract_encoder(encoder).shapes
+    arrays = tensors.read_many({prefix + n: (shapes[path], False) for path, n in names.items()})
+    params: dict = {}
+    for path, name in names.items():
+        set_path(params, path, arrays[prefix + name])
+    return params
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    config = checkpoint.config
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "backbone": to_huggingface(checkpoint.encoder.backbone),
+        "head": [dataclasses.asdict(layer) for layer in checkpoint.encoder.head],
+        "similarity": config.similarity,
+        "text": dataclasses.asdict(config.text),
+        "index": dataclasses.asdict(config.index),
+        "search": dataclasses.asdict(config.search),
+        "metadata": dict(config.metadata),
+        "tokenizer": checkpoint.tokenizer.to_json(),
+    }
+    tensors: dict[str, np.ndarray] = dict(checkpoint.pooler)
+    for params, prefix in ((checkpoint.params, ""), (checkpoint.query_params, _QUERY)):
+        if params is not None:
+            tensors |= {prefix + _name(path): array for path, array in _flat(params)}
+    save_tensors(folder / SAFETENSORS, tensors)
+    write_json(folder / FILE, fields)
+
+
+def _flat(tree: dict, path: tuple = ()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*path, key))
+        else:
+            yield (*path, key), np.ascontiguousarray(value, np.float32)

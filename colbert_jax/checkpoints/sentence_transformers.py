@@ -1,0 +1,306 @@
+"""sentence-transformers folders: `MultiVectorEncoder` (version 6), and single-vector models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import normalizers
+
+from colbert_jax.checkpoints.common import (
+    Checkpoint,
+    one_encoder,
+    read_object,
+    refuse_text,
+    skipped_tokens,
+    write_base,
+)
+from colbert_jax.checkpoints.huggingface import new_projection, untrained_text
+from colbert_jax.checkpoints.modules import (
+    MODULES,
+    SETTINGS,
+    Module,
+    read_encoder,
+    write_encoder,
+    write_modules,
+)
+from colbert_jax.checkpoints.pylate import MODEL_CLASSES
+from colbert_jax.config import TextConfig
+from colbert_jax.files import write_json
+from colbert_jax.models.colbert import EncoderConfig
+from colbert_jax.text import TextTokenizer
+from colbert_jax.tokenizer_files import ModelTokenizer
+
+_MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
+_DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
+_PACKAGE = "sentence_transformers"
+
+
+def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
+    """Whether a folder of modules is a MultiVectorEncoder."""
+    return settings.get("model_type") == "MultiVectorEncoder" or any(
+        module.kind == _MASK for module in modules
+    )
+
+
+def read(
+    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None
+) -> Checkpoint:
+    """Read a MultiVectorEncoder."""
+    where = folder / MODULES
+    kinds = [module.kind for module in modules]
+    if _NORMALIZE not in kinds:
+        raise ValueError(
+            f"{where}: no Normalize module: token embeddings that keep their length are not "
+            "supported"
+        )
+    if kinds.index(_NORMALIZE) < max((i for i, k in enumerate(kinds) if k == "Dense"), default=0):
+        raise ValueError(f"{where}: Normalize before a Dense module is not supported")
+    similarity = str(settings.get("similarity_fn_name") or "maxsim").lower()
+    if similarity != "maxsim":
+        raise ValueError(
+            f"{folder / SETTINGS}: similarity_fn_name {similarity!r} is not supported; "
+            "supported: 'maxsim'"
+        )
+    mask: dict[str, Any] = {}
+    for module in modules:
+        if module.kind == _MASK:
+            mask = read_object(module.folder / "config.json")
+        elif module.kind == _POOLING:
+            factor = read_object(module.folder / "config.json").get("pool_factor", 1)
+            if factor > 1:
+                raise ValueError(
+                    f"{module.folder / 'config.json'}: pool_factor {factor} is not supported; "
+                    "supported: 1"
+                )
+    ignored = (_MASK, _NORMALIZE, _POOLING, "Dropout")
+    checkpoint, transformer = read_encoder(folder, modules, ignored, dim)
+    tokenizer = checkpoint.tokenizer
+    if transformer.get("do_lower_case"):
+        tokenizer = dataclasses.replace(tokenizer, tokenizer=_lowercasing(tokenizer.tokenizer))
+    longest = _longest(checkpoint, modules, transformer)
+    try:
+        text = read_text(settings, transformer, mask, tokenizer, longest)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return dataclasses.replace(
+        checkpoint,
+        tokenizer=tokenizer,
+        config=dataclasses.replace(checkpoint.config, text=text),
+    )
+
+
+def read_text(
+    settings: dict[str, Any],
+    transformer: dict[str, Any],
+    mask: dict[str, Any],
+    tokenizer: ModelTokenizer,
+    longest: int,
+) -> TextConfig:
+    """Text settings of a MultiVectorEncoder. Its markers are prompts, so there is no marker."""
+    expansion = transformer.get("query_expansion") or {}
+    query_length = transformer.get("query_length")
+    floor: int | None = None
+    if expansion:
+        floor, strategy = expansion.get("length"), expansion.get("strategy")
+        if strategy not in ("fixed", "min") or not isinstance(floor, int):
+            raise ValueError(
+                "query_expansion must have strategy 'fixed' or 'min' and an int length, got "
+                f"{expansion!r}"
+            )
+        query_length = floor if strategy == "fixed" else max(query_length or longest, floor)
+    tasks = mask.get("skiplist_tasks") or ["document"]
+    words = [word for word in mask.get("skiplist_words") or () if tokenizer.has(word)]
+    if words and "document" not in tasks:
+        raise ValueError(f"skiplist_tasks {tasks} of MultiVectorMask is not supported")
+    keep = mask.get("keep_only_token_ids")
+    return TextConfig(
+        query_maxlen=query_length or longest,
+        doc_maxlen=transformer.get("document_length") or longest,
+        query_token_id=None,
+        doc_token_id=None,
+        query_expansion=bool(expansion),
+        query_minlen=floor,
+        attend_to_mask_tokens=bool(expansion.get("attend", False)),
+        expansion_token=expansion.get("token"),
+        skiplist_words=tuple(words),
+        skiplist_in_queries="query" in tasks,
+        keep_only_token_ids=None if not keep else tuple(keep),
+        query_prompt=_prompt(settings, "query"),
+        doc_prompt=_prompt(settings, "document"),
+    )
+
+
+def _prompt(settings: dict[str, Any], name: str) -> str:
+    """The prompt of this name. The library fills in an empty one where there is none, so its
+    default prompt and its "passage" never reach `encode_query` and `encode_document`."""
+    return (settings.get("prompts") or {}).get(name) or ""
+
+
+def read_single_vector(
+    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None, seed: int
+) -> Checkpoint:
+    """Read a single-vector model for its token embeddings; pooling and what follows is left out.
+
+    Its Dense modules become the head, as PyLate and sentence-transformers 6 convert them; without
+    one, `dim` adds a projection drawn from `seed`.
+    """
+    ignored = ("Pooling", _NORMALIZE, "Dropout")
+    wanted = None if not any(m.kind == "Dense" for m in modules) else dim
+    checkpoint, transformer = read_encoder(folder, modules, ignored, wanted)
+    text = untrained_text(checkpoint.encoder.backbone)
+    text = dataclasses.replace(
+        text,
+        lowercase=bool(transformer.get("do_lower_case")),
+        query_prompt=_prompt(settings, "query"),
+        doc_prompt=_prompt(settings, "document"),
+    )
+    checkpoint = dataclasses.replace(
+        checkpoint, config=dataclasses.replace(checkpoint.config, text=text)
+    )
+    if dim is None or checkpoint.encoder.head:
+        return checkpoint
+    encoder = EncoderConfig.projecting(checkpoint.encoder.backbone, dim)
+    params = checkpoint.params | {"head": {0: new_projection(encoder, seed)}}
+    return dataclasses.replace(checkpoint, encoder=encoder, params=params)
+
+
+def _longest(checkpoint: Checkpoint, modules: Sequence[Module], transformer: dict[str, Any]) -> int:
+    """What texts are cut to where no length is set: the tokenizer's, at most the positions."""
+    positions = checkpoint.encoder.backbone.max_length
+    given = transformer.get("max_seq_length")
+    file = modules[0].folder / "tokenizer_config.json"
+    if given is None and file.is_file():
+        given = read_object(file).get("model_max_length")
+    return positions if given is None else int(min(given, positions))
+
+
+def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Lowercase before the model's own normalizer, so that added tokens keep their case."""
+    steps = [normalizers.Lowercase()]
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what sentence-transformers 6 loads as a MultiVectorEncoder.
+
+    Markers become prompts: a marker is registered as a special token and put before the text.
+
+    Raises ValueError for what the layout cannot say: FLMR's instructions, an encoder of the
+    queries' own, a marker that the tokenizer does not give back as text.
+    """
+    one_encoder(checkpoint, "sentence-transformers")
+    text = checkpoint.config.text
+    supported = {f.name for f in dataclasses.fields(TextConfig)} - {"mask_instruction_token"}
+    refuse_text(text, supported, "sentence-transformers")
+    words = skipped_tokens(checkpoint)
+    prompted = markers_as_prompts(checkpoint)
+    entries = [{"path": "", "type": f"{_PACKAGE}.base.modules.transformer.Transformer"}]
+    entries += write_encoder(
+        prompted,
+        folder,
+        _DENSE_TYPE,
+        module_input_name="token_embeddings",
+        module_output_name="token_embeddings",
+    )
+    tasks = ["query", "document"] if text.skiplist_in_queries else ["document"]
+    keep = text.keep_only_token_ids
+    for kind, place, fields in (
+        (
+            f"{_PACKAGE}.multi_vector_encoder.modules.multi_vector_mask.{_MASK}",
+            f"{len(entries)}_{_MASK}",
+            {
+                "skiplist_words": words,
+                "skiplist_tasks": tasks,
+                "keep_only_token_ids": None if keep is None else list(keep),
+            },
+        ),
+        (
+            f"{_PACKAGE}.base.modules.normalize.{_NORMALIZE}",
+            f"{len(entries) + 1}_{_NORMALIZE}",
+            {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"},
+        ),
+    ):
+        (folder / place).mkdir()
+        write_json(folder / place / "config.json", fields)
+        entries.append({"path": place, "type": kind})
+    model_class = MODEL_CLASSES[checkpoint.encoder.backbone.model_type]
+    write_base(prompted, folder, [model_class])
+    write_modules(folder, entries)
+    embeddings = {"method": "forward", "method_output_name": "last_hidden_state"}
+    settings: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": embeddings},
+        "module_output_name": "token_embeddings",
+        "document_length": text.doc_maxlen,
+    }
+    if text.query_expansion:
+        floor = text.query_minlen or text.query_maxlen
+        fixed = floor == text.query_maxlen
+        settings["query_expansion"] = {
+            "strategy": "fixed" if fixed else "min",
+            "attend": text.attend_to_mask_tokens,
+            "token": text.expansion_token,
+            "length": floor,
+        }
+    settings["query_length"] = text.query_maxlen
+    write_json(folder / "sentence_bert_config.json", settings)
+    prompted_text = prompted.config.text
+    write_json(
+        folder / SETTINGS,
+        {
+            "model_type": "MultiVectorEncoder",
+            "prompts": {
+                "query": prompted_text.query_prompt,
+                "document": prompted_text.doc_prompt,
+            },
+            "default_prompt_name": None,
+            "similarity_fn_name": "maxsim",
+        },
+    )
+
+
+def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with each marker as text before the prompt.
+
+    Raises ValueError where that gives other token ids, tried on a few texts.
+    """
+    text = checkpoint.config.text
+    tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer.to_str())
+    markers = [m for m in (text.query_token_id, text.doc_token_id) if m is not None]
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(m, normalized=False, special=True) for m in dict.fromkeys(markers)]
+    )
+    if text.lowercase:
+        tokenizer = _lowercasing(tokenizer)
+    changed = dataclasses.replace(
+        text,
+        query_token_id=None,
+        doc_token_id=None,
+        query_prompt=(text.query_token_id or "") + text.query_prompt,
+        doc_prompt=(text.doc_token_id or "") + text.doc_prompt,
+        lowercase=False,
+        strip=False,
+    )
+    model = dataclasses.replace(checkpoint.tokenizer, tokenizer=tokenizer)
+    before, after = (
+        TextTokenizer(checkpoint.tokenizer, text),
+        TextTokenizer(model, changed),
+    )
+    for trial in ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a" * 2000):
+        for ids in ("queries", "documents"):
+            old, new = (getattr(t, ids)([trial]).ids[0].tolist() for t in (before, after))
+            if old != new:
+                raise ValueError(
+                    "the sentence-transformers layout puts markers before the text, and this "
+                    f"tokenizer then gives other tokens for {trial[:40]!r}"
+                )
+    return dataclasses.replace(
+        checkpoint, tokenizer=model, config=dataclasses.replace(checkpoint.config, text=changed)
+    )

@@ -1,0 +1,209 @@
+"""A model's tokenizer: read from any files that Hugging Face tokenizers come in, written back.
+
+In memory it is one `tokenizers.Tokenizer` and the names of its special tokens; on disk
+`tokenizer.json` and the two settings files that transformers reads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import normalizers
+
+from colbert_jax.files import read_json, write_json
+
+ROLES = ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token")
+
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+_OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+# Tokenizer classes whose vocab.txt is WordPiece with BERT's special tokens.
+_WORDPIECE = ("Bert", "DistilBert", "Electra", "FLMR")
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_SIDES = ("right", "left")
+
+
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer of a checkpoint.
+
+    special: role ("pad_token", ...) -> token, for the roles that the model has.
+    truncation_side: "right" or "left".
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    special: dict[str, str]
+    truncation_side: str = "right"
+
+    def has(self, token: str | None) -> bool:
+        return token is not None and self.tokenizer.token_to_id(token) is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object that `from_json` reads."""
+        return {
+            "special_tokens": self.special,
+            "truncation_side": self.truncation_side,
+            "tokenizer": json.loads(self.tokenizer.to_str()),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
+        return cls(_bare(tokenizer), fields["special_tokens"], fields["truncation_side"])
+
+
+def read_tokenizer(folder: Path) -> ModelTokenizer:
+    """Read `tokenizer.json`, else `vocab.txt`, else whatever transformers can read.
+
+    Raises:
+      ValueError: naming the file that is missing or damaged.
+    """
+    settings: dict[str, Any] = {}
+    for name in _SETTINGS:
+        file = folder / name
+        if file.is_file():
+            fields = read_json(file)
+            if not isinstance(fields, dict):
+                raise ValueError(f"{file}: expected a JSON object")
+            settings |= fields
+    tokenizer = _bare(_read(folder, settings))
+    side = settings.get("truncation_side") or "right"
+    if side not in _SIDES:
+        raise ValueError(f"{folder}: truncation_side of the tokenizer must be one of {_SIDES}")
+    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side)
+
+
+def write_tokenizer(
+    folder: Path, model: ModelTokenizer, *, max_length: int, inputs: tuple[str, ...], **extra: Any
+) -> None:
+    """Write the files that transformers 4 and 5 read with AutoTokenizer.
+
+    Args:
+      max_length: the longest input of the encoder.
+      inputs: what the encoder's forward takes, such as "input_ids" and "attention_mask".
+      **extra: further fields of `tokenizer_config.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "special_tokens_map.json", model.special)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": list(inputs),
+        "truncation_side": model.truncation_side,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | model.special | extra)
+    write_vocabulary(folder, model)
+
+
+def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
+    """Write a WordPiece vocabulary as `vocab.txt`; False for other kinds of tokenizer."""
+    fields = json.loads(model.tokenizer.to_str())["model"]
+    if fields["type"] != "WordPiece":
+        return False
+    words = sorted(fields["vocab"], key=fields["vocab"].__getitem__)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return True
+
+
+def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    try:
+        if file.is_file():
+            return _follow_lowercase(tokenizers.Tokenizer.from_file(str(file)), settings)
+        file = folder / "vocab.txt"
+        family = str(settings.get("tokenizer_class") or "")
+        if file.is_file() and (not family or family.startswith(_WORDPIECE)):
+            lower = settings.get("do_lower_case", True)
+            wordpiece = tokenizers.BertWordPieceTokenizer(
+                str(file),
+                lowercase=lower,
+                strip_accents=settings.get("strip_accents"),
+                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            )
+            return _add_tokens(tokenizers.Tokenizer.from_str(wordpiece.to_str()), folder, settings)
+    except ValueError:
+        raise
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(f"{file}: not a readable tokenizer file: {error}") from error
+    return _read_with_transformers(folder)
+
+
+def _follow_lowercase(
+    tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
+) -> tokenizers.Tokenizer:
+    """transformers lets `do_lower_case` of the settings overrule BERT's tokenizer.json."""
+    lower, normalizer = settings.get("do_lower_case"), tokenizer.normalizer
+    if lower is not None and isinstance(normalizer, normalizers.BertNormalizer):
+        normalizer.lowercase = lower
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any]
+) -> tokenizers.Tokenizer:
+    """Tokens that were added to a `vocab.txt`, at the ids that the settings give them."""
+    added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+    if (folder / "added_tokens.json").is_file():
+        for content, i in read_json(folder / "added_tokens.json").items():
+            added.setdefault(int(i), {"content": content, "special": True})
+    for i, token in sorted(added.items()):
+        flags = {
+            key: token[key]
+            for key in ("lstrip", "rstrip", "single_word", "normalized", "special")
+            if key in token
+        }
+        tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+        if tokenizer.token_to_id(token["content"]) != i:
+            raise ValueError(
+                f"{folder}: added token {token['content']!r} should have id {i}, but the "
+                f"vocabulary puts it at {tokenizer.token_to_id(token['content'])}"
+            )
+    return tokenizer
+
+
+def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
+    if not any((folder / name).is_file() for name in (*_OTHER_FILES, "vocab.txt")):
+        raise ValueError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.txt is there")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: transformers could not read the tokenizer files that are there: {error}"
+        ) from error
+
+
+def _bare(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Published files often have padding and truncation switched on; `text` does both itself."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _special_tokens(
+    folder: Path, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
+) -> dict[str, str]:
+    """Role -> token: what the settings say, else BERT's or RoBERTa's name if it is a token."""
+    usual = {role: (f"[{role[:-6].upper()}]", f"<{role[:-6]}>") for role in ROLES}
+    if settings.get("tokenizer_class") in _GENERIC:
+        usual["mask_token"] = ()  # these classes know of no [MASK] that the settings do not name
+    found = {}
+    for role in ROLES:
+        value = settings.get(role)
+        if isinstance(value, dict):  # an added token written out as an object
+            value = value.get("content")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{folder}: {role} of the tokenizer must be a string, got {value!r}")
+        if not value:
+            known = [t for t in usual[role] if tokenizer.token_to_id(t) is not None]
+            value = known[0] if known else None
+        if value:
+            found[role] = value
+    return found

@@ -1,0 +1,520 @@
+"""Every layout: told by its files, written whole or not at all, damaged in every way."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import support
+from safetensors.numpy import load_file, save_file
+
+from colbert_jax.checkpoints import (
+    LAYOUTS,
+    convert_checkpoint,
+    detect_layout,
+    read_checkpoint,
+    write_checkpoint,
+)
+from colbert_jax.checkpoints.tensors import find_tensors
+from colbert_jax.checkpoints.torch_file import write_torch_file
+from colbert_jax.models.colbert import DenseConfig, EncoderConfig
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A Stanford checkpoint whose markers have the ids that FLMR wants."""
+    return support.write_stanford(tmp_path_factory.mktemp("source") / "stanford")
+
+
+@pytest.fixture(scope="module")
+def folders(source, tmp_path_factory):
+    """The same checkpoint in every layout."""
+    root = tmp_path_factory.mktemp("layouts")
+    for layout in LAYOUTS:
+        convert_checkpoint(source, root / layout, layout)
+    return root
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Copies a layout's folder, to be damaged."""
+    return lambda layout: shutil.copytree(folders / layout, tmp_path / layout)
+
+
+def leaves(checkpoint):
+    return jax.tree.leaves(checkpoint.params)
+
+
+def edit_json(file, **changes):
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+def edit_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_told_and_holds_the_same(folders, source, layout):
+    assert detect_layout(folders / layout) == layout
+    original, read = read_checkpoint(source), read_checkpoint(folders / layout)
+    for a, b in zip(leaves(original), leaves(read), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        original.pooler["pooler.dense.weight"], read.pooler["pooler.dense.weight"]
+    )
+    assert read.encoder == original.encoder
+
+
+def test_plain_and_single_vector_folders_are_told(plain_folder, tmp_path):
+    assert detect_layout(plain_folder) == "huggingface"
+    folder = single_vector(plain_folder, tmp_path)
+    assert detect_layout(folder) == "single-vector"
+    checkpoint = read_checkpoint(folder, dim=8, seed=3)
+    assert checkpoint.encoder.dim == 8 and not checkpoint.config.text.query_expansion
+    assert checkpoint.config.text.query_prompt == "query: "
+    assert read_checkpoint(folder).encoder.head == ()
+
+
+def single_vector(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "single")
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    settings = {"prompts": {"query": "query: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_stanford_projection_wins_over_modules_without_dense(copy, plain_folder, tmp_path):
+    folder = copy("stanford")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert detect_layout(folder) == "stanford"
+
+
+def test_only_two_files_in_our_own_layout(folders):
+    names = sorted(file.name for file in (folders / "flax").iterdir())
+    assert names == ["colbert_jax.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded", "sharded bin", "half"])
+def test_weights_in_other_files(source, tmp_path, form):
+    folder = shutil.copytree(source, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    expected = leaves(read_checkpoint(source))
+    if form == "half":
+        save_file(
+            {n: t.astype(np.float16) for n, t in tensors.items()}, folder / "model.safetensors"
+        )
+        got = leaves(read_checkpoint(folder))
+        for a, b in zip(expected, got, strict=True):
+            assert b.dtype == np.float32
+            np.testing.assert_array_equal(a.astype(np.float16).astype(np.float32), b)
+        return
+    (folder / "model.safetensors").unlink()
+    if form == "bin":
+        write_torch_file(folder / "pytorch_model.bin", tensors)
+    else:
+        stem, suffix = ("pytorch_model", "bin") if "bin" in form else ("model", "safetensors")
+        places = {}
+        for part, some in enumerate((names[::2], names[1::2]), 1):
+            shard = f"{stem}-{part:05}-of-00002.{suffix}"
+            save = write_torch_file if suffix == "bin" else (lambda file, t: save_file(t, file))
+            save(folder / shard, {name: tensors[name] for name in some})
+            places |= dict.fromkeys(some, shard)
+        index = {"metadata": {}, "weight_map": places}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    for a, b in zip(expected, leaves(read_checkpoint(folder)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_colbertv1_of_several_devices_and_its_arguments(source, tmp_path):
+    """A `.dnn` saved under DistributedDataParallel, beside no settings, with a base elsewhere."""
+    tensors = load_file(source / "model.safetensors")
+    state = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    arguments = {"model": "somebody/base", "doc_maxlen": 40, "query_maxlen": 20, "dim": 16}
+    file = tmp_path / "colbert.dnn"
+    write_torch_file(file, {"epoch": 1, "model_state_dict": state, "arguments": arguments})
+    checkpoint = read_checkpoint(file, base=source)
+    text = checkpoint.config.text
+    assert (text.doc_maxlen, text.query_maxlen, text.mask_punctuation) == (40, 20, False)
+    for a, b in zip(leaves(read_checkpoint(source)), leaves(checkpoint), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        read_checkpoint(file)
+
+
+def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
+    checkpoint = read_checkpoint(source)
+    rng = np.random.default_rng(0)
+    head = (
+        DenseConfig(32, 32, residual=True),
+        DenseConfig(32, 24, residual=True),
+        DenseConfig(24, 8),
+    )
+    kernels = [rng.normal(size=(c.in_features, c.out_features)).astype("f4") for c in head]
+    across = rng.normal(size=(32, 24)).astype("f4")
+    params = {i: {"linear": {"kernel": kernel}} for i, kernel in enumerate(kernels)}
+    params[1]["residual"] = {"kernel": across}
+    several = dataclasses.replace(
+        checkpoint,
+        encoder=EncoderConfig(checkpoint.encoder.backbone, head),
+        params=checkpoint.params | {"head": params},
+    )
+    write_checkpoint(several, tmp_path / "stanford", "stanford")
+    x = rng.normal(size=(5, 32))
+    x1 = x @ kernels[0] + x
+    expected = (x1 @ kernels[1] + x1 @ across) @ kernels[2]
+    folded = load_file(tmp_path / "stanford" / "model.safetensors")["linear.weight"]
+    np.testing.assert_allclose(x @ folded.T, expected, rtol=1e-4, atol=1e-4)
+    write_checkpoint(several, tmp_path / "pylate", "pylate")
+    assert read_checkpoint(tmp_path / "pylate").encoder == several.encoder
+
+    biased = dataclasses.replace(head[0], bias=True)
+    params[0]["linear"]["bias"] = np.zeros(32, "f4")
+    encoder = EncoderConfig(checkpoint.encoder.backbone, (biased, *head[1:]))
+    with pytest.raises(ValueError, match="dense layer 1 of the head has a bias"):
+        write_checkpoint(dataclasses.replace(several, encoder=encoder), tmp_path / "no", "stanford")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "message"),
+    [
+        ({"query_expansion": False}, "stanford", "cannot say query_expansion=False"),
+        ({"doc_token_id": None}, "stanford", "needs a marker; doc_token_id is None"),
+        ({"query_prompt": "query: "}, "flmr", "cannot say query_prompt='query: '"),
+        ({"skiplist_words": ("the",)}, "stanford", "skiplist has 1 tokens of its own"),
+        ({"query_minlen": 8}, "stanford", "cannot say query_minlen=8"),
+        ({"query_minlen": 8}, "pylate", "cannot say query_minlen=8"),
+        ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
+        ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
+        ({"query_token_id": "[unused1]"}, "flmr", r"\[unused0\] and \[unused1\] with ids 1 and 2"),
+        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from flax, stanford"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_refused_before_anything_is_written(
+    source, tmp_path, changes, layout, message
+):
+    checkpoint = read_checkpoint(source).with_text(**changes)
+    with pytest.raises(ValueError, match=message):
+        write_checkpoint(checkpoint, tmp_path / "out", layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        convert_checkpoint(source, tmp_path / "out", "pylate")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_two_flmr_encoders(tmp_path):
+    folder = support.write_flmr(tmp_path / "two", separate=True)
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.query_params is not None
+    queries = load_file(folder / "model.safetensors")["query_text_encoder_linear.weight"]
+    np.testing.assert_array_equal(checkpoint.query_params["head"][0]["linear"]["kernel"], queries.T)
+    for layout in ("flmr", "flax"):
+        write_checkpoint(checkpoint, tmp_path / layout, layout)
+        again = read_checkpoint(tmp_path / layout)
+        for side in ("params", "query_params"):
+            trees = (jax.tree.leaves(getattr(c, side)) for c in (checkpoint, again))
+            for a, b in zip(*trees, strict=True):
+                np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="one encoder, this checkpoint has one of its own"):
+        write_checkpoint(checkpoint, tmp_path / "no", "pylate")
+
+
+@pytest.mark.parametrize("side", ["query", "context"])
+def test_flmr_stores_one_side_of_a_shared_encoder(tmp_path, side):
+    folder = support.write_flmr(tmp_path / "one")
+    expected = leaves(read_checkpoint(folder))
+
+    def rename(tensors):
+        for name in list(tensors):
+            new = name.replace("query_", f"{side}_").replace(".bert_model.", ".text_model.")
+            tensors[new] = tensors.pop(name)
+
+    edit_tensors(folder / "model.safetensors", rename)
+    for a, b in zip(expected, leaves(read_checkpoint(folder)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_tensors_of_flmrs_colbertv2():
+    """The list of the published checkpoint: 200 tensors, 109,580,544 parameters."""
+    from colbert_jax.checkpoints.flmr import _side_names, text_backbone
+    from colbert_jax.models.colbert import abstract_encoder
+
+    backbone = text_backbone({"text_config": {"model_type": "flmr_text_model"}}, None)
+    encoder = EncoderConfig.projecting(backbone, 128)
+    names = _side_names(encoder, "query")
+    shapes = abstract_encoder(encoder).shapes
+    count = sum(int(np.prod(shapes[path])) for path in names)
+    pooler = 768 * 768 + 768
+    assert len(names) + 2 == 200 and count + pooler == 109_580_544
+    assert names["head", 0, "linear", "kernel"] == "query_text_encoder_linear.weight"
+    assert (
+        names["backbone", "layers", 11, "output_norm", "scale"]
+        == "query_text_encoder.bert_model.encoder.layer.11.output.LayerNorm.weight"
+    )
+
+
+def test_preflmr_gives_its_text_part(tmp_path):
+    folder = support.write_flmr(
+        tmp_path / "pre", separate=True, use_vision_encoder=True, mask_instruction_token=":"
+    )
+    vision = {
+        "query_vision_encoder.vision_model.vision_model.pre_layrnorm.weight": np.ones(4, "f4"),
+        "query_vision_projection.model.0.bias": np.ones(4, "f4"),
+        "transformer_mapping_input_linear.bias": np.ones(4, "f4"),
+    }
+    edit_tensors(folder / "model.safetensors", lambda t: t.update(vision))
+    assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
+
+
+def prefix(folder, **changes):
+    edit_json(folder / "config_sentence_transformers.json", **changes)
+
+
+def write_modules(folder, *entries):
+    (folder / "modules.json").write_text(json.dumps(list(entries)))
+
+
+TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "error", "message"),
+    [
+        (
+            "pylate",
+            lambda f: write_modules(f, {"path": "../elsewhere", "type": "x.Transformer"}),
+            ValueError,
+            r"module path '\.\./elsewhere' leads out of the folder",
+        ),
+        ("pylate", lambda f: (f / "modules.json").write_text("{}"), ValueError, "expected a list"),
+        (
+            "pylate",
+            lambda f: write_modules(f, TRANSFORMER),
+            ValueError,
+            "lists no Dense module, so PyLate would project at random",
+        ),
+        (
+            "pylate",
+            lambda f: prefix(f, query_prefix="[Q] "),
+            ValueError,
+            r"query_prefix '\[Q\] ' is no token of the tokenizer",
+        ),
+        ("pylate", lambda f: prefix(f, query_length="32"), ValueError, "query_maxlen must be int"),
+        (
+            "pylate",
+            lambda f: prefix(f, similarity_fn_name="cosine"),
+            ValueError,
+            "similarity_fn_name 'cosine' is not MaxSim",
+        ),
+        (
+            "pylate",
+            lambda f: edit_json(f / "1_Dense" / "config.json", activation_function="os.system"),
+            ValueError,
+            r"1_Dense/config\.json: activation_function 'os\.system' is not supported",
+        ),
+        (
+            "pylate",
+            lambda f: edit_json(f / "1_Dense" / "config.json", in_features=31),
+            ValueError,
+            "dense layer 1 of the head takes 31 features, but the backbone before it gives 32",
+        ),
+        (
+            "pylate",
+            lambda f: edit_json(f / "1_Dense" / "config.json", bias=True),
+            ValueError,
+            r"tensor 'linear\.bias' is missing",
+        ),
+        (
+            "pylate",
+            lambda f: edit_json(f / "1_Dense" / "config.json", out_features=17),
+            ValueError,
+            r"'linear\.weight' has shape \[16, 32\], the configuration asks for \[17, 32\]",
+        ),
+        (
+            "pylate",
+            lambda f: (f / "1_Dense" / "model.safetensors").unlink(),
+            FileNotFoundError,
+            "1_Dense: missing weight file",
+        ),
+        (
+            "sentence-transformers",
+            lambda f: edit_json(
+                f / "sentence_bert_config.json", query_expansion={"strategy": "some"}
+            ),
+            ValueError,
+            "query_expansion must have strategy 'fixed' or 'min'",
+        ),
+        (
+            "sentence-transformers",
+            lambda f: prefix(f, similarity_fn_name="meanmaxsim"),
+            ValueError,
+            "similarity_fn_name 'meanmaxsim' is not supported",
+        ),
+        (
+            "sentence-transformers",
+            lambda f: write_modules(
+                f, TRANSFORMER, {"path": "2_MultiVectorMask", "type": "x.MultiVectorMask"}
+            ),
+            ValueError,
+            "no Normalize module",
+        ),
+        (
+            "sentence-transformers",
+            lambda f: write_modules(
+                f,
+                TRANSFORMER,
+                {"path": "2_MultiVectorMask", "type": "x.MultiVectorMask"},
+                {"path": "3_Normalize", "type": "x.Normalize"},
+                {"path": "4_LSTM", "type": "x.LSTM"},
+            ),
+            ValueError,
+            r"module x\.LSTM is not supported",
+        ),
+        (
+            "flmr",
+            lambda f: edit_json(f / "config.json", dim=99),
+            ValueError,
+            r"config\.json has dim 99, the weights project to 16",
+        ),
+        (
+            "flmr",
+            lambda f: edit_json(f / "config.json", separate_query_and_context_text_encoder=True),
+            ValueError,
+            "speaks of two text encoders, only the query side",
+        ),
+        (
+            "flmr",
+            lambda f: edit_json(
+                f / "config.json", text_config={"text_encoder_base_model": "BAAI/bge-m3"}
+            ),
+            ValueError,
+            "text_encoder_base_model 'BAAI/bge-m3' is not supported",
+        ),
+        (
+            "flmr",
+            lambda f: edit_json(f / "config.json", text_config={"hidden_act": "snake"}),
+            ValueError,
+            "text_config: hidden_act 'snake' is not supported",
+        ),
+        (
+            "flmr",
+            lambda f: shutil.rmtree(f / "context_tokenizer"),
+            None,
+            None,
+        ),
+        ("flax", lambda f: edit_json(f / "colbert_jax.json", version=99), ValueError, "version 99"),
+        (
+            "flax",
+            lambda f: edit_json(f / "colbert_jax.json", text=...),
+            ValueError,
+            "field 'text' is missing",
+        ),
+        (
+            "flax",
+            lambda f: edit_json(f / "colbert_jax.json", tokenizer={"tokenizer": {}}),
+            ValueError,
+            r"colbert_jax\.json: ",
+        ),
+        (
+            "flax",
+            lambda f: (f / "model.safetensors").unlink(),
+            FileNotFoundError,
+            r"model\.safetensors is missing",
+        ),
+        (
+            "flax",
+            lambda f: edit_tensors(
+                f / "model.safetensors", lambda t: t.update(x=np.zeros(3, "f4"))
+            ),
+            ValueError,
+            r"tensors that colbert_jax\.json does not speak of: \['x'\]",
+        ),
+        (
+            "colbertv1",
+            lambda f: (f / "colbert.dnn").write_bytes((f / "colbert.dnn").read_bytes()[:2000]),
+            ValueError,
+            r"colbert\.dnn",
+        ),
+    ],
+)
+def test_damaged_folders(copy, layout, damage, error, message):
+    folder = copy(layout)
+    damage(folder)
+    if error is None:  # one tokenizer folder is enough
+        assert read_checkpoint(folder)
+        return
+    with pytest.raises(error, match=message):
+        read_checkpoint(folder)
+
+
+def test_flmr_tokenizers_that_differ(copy):
+    folder = copy("flmr")
+    file = folder / "query_tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    (folder / "query_tokenizer" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="query_tokenizer and context_tokenizer are different"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("places", "error", "message"),
+    [
+        ({"a": "../stolen.safetensors"}, ValueError, "a shard must be a file of this folder"),
+        ({"a": "/etc/passwd"}, ValueError, "a shard must be a file of this folder"),
+        ({"a": ".."}, ValueError, "a shard must be a file of this folder"),
+        ({"a": 3}, ValueError, "a shard must be a file of this folder"),
+        ({"a": "part.safetensors"}, FileNotFoundError, r"shard part\.safetensors is missing"),
+        ({"b": "here.safetensors"}, ValueError, r"tensor 'b' is not in its shard"),
+        ({}, ValueError, "expected an object with a 'weight_map'"),
+    ],
+)
+def test_damaged_index_of_shards(tmp_path, places, error, message):
+    save_file({"a": np.zeros(3, "f4")}, tmp_path / "here.safetensors")
+    save_file({"a": np.zeros(3, "f4")}, tmp_path.parent / "stolen.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(error, match=message):
+        find_tensors(tmp_path)
+
+
+def header(**entry):
+    text = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]} | entry})
+    return len(text).to_bytes(8, "little") + text.encode() + bytes(12)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "shorter than its header"),
+        (b"version https://git-lfs.github.com/spec/v1", "its header claims"),
+        ((2**40).to_bytes(8, "little") + b"{}", "its header claims"),
+        ((2).to_bytes(8, "little") + b"[]", "header is not an object"),
+        ((2).to_bytes(8, "little") + b"{x", "header is not JSON"),
+        (header()[:-1], r"tensor 'a' ends at byte \d+, the file at \d+"),
+        (header(shape=[4]), r"tensor 'a' of shape \[4\] has 12 bytes"),
+        (header(shape=[-3]), "sizes that are not whole numbers"),
+        (header(shape=None), "lacks dtype, shape or data_offsets"),
+        (header(dtype="F4"), "tensor 'a' is F4; supported: F64"),
+        (header(data_offsets=[2**62, 2**62 + 12]), "ends at byte"),
+    ],
+)
+def test_damaged_safetensors(tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_tensors(tmp_path)
