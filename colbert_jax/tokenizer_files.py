@@ -191,7 +191,9 @@ def _special_tokens(
     folder: Path, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
 ) -> dict[str, str]:
     """Role -> token: what the settings say, else BERT's or RoBERTa's name if it is a token."""
-    usual = {role: (f"[{role[:-6].upper()}]", f"<{role[:-6]}>") for role in ROLES}
+    usual: dict[str, tuple[str, ...]] = {
+        role: (f"[{role[:-6].upper()}]", f"<{role[:-6]}>") for role in ROLES
+    }
     if settings.get("tokenizer_class") in _GENERIC:
         usual["mask_token"] = ()  # these classes know of no [MASK] that the settings do not name
     found = {}

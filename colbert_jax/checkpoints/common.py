@@ -8,6 +8,7 @@ import shutil
 import string
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,14 +112,18 @@ def fill_params(
     Args:
       sources: tensors, and which path each of them fills. A path that none fills is left out.
     """
-    shapes = abstract_encoder(encoder).shapes
     params: dict = {}
-    for tensors, names in sources:
-        # torch keeps kernels as [out, in], Flax as [in, out]
-        wanted = {name: (shapes[path], path[-1] == "kernel") for path, name in names.items()}
-        arrays = tensors.read_many(wanted)
-        for path, name in names.items():
-            set_path(params, path, arrays[name])
+    with ThreadPoolExecutor(1) as pool:
+        # Python's work, while the files are read.
+        structure = pool.submit(abstract_encoder, encoder)
+        for tensors, names in sources:
+            # torch keeps kernels as [out, in], Flax as [in, out]
+            transposed = {name: path[-1] == "kernel" for path, name in names.items()}
+            arrays = tensors.read_many(transposed)
+            shapes = structure.result().shapes
+            for path, name in names.items():
+                tensors.check_shape(name, shapes[path][:: -1 if transposed[name] else 1])
+                set_path(params, path, arrays[name])
     return params
 
 

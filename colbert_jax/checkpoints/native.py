@@ -80,9 +80,10 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
 
 def _params(tensors: Tensors, encoder: EncoderConfig, names: dict, prefix: str) -> dict:
     shapes = abstract_encoder(encoder).shapes
-    arrays = tensors.read_many({prefix + n: (shapes[path], False) for path, n in names.items()})
+    arrays = tensors.read_many({prefix + name: False for name in names.values()})
     params: dict = {}
     for path, name in names.items():
+        tensors.check_shape(prefix + name, shapes[path])
         set_path(params, path, arrays[prefix + name])
     return params
 

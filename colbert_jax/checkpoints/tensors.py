@@ -67,12 +67,18 @@ class Tensors:
         stored = {rename(name): tensor for name, tensor in self._stored.items()}
         return Tensors(self.file, {name: t for name, t in stored.items() if name is not None})
 
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """One tensor as float32. Raises ValueError where it is missing or of another shape."""
-        if shape is not None:
-            self._check_shape(name, shape)
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32. Raises ValueError where it is missing or not finite."""
         self.shape(name)  # that it is there
         return self._checked(name, self._stored[name].read())
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError where a tensor is missing or of another shape."""
+        if self.shape(name) != shape:
+            raise ValueError(
+                f"{self.file}: tensor {name!r} has shape {list(self.shape(name))}, the "
+                f"configuration asks for {list(shape)}"
+            )
 
     def _checked(self, name: str, array: np.ndarray) -> np.ndarray:
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
@@ -82,39 +88,33 @@ class Tensors:
             raise ValueError(f"{self.file}: tensor {name!r} holds NaN or infinite values")
         return array
 
-    def read_many(self, wanted: Mapping[str, tuple[tuple[int, ...], bool]]) -> dict:
-        """name -> (shape, transposed) to name -> array, each at its final place in memory.
+    def read_many(self, transposed: Mapping[str, bool]) -> dict[str, np.ndarray]:
+        """Names, and whether to transpose them, to float32 arrays at their final place in memory.
 
         Two threads, since copying is the cost; fresh memory is the dearest part of it, so what is
         to be transposed is read into the same scratch memory one after the other.
         """
         scratch = threading.local()
 
-        def one(item: tuple[str, tuple[tuple[int, ...], bool]]) -> tuple[str, np.ndarray]:
-            name, (shape, transposed) = item
-            self._check_shape(name, shape[::-1] if transposed else shape)
-            stored = self._stored[name]
-            plain = stored.dtype == np.float32 and stored.strides is None
-            if plain and not transposed:
-                return name, self._checked(name, stored.read(_aligned(shape).reshape(-1)))
-            buffer = getattr(scratch, "buffer", None)
+        def one(item: tuple[str, bool]) -> tuple[str, np.ndarray]:
+            name, transpose = item
+            shape, stored = self.shape(name), self._stored[name]
             size = math.prod(shape)
-            if plain and (buffer is None or buffer.size < size):
-                buffer = scratch.buffer = np.empty(size, np.float32)
-            array = self._checked(name, stored.read(buffer if plain else None))
-            out = _aligned(shape)
-            out[...] = array.T if transposed else array
+            buffer = None
+            if stored.dtype == np.float32 and stored.strides is None:
+                if not transpose:
+                    return name, self._checked(name, stored.read(_aligned(shape).reshape(-1)))
+                buffer = getattr(scratch, "buffer", None)
+                if buffer is None or buffer.size < size:
+                    buffer = scratch.buffer = np.empty(size, np.float32)
+            array = self._checked(name, stored.read(buffer))
+            array = array.T if transpose else array
+            out = _aligned(array.shape)
+            out[...] = array
             return name, out
 
         with ThreadPoolExecutor(2) as pool:
-            return dict(pool.map(one, wanted.items()))
-
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self.shape(name) != shape:
-            raise ValueError(
-                f"{self.file}: tensor {name!r} has shape {list(self.shape(name))}, the "
-                f"configuration asks for {list(shape)}"
-            )
+            return dict(pool.map(one, transposed.items()))
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

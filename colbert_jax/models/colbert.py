@@ -160,9 +160,13 @@ class AbstractEncoder(NamedTuple):
     shapes: dict[tuple, tuple[int, ...]]
 
 
-@cache
 def abstract_encoder(config: EncoderConfig, dtype: Any = jnp.float32) -> AbstractEncoder:
-    """The structure of an encoder, worked out once for each configuration."""
+    """The structure of an encoder, worked out once for each configuration and dtype."""
+    return _abstract_encoder(config, jnp.dtype(dtype))
+
+
+@cache
+def _abstract_encoder(config: EncoderConfig, dtype: jnp.dtype) -> AbstractEncoder:
     model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))  # type: ignore
     graphdef, state = nnx.split(model)
     shapes = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}

@@ -133,7 +133,7 @@ def test_old_layer_norm_names_half_precision_and_position_ids(plain_folder, tmp_
                 f, lambda t: t.update({"bert.embeddings.LayerNorm.bias": np.zeros(7)})
             ),
             ValueError,
-            r"'bert\.embeddings\.LayerNorm\.bias' has shape \[7\], the configuration asks for \[32\]",
+            r"'bert\.embeddings\.LayerNorm\.bias' has shape \[7\], the configuration asks",
         ),
         (
             lambda f: edit_tensors(f, lambda t: t.pop("bert.encoder.layer.1.output.dense.weight")),
