@@ -4,7 +4,6 @@ import pytest
 import support
 
 from colbert_jax import ColBERT, maxsim
-from colbert_jax.checkpoints import hub
 
 
 def test_documents_do_not_depend_on_company_or_order(model, texts):
@@ -126,41 +125,6 @@ def test_wrong_arguments(model):
         model.encode_documents(["a", None])
     with pytest.raises(TypeError, match="rank takes one query string"):
         model.rank(["a"], ["b"])
-
-
-def test_hub_id_is_fetched(monkeypatch, stanford_folder):
-    """The hub's own client is asked for the files that the readers open."""
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot_download(name, *, revision, token, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(stanford_folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model = ColBERT.from_pretrained("somebody/colbert", revision="abc")
-    assert asked["name"] == "somebody/colbert" and asked["revision"] == "abc"
-    assert "artifact.metadata" in asked["patterns"]
-    assert model.load == {"name_or_path": "somebody/colbert", "revision": "abc"}
-
-
-def test_hub_unreachable_names_the_alternative(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def snapshot_download(*args, **kwargs):
-        raise LocalEntryNotFoundError("cannot reach the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(FileNotFoundError, match=r"hub did not provide it .* pass its folder"):
-        hub.resolve("somebody/colbert")
-    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
-        hub.resolve(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="a checkpoint is a folder"):
-        (tmp_path / "f").touch()
-        hub.resolve(tmp_path / "f")
 
 
 def test_model_fingerprint_ignores_query_settings(stanford_folder, model):

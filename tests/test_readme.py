@@ -1,6 +1,7 @@
 """Every command and snippet of the README, word for word; a tiny model stands behind the hub id."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -20,12 +21,15 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A working folder with the files that the commands name, and a checkpoint for every hub id."""
-    folder = support.write_stanford(tmp_path / "checkpoint")
+    folders = {
+        "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
+        "LinWeizheDragon/ColBERT-v2": support.write_flmr(tmp_path / "flmr"),
+    }
     original = hub.resolve
     monkeypatch.setattr(
         hub,
         "resolve",
-        lambda name, **kwargs: folder if "colbert-ir" in str(name) else original(name, **kwargs),
+        lambda name, **kwargs: folders.get(str(name)) or original(name, **kwargs),
     )
     monkeypatch.chdir(tmp_path)
     Path("passages.tsv").write_text(
@@ -42,6 +46,8 @@ def test_all_blocks_are_covered():
         "make demo",
         "make test",
         "pip install -e .",
+        "python convert/checkpoint.py colbert-ir/colbertv2.0 flax-folder --to flax",
+        "python convert/verify.py pylate-folder --python INTERPRETER",
         "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
     ]
     makefile = (ROOT / "Makefile").read_text()
@@ -52,6 +58,15 @@ def test_commands(elsewhere, capsys):
     for command in COMMANDS:
         if command.startswith("colbert-jax "):
             assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+
+
+def test_scripts(elsewhere, capsys):
+    """The conversion scripts, as modules, since the hub is replaced in this process."""
+    for command in COMMANDS:
+        if command.startswith("python convert/checkpoint.py"):
+            script = runpy.run_path(str(ROOT / "convert" / "checkpoint.py"))
+            assert script["main"](["convert", *shlex.split(command)[2:]]) == 0
+    assert "flax-folder: flax" in capsys.readouterr().out
 
 
 def test_snippets(elsewhere, capsys):

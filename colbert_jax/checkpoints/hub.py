@@ -193,7 +193,7 @@ def _doubt(folder: Path, wanted: list[str] | None) -> str | None:
     if wanted is None:
         if any((folder / name).is_file() for name in _TELLING):
             return None
-        return f"its copy in the cache may lack files, for none tells its layout: {folder}"
+        return f"its copy in the cache may be a part only, no file tells its layout: {folder}"
     lacking = _lacking(folder, wanted)
     if not lacking:
         return None
