@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from colbert_jax import runtime
@@ -21,7 +20,7 @@ from colbert_jax.batching import ladder_length, next_power_of_two, pad_rows, pla
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.embeddings import DocumentEmbeddings
-from colbert_jax.models.colbert import abstract_encoder
+from colbert_jax.models.colbert import make_encoder
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
@@ -116,23 +115,16 @@ class ColBERT:
         replicated = NamedSharding(mesh, PartitionSpec())
 
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
-        graphdef, shapes, _ = abstract_encoder(encoder, dtype)
-
-        def placed(params: dict) -> nnx.State:
-            state = jax.tree.map(lambda leaf: leaf, shapes)
-            nnx.replace_by_pure_dict(state, jax.device_put(params, replicated, may_alias=True))
-            return state
-
-        self.params = placed(checkpoint.params)
-        # An encoder of the queries' own, or the one for both.
-        self.query_params = (
-            self.params if checkpoint.query_params is None else placed(checkpoint.query_params)
-        )
+        # On a CPU the arrays are taken over without a copy.
+        self.params = jax.device_put(checkpoint.params, replicated, may_alias=True)
+        self.query_params = self.params  # or an encoder of the queries' own
+        if checkpoint.query_params is not None:
+            self.query_params = jax.device_put(checkpoint.query_params, replicated, may_alias=True)
         # Every device runs the program of one device on its share of the batch.
         rows = PartitionSpec("data")
         self.encode_ids = jax.jit(
             jax.shard_map(
-                lambda params, *batch: nnx.merge(graphdef, params)(*batch),
+                lambda params, *batch: make_encoder(encoder, params, dtype)(*batch),
                 mesh=mesh,
                 in_specs=(PartitionSpec(), rows, rows, rows),
                 out_specs=rows,
@@ -245,15 +237,11 @@ class ColBERT:
           ValueError: an unknown layout, or a setting that it cannot say.
           FileExistsError: `folder` exists and is not empty.
         """
-
-        def fetched(state: nnx.State) -> dict:
-            return jax.tree.map(np.asarray, nnx.to_pure_dict(state))
-
         own = self.query_params is not self.params
         checkpoint = dataclasses.replace(
             self._checkpoint,
-            params=fetched(self.params),
-            query_params=fetched(self.query_params) if own else None,
+            params=jax.tree.map(np.asarray, self.params),
+            query_params=jax.tree.map(np.asarray, self.query_params) if own else None,
         )
         write_checkpoint(checkpoint, Path(folder), layout)
 
@@ -361,13 +349,12 @@ class ColBERT:
         encoder = dataclasses.asdict(self._checkpoint.encoder)
         known = [text, encoder, self.tokenizer.fingerprint]
         digest = hashlib.sha256(json.dumps(known).encode())
-        for path, value in nnx.to_flat_state(self.params):
-            array = value[...]
+        for path, array in jax.tree.leaves_with_path(self.params):
             digest.update(f"{path}{array.shape}".encode())
             digest.update(np.asarray(array.reshape(-1)[:1024]).tobytes())
         return digest.hexdigest()[:16]
 
-    def _encode(self, params: nnx.State, token_ids: TokenIds, keep, bar) -> list[np.ndarray]:
+    def _encode(self, params: dict, token_ids: TokenIds, keep, bar) -> list[np.ndarray]:
         """One [L, D] array per row. `keep` tells from the ids which rows are embeddings."""
         ids, attended = token_ids
         rows: list[np.ndarray] = [np.empty(0)] * len(ids)

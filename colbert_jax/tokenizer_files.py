@@ -118,19 +118,23 @@ def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
         file = folder / "vocab.txt"
         family = str(settings.get("tokenizer_class") or "")
         if file.is_file() and (not family or family.startswith(_WORDPIECE)):
-            lower = settings.get("do_lower_case", True)
-            wordpiece = tokenizers.BertWordPieceTokenizer(
-                str(file),
-                lowercase=lower,
-                strip_accents=settings.get("strip_accents"),
-                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            )
-            return _add_tokens(tokenizers.Tokenizer.from_str(wordpiece.to_str()), folder, settings)
+            return _add_tokens(_wordpiece(file, settings), folder, settings)
     except ValueError:
         raise
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{file}: not a readable tokenizer file: {error}") from error
     return _read_with_transformers(folder)
+
+
+def _wordpiece(file: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer around a `vocab.txt`."""
+    wordpiece = tokenizers.BertWordPieceTokenizer(
+        str(file),
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    return tokenizers.Tokenizer.from_str(wordpiece.to_str())
 
 
 def _follow_lowercase(

@@ -8,7 +8,6 @@ import shutil
 import string
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
 from colbert_jax.checkpoints.tensors import Tensors
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_json, write_json
-from colbert_jax.models.colbert import EncoderConfig, abstract_encoder
+from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
 from colbert_jax.text import TextTokenizer
 from colbert_jax.tokenizer_files import ModelTokenizer, write_tokenizer
@@ -113,17 +112,15 @@ def fill_params(
       sources: tensors, and which path each of them fills. A path that none fills is left out.
     """
     params: dict = {}
-    with ThreadPoolExecutor(1) as pool:
-        # Python's work, while the files are read.
-        structure = pool.submit(abstract_encoder, encoder)
-        for tensors, names in sources:
-            # torch keeps kernels as [out, in], Flax as [in, out]
-            transposed = {name: path[-1] == "kernel" for path, name in names.items()}
-            arrays = tensors.read_many(transposed)
-            shapes = structure.result().shapes
-            for path, name in names.items():
-                tensors.check_shape(name, shapes[path][:: -1 if transposed[name] else 1])
-                set_path(params, path, arrays[name])
+    shapes = param_shapes(encoder)
+    for tensors, names in sources:
+        # torch keeps kernels as [out, in], Flax as [in, out]
+        transposed = {name: path[-1] == "kernel" for path, name in names.items()}
+        for path, name in names.items():
+            tensors.check_shape(name, shapes[path][:: -1 if transposed[name] else 1])
+        arrays = tensors.read_many(transposed)
+        for path, name in names.items():
+            set_path(params, path, arrays[name])
     return params
 
 

@@ -27,7 +27,8 @@ from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
 from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import read_json, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
-from colbert_jax.tokenizer_files import read_tokenizer
+from colbert_jax.models.config import BackboneConfig
+from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -128,9 +129,20 @@ def read_encoder(
     params = fill_params(encoder, sources)
     pooler = read_pooler(tensors, prefix)
     checkpoint = Checkpoint(
-        folder, encoder, ColBERTConfig(), read_tokenizer(root), params, pooler=pooler
+        folder, encoder, ColBERTConfig(), _read_tokenizer(root, backbone), params, pooler=pooler
     )
     return checkpoint, transformer_settings(transformers[0])
+
+
+def _read_tokenizer(folder: Path, backbone: BackboneConfig) -> ModelTokenizer:
+    """The tokenizer, with the encoder's own padding: PyLate saves it with [MASK] or the end of the
+    sequence in its place, which other layouts would take for padding and drop."""
+    model = read_tokenizer(folder)
+    special, own = model.special, model.tokenizer.id_to_token(backbone.pad_token_id)
+    fills = (special.get("mask_token"), special.get("eos_token"))
+    if own is None or special.get("pad_token") not in fills:
+        return model
+    return dataclasses.replace(model, special={**special, "pad_token": own})
 
 
 def read_dense(folder: Path) -> DenseConfig:

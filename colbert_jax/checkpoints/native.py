@@ -16,7 +16,7 @@ from colbert_jax.checkpoints.common import Checkpoint, read_object, save_tensors
 from colbert_jax.checkpoints.tensors import SAFETENSORS, Tensors, open_tensors
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import write_json
-from colbert_jax.models.colbert import DenseConfig, EncoderConfig, abstract_encoder
+from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
 from colbert_jax.models.config import config_from_huggingface, to_huggingface
 from colbert_jax.tokenizer_files import ModelTokenizer
 
@@ -59,7 +59,7 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
     if not (folder / SAFETENSORS).is_file():
         raise FileNotFoundError(f"{folder}: {SAFETENSORS} is missing")
     tensors = open_tensors(folder / SAFETENSORS)
-    names = {path: _name(path) for path in abstract_encoder(encoder).shapes}
+    names = {path: _name(path) for path in param_shapes(encoder)}
     separate = any(name.startswith(_QUERY) for name in tensors.names())
     poolers = [name for name in tensors.names() if name.startswith("pooler.")]
     known = {*names.values(), *poolers}
@@ -79,11 +79,11 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
 
 
 def _params(tensors: Tensors, encoder: EncoderConfig, names: dict, prefix: str) -> dict:
-    shapes = abstract_encoder(encoder).shapes
+    for path, shape in param_shapes(encoder).items():
+        tensors.check_shape(prefix + names[path], shape)
     arrays = tensors.read_many({prefix + name: False for name in names.values()})
     params: dict = {}
     for path, name in names.items():
-        tensors.check_shape(prefix + name, shapes[path])
         set_path(params, path, arrays[prefix + name])
     return params
 

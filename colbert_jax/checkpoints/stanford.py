@@ -185,6 +185,10 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     for name in ("query_token_id", "doc_token_id"):
         if getattr(text, name) is None:
             raise ValueError(f"the {layout} layout needs a marker; {name} is None")
+    if "mask_token" not in checkpoint.tokenizer.special:
+        raise ValueError(
+            f"the {layout} layout fills queries with the mask token; the tokenizer names none"
+        )
     said = {name: getattr(text, name) for name in TEXT_FIELDS}
     said["mask_punctuation"] = masks_punctuation(checkpoint, layout)
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)

@@ -31,7 +31,7 @@ from colbert_jax.flmr.tokenization import (
     model_tokenizer,
     text_config,
 )
-from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, abstract_encoder
+from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.config import BertConfig
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
@@ -119,7 +119,7 @@ class FLMRModelForRetrieval:
 
     Attributes:
       config: FLMRConfig.
-      params: {"context": state, "query": state}; only "context" where one encoder serves both.
+      params: {"context": ..., "query": ...}; only "context" where one encoder serves both.
       query_tokenizer, context_tokenizer: as given, or the checkpoint's own.
     """
 
@@ -169,16 +169,11 @@ class FLMRModelForRetrieval:
         self._query_skip[list(config.query_mask_input_ids_skip_list or ())] = True
         self._instruction = texts.special.instruction
         compute = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
-        self._graphdef, shapes, _ = abstract_encoder(checkpoint.encoder, compute)
-
-        def placed(params: dict) -> nnx.State:
-            state = jax.tree.map(lambda leaf: leaf, shapes)
-            nnx.replace_by_pure_dict(state, jax.device_put(params, may_alias=True))
-            return state
-
-        self.params = {"context": placed(checkpoint.params)}
+        self._make_encoder = partial(make_encoder, checkpoint.encoder, dtype=compute)
+        params = {"context": checkpoint.params}
         if checkpoint.query_params is not None:
-            self.params["query"] = placed(checkpoint.query_params)
+            params["query"] = checkpoint.query_params
+        self.params = jax.device_put(params, may_alias=True)
         self._encode = jax.jit(self._encode_ids, static_argnames="details")
 
     @classmethod
@@ -234,10 +229,7 @@ class FLMRModelForRetrieval:
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
-        params = {
-            side: jax.tree.map(np.asarray, nnx.to_pure_dict(state))
-            for side, state in self.params.items()
-        }
+        params = jax.tree.map(np.asarray, self.params)
         return dataclasses.replace(
             self._checkpoint, params=params["context"], query_params=params.get("query")
         )
@@ -468,7 +460,7 @@ class FLMRModelForRetrieval:
         """Nothing to switch: there is no dropout here."""
         return self
 
-    def _side(self, side: str, params: dict | None) -> nnx.State:
+    def _side(self, side: str, params: dict | None) -> dict:
         params = self.params if params is None else params
         return params.get(side, params["context"])
 
@@ -481,10 +473,10 @@ class FLMRModelForRetrieval:
         return kept
 
     def _encode_ids(
-        self, params: nnx.State, ids: jax.Array, attended: jax.Array, details: tuple[bool, bool]
+        self, params: dict, ids: jax.Array, attended: jax.Array, details: tuple[bool, bool]
     ) -> _Encoded:
-        encoder = nnx.merge(self._graphdef, params)
-        bert = encoder.backbone
+        encoder = self._make_encoder(params)
+        bert: Any = encoder.backbone
         x = bert.embeddings(ids, jnp.arange(ids.shape[1]))
         hidden, attentions = [x], []
         for layer in bert.layers:

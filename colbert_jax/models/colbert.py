@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from colbert_jax.config import _require, _require_types
 from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
-from colbert_jax.models.config import BackboneConfig
+from colbert_jax.models.config import BackboneConfig, ModernBertConfig
 from colbert_jax.models.layers import matmul_precision
 
 # torch module class -> function, of the activations that heads come with.
@@ -148,26 +149,37 @@ class _OneKey:
         return jax.random.key(0)
 
 
-class AbstractEncoder(NamedTuple):
-    """A TokenEncoder without its parameters.
-
-    graphdef, state: of `nnx.split`, the state holding shapes.
-    shapes: path -> shape, of every parameter.
-    """
-
-    graphdef: nnx.GraphDef
-    state: nnx.State
-    shapes: dict[tuple, tuple[int, ...]]
+@cache
+def _structure(config: EncoderConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """An encoder without its parameters: what `nnx.split` gives, the state holding shapes."""
+    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))  # type: ignore
+    return nnx.split(model)
 
 
-def abstract_encoder(config: EncoderConfig, dtype: Any = jnp.float32) -> AbstractEncoder:
-    """The structure of an encoder, worked out once for each configuration and dtype."""
-    return _abstract_encoder(config, jnp.dtype(dtype))
+def make_encoder(config: EncoderConfig, params: dict, dtype: Any = jnp.float32) -> TokenEncoder:
+    """The module around parameters, to be called under `jax.jit` over them."""
+    graphdef, state = _structure(config, jnp.dtype(dtype))
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
 
 
 @cache
-def _abstract_encoder(config: EncoderConfig, dtype: jnp.dtype) -> AbstractEncoder:
-    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))  # type: ignore
-    graphdef, state = nnx.split(model)
-    shapes = {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
-    return AbstractEncoder(graphdef, state, shapes)
+def param_shapes(config: EncoderConfig) -> dict[tuple, tuple[int, ...]]:
+    """Path in the nested dict of an encoder's parameters -> shape.
+
+    Layers are alike from the second on, so only two are made: a deep encoder takes a second.
+    """
+    backbone = config.backbone
+    last = min(backbone.num_hidden_layers, 2) - 1
+    changes: dict[str, Any] = {"num_hidden_layers": last + 1}
+    if isinstance(backbone, ModernBertConfig):
+        changes["layer_types"] = backbone.layer_types[: last + 1]
+    few = dataclasses.replace(config, backbone=dataclasses.replace(backbone, **changes))
+    shapes = {}
+    for path, leaf in nnx.to_flat_state(_structure(few, jnp.dtype(jnp.float32))[1]):
+        shapes[path] = tuple(leaf.shape)
+        if path[:3] == ("backbone", "layers", last):
+            for i in range(last + 1, backbone.num_hidden_layers):
+                shapes[*path[:2], i, *path[3:]] = tuple(leaf.shape)
+    return shapes

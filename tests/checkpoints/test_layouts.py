@@ -254,12 +254,12 @@ def test_flmr_stores_one_side_of_a_shared_encoder(tmp_path, side):
 def test_the_tensors_of_flmrs_colbertv2():
     """The list of the published checkpoint: 200 tensors, 109,580,544 parameters."""
     from colbert_jax.checkpoints.flmr import _side_names, text_backbone
-    from colbert_jax.models.colbert import abstract_encoder
+    from colbert_jax.models.colbert import param_shapes
 
     backbone = text_backbone({"text_config": {"model_type": "flmr_text_model"}}, None)
     encoder = EncoderConfig.projecting(backbone, 128)
     names = _side_names(encoder, "query")
-    shapes = abstract_encoder(encoder).shapes
+    shapes = param_shapes(encoder)
     count = sum(int(np.prod(shapes[path])) for path in names)
     pooler = 768 * 768 + 768
     assert len(names) + 2 == 200 and count + pooler == 109_580_544
