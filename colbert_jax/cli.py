@@ -24,7 +24,7 @@ from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.progress import progress_bar
-from colbert_jax.runtime import enable_compilation_cache
+from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.search.arrays import Hits, concatenate_hits
 
 _BATCH = 32  # queries searched in one call
@@ -158,8 +158,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    run_demo(Path(args.folder or cache / "colbert_jax" / "demo"), args.checkpoint)
+    run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
 
 def _search(opened: Index, queries: list[str], k: int, args: argparse.Namespace) -> Hits:

@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 
 
+def cache_folder() -> Path:
+    """Where this library keeps files between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "colbert_jax")
+
+
 def enable_compilation_cache(folder: str | Path | None = None) -> Path:
     """Keep compiled programs on disk, so that a second run compiles nothing.
 
     Args:
       folder: None: `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/colbert_jax/xla`.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache, "colbert_jax", "xla")
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
     path = Path(folder or default)
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -171,3 +171,18 @@ def test_as_a_module_without_a_terminal(built, texts):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2 and "%|" not in done.stderr
+
+
+def test_convert(capsys, stanford_folder, tmp_path):
+    out = run(capsys, "convert", stanford_folder, tmp_path / "out", "--to", "pylate")
+    assert out.splitlines() == [
+        f"{stanford_folder}: stanford, bert, 16 dimensions",
+        f"{tmp_path / 'out'}: pylate",
+    ]
+    assert (tmp_path / "out" / "1_Dense" / "model.safetensors").is_file()
+    error = fails(capsys, "convert", stanford_folder, tmp_path / "out", "--to", "flax")
+    assert "exists and is not an empty folder" in error
+    error = fails(capsys, "convert", tmp_path / "nowhere", tmp_path / "x", "--to", "flax")
+    assert "no such checkpoint folder" in error
+    error = fails(capsys, "convert", stanford_folder, tmp_path / "x", "--to", "flax", "--base", "b")
+    assert "base is for a .dnn file only" in error
