@@ -105,6 +105,16 @@ def test_retrieve_draws_a_picture(retrieve):
     assert base64.b64decode(pictures[0]).startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_path):
+    cells = execute(NOTEBOOKS / "convert.ipynb", tmp_path, COLBERT_CHECKPOINT=str(stanford_folder))
+    assert cells["install"].outputs == []
+    assert "flax: colbert_jax.json, model.safetensors" in printed(cells["write"])
+    differences = re.findall(r"^([\w-]+): largest difference (\S+)$", printed(cells["check"]), re.M)
+    assert len(differences) == 6
+    assert all(float(value) < 1e-5 for _, value in differences)
+    assert printed(cells["flmr"]).split() == ["(1,", "16,", "16)", "(1,", "48,", "16)"]
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
 def test_committed_notebook_is_clean(path):
     notebook = json.loads(path.read_text("utf-8"))
