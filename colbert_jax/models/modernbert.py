@@ -46,7 +46,14 @@ class ModernBertAttention(nnx.Module):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         query, key = rotate(query, rotation), rotate(key, rotation)
-        return self.output(attend(query, key, value, attended, position_bias))
+        y = attend(query, key, value, attended, position_bias)
+        # A token with nothing to attend to, within its window, gets zeros, as from transformers 5's
+        # default attention (version 4 averages over everything, padding too).
+        allowed = attended[:, None]
+        if position_bias is not None:
+            allowed = allowed & (position_bias > MASKED)
+        seen = allowed.any(axis=-1)[..., None]
+        return self.output(jnp.where(seen, y, 0))
 
 
 class ModernBertMlp(nnx.Module):
