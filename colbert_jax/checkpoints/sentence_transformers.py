@@ -37,6 +37,9 @@ from colbert_jax.tokenizer_files import ModelTokenizer
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
 _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
 _PACKAGE = "sentence_transformers"
+# What markers and prompts are compared on. Space around a text is left out: PyLate strips it and
+# sentence-transformers does not.
+_TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a" * 2000)
 
 
 def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
@@ -86,11 +89,12 @@ def read(
         text = read_text(settings, transformer, mask, tokenizer, longest)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    return dataclasses.replace(
+    checkpoint = dataclasses.replace(
         checkpoint,
         tokenizer=tokenizer,
         config=dataclasses.replace(checkpoint.config, text=text),
     )
+    return prompts_as_markers(checkpoint)
 
 
 def read_text(
@@ -100,7 +104,7 @@ def read_text(
     tokenizer: ModelTokenizer,
     longest: int,
 ) -> TextConfig:
-    """Text settings of a MultiVectorEncoder. Its markers are prompts, so there is no marker."""
+    """Text settings of a MultiVectorEncoder, its markers still part of the prompts."""
     expansion = transformer.get("query_expansion") or {}
     query_length = transformer.get("query_length")
     floor: int | None = None
@@ -288,19 +292,52 @@ def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
         lowercase=False,
         strip=False,
     )
-    model = dataclasses.replace(checkpoint.tokenizer, tokenizer=tokenizer)
-    before, after = (
-        TextTokenizer(checkpoint.tokenizer, text),
-        TextTokenizer(model, changed),
+    after = dataclasses.replace(
+        checkpoint,
+        tokenizer=dataclasses.replace(checkpoint.tokenizer, tokenizer=tokenizer),
+        config=dataclasses.replace(checkpoint.config, text=changed),
     )
-    for trial in ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a" * 2000):
-        for ids in ("queries", "documents"):
-            old, new = (getattr(t, ids)([trial]).ids[0].tolist() for t in (before, after))
-            if old != new:
-                raise ValueError(
-                    "the sentence-transformers layout puts markers before the text, and this "
-                    f"tokenizer then gives other tokens for {trial[:40]!r}"
-                )
-    return dataclasses.replace(
-        checkpoint, tokenizer=model, config=dataclasses.replace(checkpoint.config, text=changed)
-    )
+    if (trial := _differing(checkpoint, after, _TRIALS)) is not None:
+        raise ValueError(
+            "the sentence-transformers layout puts markers before the text, and this tokenizer "
+            f"then gives other tokens for {trial[:40]!r}"
+        )
+    return after
+
+
+def prompts_as_markers(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with the added token at the start of each prompt as a marker.
+
+    The other layouts have markers. Where that would give other token ids nothing is changed.
+    """
+    text = checkpoint.config.text
+    added = checkpoint.tokenizer.tokenizer.get_added_tokens_decoder().values()
+    tokens = sorted((token.content for token in added), key=len, reverse=True)
+
+    def split(prompt: str) -> tuple[str | None, str]:
+        marker = next((token for token in tokens if token and prompt.startswith(token)), None)
+        rest = prompt[len(marker or "") :]
+        return marker, rest if rest.strip() else ""
+
+    (query, query_rest), (doc, doc_rest) = split(text.query_prompt), split(text.doc_prompt)
+    if query is None and doc is None:
+        return checkpoint
+    try:
+        after = checkpoint.with_text(
+            query_token_id=query, query_prompt=query_rest, doc_token_id=doc, doc_prompt=doc_rest
+        )
+    except ValueError:  # too short for a marker
+        return checkpoint
+    exact = _differing(checkpoint, after, (*_TRIALS, "", " b")) is None
+    return after if exact else checkpoint
+
+
+def _differing(before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> str | None:
+    """The first of the texts that the two make different token ids of."""
+    old, new = (TextTokenizer(c.tokenizer, c.config.text) for c in (before, after))
+    for trial in texts:
+        for kind in ("queries", "documents"):
+            ids = [getattr(t, kind)([trial]).ids[0].tolist() for t in (old, new)]
+            if ids[0] != ids[1]:
+                return trial
+    return None

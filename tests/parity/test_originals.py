@@ -44,7 +44,9 @@ def writable(name: str) -> set[str]:
     if own == "pylate":  # the others have biases, prompts, no expansion or a skiplist of their own
         return BOTH | ({"stanford"} if name in ("pylate_bert", "pylate_bert_cased") else set())
     if own == "sentence-transformers":  # the others: "min" expansion, masks that PyLate lacks
-        own_pylate = name.rpartition("_")[2] in ("bert", "electra", "modernbert")
+        if name == "sentence-transformers_bert":  # its prompts are markers
+            return BOTH | {"stanford"}
+        own_pylate = name.rpartition("_")[2] in ("electra", "modernbert")
         return BOTH if own_pylate else {"sentence-transformers"}
     return BOTH
 
