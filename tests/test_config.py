@@ -4,6 +4,7 @@ import pytest
 
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 
+
 @pytest.mark.parametrize(
     ("k", "expected"),
     [

@@ -24,9 +24,9 @@ TEXTS = [
 TINY = {}
 ODD = dict(hidden_size=24, num_attention_heads=3, intermediate_size=40, layer_norm_eps=1e-5)
 ACTIVATION = dict(hidden_act="gelu_new", type_vocab_size=1)
-BASE = dict(
+BASE = dict(  # as wide as BERT-base, a third as deep
     hidden_size=768,
-    num_hidden_layers=12,
+    num_hidden_layers=4,
     num_attention_heads=12,
     intermediate_size=3072,
     max_position_embeddings=512,
@@ -90,7 +90,7 @@ def test_plain(tmp_path, prefix):
     check(folder, TEXTS, prefix, query_maxlen=48, doc_maxlen=64)
 
 
-def test_bert_base(tmp_path):
+def test_bert_base_width(tmp_path):
     folder = support.write_stanford(tmp_path / "c", BASE, dim=128, query_maxlen=32, doc_maxlen=180)
     texts = [*TEXTS, " ".join(support.passages(12, longest=40))]
     model, queries, _, theirs = check(folder, texts, "bert.")
