@@ -5,9 +5,9 @@ NumPy or JAX instead of torch.
 """
 
 from colbert_jax.flmr.configuration import FLMRConfig, FLMRTextConfig, FLMRVisionConfig
-from colbert_jax.flmr.modeling import (
+from colbert_jax.flmr.modeling import FLMRModelForRetrieval
+from colbert_jax.flmr.outputs import (
     FLMRContextEncoderOutput,
-    FLMRModelForRetrieval,
     FLMRModelForRetrievalOutput,
     FLMRQueryEncoderOutput,
 )
