@@ -80,7 +80,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(f"{library}: {done.stderr.strip().splitlines()[-1]}")
             runs[library].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    size = sum(f.stat().st_size for f in Path(args.folder).glob("*.safetensors")) / 2**20
+    size = sum(f.stat().st_size for f in Path(args.folder).iterdir() if f.is_file()) / 2**20
     table = {
         library: {
             name: round(statistics.median(run[name] for run in found[1:]), 3) for name in found[0]

@@ -40,6 +40,7 @@ _DOCUMENT_SETTINGS = (
     "strip",
     "lowercase",
 )
+_PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
 _WINDOW = 2048  # documents tokenised, sorted and batched together
 
 
@@ -180,7 +181,7 @@ class ColBERT:
         if Path(name_or_path).expanduser().exists():
             load = {"name_or_path": str(path.resolve())}
         if base is not None:
-            load["base"] = str(base)
+            load["base"] = str(Path(base).resolve())
         if dim is not None:
             load |= {"dim": dim, "seed": seed}
         if revision is not None:
@@ -211,7 +212,8 @@ class ColBERT:
             return cls.from_pretrained(name_or_path, **arguments)
         load = dict(model["load"])
         if name_or_path is not None:
-            load["name_or_path"] = str(name_or_path)
+            load |= {"name_or_path": str(name_or_path)}
+            load = {name: value for name, value in load.items() if name not in _PLACE}
         try:
             loaded = cls.from_pretrained(**(load | arguments))
         except FileNotFoundError as error:

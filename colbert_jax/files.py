@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,31 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
+
+
+def check_types(file: Path, fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Hold fields of a JSON object to their types, where they are there and not null.
+
+    Args:
+      kinds: field -> type, or [type] for a list of it.
+
+    Raises:
+      ValueError: naming the file and the field.
+    """
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        one = kind[0] if isinstance(kind, list) else kind
+        items = value if isinstance(kind, list) and isinstance(value, list) else [value]
+        whole = isinstance(value, list) == isinstance(kind, list)
+        right = all(
+            isinstance(item, one) and (one is bool or not isinstance(item, bool)) for item in items
+        )
+        if value is not None and not (whole and right):
+            one = one[-1] if isinstance(one, tuple) else one
+            wanted = f"a list of {one.__name__}" if isinstance(kind, list) else one.__name__
+            raise ValueError(f"{file}: {name} must be {wanted}, got {value!r:.80}")
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -87,6 +87,8 @@ class TextTokenizer:
         if config.query_expansion:
             floor = config.query_minlen or config.query_maxlen
             for i, row in enumerate(rows):
+                if config.skiplist_words is None:  # Stanford's: padding in the text is [MASK] too
+                    row[row == self.special.pad] = self.special.expansion
                 fill = np.full(max(floor - len(row), 0), self.special.expansion, np.int32)
                 rows[i] = np.concatenate([row, fill])
             if config.attend_to_mask_tokens:

@@ -51,6 +51,9 @@ class ModelTokenizer:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
+        special = fields["special_tokens"]
+        if not isinstance(special, dict) or not all(isinstance(t, str) for t in special.values()):
+            raise ValueError(f"special_tokens must be roles with tokens, got {special!r:.80}")
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
         return cls(_bare(tokenizer), fields["special_tokens"], fields["truncation_side"])
 
@@ -101,11 +104,13 @@ def write_tokenizer(
 
 
 def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
-    """Write a WordPiece vocabulary as `vocab.txt`; False for other kinds of tokenizer."""
+    """Write a WordPiece vocabulary as `vocab.txt`; False where it is none, or has gaps."""
     fields = json.loads(model.tokenizer.to_str())["model"]
     if fields["type"] != "WordPiece":
         return False
     words = sorted(fields["vocab"], key=fields["vocab"].__getitem__)
+    if sorted(fields["vocab"].values()) != list(range(len(words))):
+        return False  # a line number is an id: it cannot have gaps
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return True
 
@@ -114,7 +119,7 @@ def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     try:
         if file.is_file():
-            return _follow_lowercase(tokenizers.Tokenizer.from_file(str(file)), settings)
+            return _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
         file = folder / "vocab.txt"
         family = str(settings.get("tokenizer_class") or "")
         if file.is_file() and (not family or family.startswith(_WORDPIECE)):
@@ -137,14 +142,23 @@ def _wordpiece(file: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(wordpiece.to_str())
 
 
-def _follow_lowercase(
+def _follow_settings(
     tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
 ) -> tokenizers.Tokenizer:
-    """transformers lets `do_lower_case` of the settings overrule BERT's tokenizer.json."""
-    lower, normalizer = settings.get("do_lower_case"), tokenizer.normalizer
-    if lower is not None and isinstance(normalizer, normalizers.BertNormalizer):
-        normalizer.lowercase = lower
-        tokenizer.normalizer = normalizer
+    """transformers lets the settings of BERT's classes, and their defaults, overrule their
+    tokenizer.json; a generic class follows the file alone."""
+    family, normalizer = str(settings.get("tokenizer_class") or ""), tokenizer.normalizer
+    named = family.startswith(_WORDPIECE)
+    if (family and not named) or not isinstance(normalizer, normalizers.BertNormalizer):
+        return tokenizer
+    for ours, theirs, default in (
+        ("lowercase", "do_lower_case", True),
+        ("strip_accents", "strip_accents", None),
+        ("handle_chinese_chars", "tokenize_chinese_chars", True),
+    ):
+        if named or theirs in settings:
+            setattr(normalizer, ours, settings.get(theirs, default))
+    tokenizer.normalizer = normalizer
     return tokenizer
 
 
@@ -152,7 +166,10 @@ def _add_tokens(
     tokenizer: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any]
 ) -> tokenizers.Tokenizer:
     """Tokens that were added to a `vocab.txt`, at the ids that the settings give them."""
-    added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+    try:
+        added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{folder}: added_tokens_decoder must be ids with tokens") from None
     if (folder / "added_tokens.json").is_file():
         for content, i in read_json(folder / "added_tokens.json").items():
             added.setdefault(int(i), {"content": content, "special": True})
@@ -177,7 +194,9 @@ def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=False
+        ).backend_tokenizer
     except Exception as error:
         raise ValueError(
             f"{folder}: transformers could not read the tokenizer files that are there: {error}"

@@ -124,6 +124,38 @@ def test_special_tokens_written_as_objects(plain_folder, tmp_path):
     assert unknown in tokenizer.documents(["HEAT"]).ids[0]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": False},
+        {"tokenizer_class": "BertTokenizer"},
+        {"tokenizer_class": "BertTokenizer", "strip_accents": False, "do_lower_case": True},
+        {"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": False},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    ],
+)
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_settings_against_tokenizer_json_as_transformers_does(
+    minilm_folder, tmp_path, settings, lowercase
+):
+    transformers = pytest.importorskip("transformers")
+    own = tokenizers.BertWordPieceTokenizer(str(minilm_folder / "vocab.txt"), lowercase=lowercase)
+    own.save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(minilm_folder / "vocab.txt", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    special = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | special))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = TextTokenizer.from_folder(tmp_path, TextConfig.untrained())
+    for text in ("Über Café 日本語 ABC", "Plain words."):
+        assert ours.documents([text]).ids[0].tolist() == theirs(text)["input_ids"]
+
+
+def test_padding_in_a_query_is_masked(bert):
+    """As Stanford does with every padding id."""
+    assert bert.queries(["a [PAD] b"]).ids[0].tolist()[:6] == [101, 1, 1037, 103, 1038, 102]
+
+
 def test_tokenizer_without_cls_and_sep_is_refused(plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "copy")
     bare = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt")).to_str()

@@ -107,7 +107,9 @@ def detect_layout(path: Path) -> str:
             return "stanford"
         return "pylate" if pylate.detect(listed, settings) else "single-vector"
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: not a checkpoint folder: config.json is missing")
+        file = next(path.glob(f"*{colbertv1.SUFFIX}"), None)
+        advice = "" if file is None else f"; pass {file.name} itself, and base= for its base model"
+        raise FileNotFoundError(f"{path}: not a checkpoint folder: config.json is missing{advice}")
     if flmr.detect(path):
         return "flmr"
     if colbertv1.detect(path):

@@ -14,10 +14,11 @@ from colbert_jax.checkpoints.common import (
     fold_head,
     one_encoder,
     read_backbone,
+    refuse_text,
     write_base,
 )
 from colbert_jax.checkpoints.names import PREFIXES
-from colbert_jax.checkpoints.tensors import Tensors, state_dict
+from colbert_jax.checkpoints.tensors import WEIGHT_FILES, Tensors, state_dict
 from colbert_jax.checkpoints.torch_file import read_torch_file, write_torch_file
 from colbert_jax.tokenizer_files import read_tokenizer
 
@@ -26,14 +27,16 @@ NAME = "colbert.dnn"
 DEFAULT_BASE = "bert-base-uncased"
 
 # Defaults of version 1's command line.
+_FIXED = ("query_token_id", "doc_token_id", "attend_to_mask_tokens")  # no argument of version 1
 _DEFAULTS: dict[str, Any] = dict(
-    query_maxlen=32, doc_maxlen=180, mask_punctuation=False, similarity="cosine", dim=128
+    query_maxlen=32, doc_maxlen=180, mask_punctuation=False, similarity="cosine"
 )
 
 
 def detect(folder: Path) -> bool:
-    """Whether a folder has a `.dnn` file beside its base model's configuration."""
-    return len(list(folder.glob(f"*{SUFFIX}"))) == 1
+    """Whether a folder has a `.dnn` file, and no weights beside it."""
+    weights = any((folder / name).is_file() for name in WEIGHT_FILES)
+    return not weights and len(list(folder.glob(f"*{SUFFIX}"))) == 1
 
 
 def base_name(file: Path) -> str:
@@ -41,7 +44,10 @@ def base_name(file: Path) -> str:
     value = read_torch_file(file)
     arguments = value.get("arguments") if isinstance(value, dict) else None
     arguments = arguments if isinstance(arguments, dict) else {}
-    return arguments.get("model") or DEFAULT_BASE
+    name = arguments.get("model") or DEFAULT_BASE
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{file}: names {name!r:.80} as its base model; pass base= yourself")
+    return name
 
 
 def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
@@ -53,7 +59,7 @@ def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
     value = read_torch_file(file)
     arguments = value.get("arguments") if isinstance(value, dict) else None
     arguments = arguments if isinstance(arguments, dict) else {}
-    given = {key: v for key, v in arguments.items() if key in _DEFAULTS and v is not None}
+    given = {key: v for key, v in arguments.items() if key in (*_DEFAULTS, "dim") and v is not None}
     config, said = stanford.config_from_fields(_DEFAULTS | given, file)
     # Saved from DistributedDataParallel, the names have a prefix.
     tensors = Tensors(file, state_dict(file, value)).renamed(lambda n: n.removeprefix("module."))
@@ -63,7 +69,7 @@ def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
         tensors,
         read_tokenizer(base),
         config,
-        said if "dim" in given else None,
+        said,
         dim,
     )
 
@@ -72,6 +78,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write `colbert.dnn` and the base model's configuration and tokenizer beside it."""
     one_encoder(checkpoint, "colbertv1")
     fields = stanford.stanford_fields(checkpoint, "colbertv1")
+    supported = {*stanford.TEXT_FIELDS, "skiplist_words", "strip", "query_minlen"} - set(_FIXED)
+    refuse_text(checkpoint.config.text, supported, "colbertv1")
     projection = fold_head(checkpoint.encoder, checkpoint.params, "colbertv1")
     prefix = PREFIXES[checkpoint.encoder.backbone.model_type]
     tensors: dict[str, np.ndarray] = backbone_tensors(

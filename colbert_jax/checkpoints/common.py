@@ -53,6 +53,8 @@ class Checkpoint:
 
     def with_text(self, **changes: Any) -> Checkpoint:
         """The same with other text settings."""
+        if "mask_punctuation" in changes and "skiplist_words" not in changes:
+            changes["skiplist_words"] = None  # which would overrule it
         text = dataclasses.replace(self.config.text, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
 
@@ -226,6 +228,12 @@ def refuse_text(text: TextConfig, supported: Iterable[str], layout: str) -> None
     ]
     if cannot:
         raise ValueError(f"the {layout} layout cannot say {', '.join(cannot)}")
+
+
+def fixed_expansion(text: TextConfig, layout: str) -> None:
+    """Raises ValueError where queries are filled up to less than their maximum length."""
+    if text.query_minlen not in (None, text.query_maxlen):
+        raise ValueError(f"the {layout} layout cannot say query_minlen={text.query_minlen}")
 
 
 def masks_punctuation(checkpoint: Checkpoint, layout: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from colbert_jax.checkpoints.common import (
     backbone_paths,
     backbone_tensors,
     fill_params,
+    fixed_expansion,
     fold_head,
     head_paths,
     masks_punctuation,
@@ -29,7 +31,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import write_json
+from colbert_jax.files import check_types, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
 from colbert_jax.tokenizer_files import (
@@ -60,6 +62,14 @@ TEXT_DEFAULTS: dict[str, Any] = dict(
     text_encoder_base_model="bert-base-uncased",
     query_maxlen=32,
 )
+_TYPES = {
+    "mask_instruction_token": str,
+    "mask_punctuation": bool,
+    "dim": int,
+    "separate_query_and_context_text_encoder": bool,
+    "query_mask_input_ids_skip_list": [int],
+}
+_TOKENIZER_TYPES = {"query_maxlen": int, "doc_maxlen": int, "attend_to_mask_tokens": bool}
 BASES = ("bert-base-uncased",)
 _VISION = ("vision_encoder.", "vision_projection.", ".transformer_mapping_")
 _TEXT_FIELDS = (
@@ -86,6 +96,7 @@ def detect(folder: Path) -> bool:
 def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
     file = folder / "config.json"
     fields = read_object(file)
+    check_types(file, fields, _TYPES)
     backbone = text_backbone(fields, file)
     separate = bool(fields.get("separate_query_and_context_text_encoder", False))
     if fields.get("query_mask_input_ids_skip_list"):
@@ -147,20 +158,25 @@ def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -
         read_object(file) if (file := folder / name / "tokenizer_config.json").is_file() else {}
         for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
     )
-    instruction = fields.get("mask_instruction_token")
-    if instruction is not None:
-        # Upstream takes the first id of its encoding.
-        instruction = tokenizer.tokenizer.encode(instruction, add_special_tokens=False).tokens[0]
+    check_types(folder / QUERY_TOKENIZER / "tokenizer_config.json", query, _TOKENIZER_TYPES)
+    check_types(folder / CONTEXT_TOKENIZER / "tokenizer_config.json", context, _TOKENIZER_TYPES)
     try:
         return TextConfig(
             query_maxlen=query.get("query_maxlen", TEXT_DEFAULTS["query_maxlen"]),
             doc_maxlen=context.get("doc_maxlen", 512),
             attend_to_mask_tokens=query.get("attend_to_mask_tokens", False),
             mask_punctuation=fields.get("mask_punctuation", True),
-            mask_instruction_token=instruction,
+            mask_instruction_token=instruction_token(fields, tokenizer),
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def instruction_token(fields: Mapping[str, Any], tokenizer: ModelTokenizer) -> str | None:
+    """The token that ends an instruction: as upstream, the first of its encoding."""
+    text = fields.get("mask_instruction_token")
+    tokens = tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens if text else []
+    return tokens[0] if tokens else None
 
 
 def read_tokenizers(folder: Path) -> ModelTokenizer:
@@ -203,6 +219,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     if not isinstance(backbone, BertConfig):
         raise ValueError(f"the flmr layout has BERT encoders, this one is {backbone.model_type}")
     refuse_text(text, _TEXT_FIELDS, "flmr")
+    fixed_expansion(text, "flmr")
     markers = (text.query_token_id, text.doc_token_id)
     ids = tuple(map(checkpoint.tokenizer.tokenizer.token_to_id, ("[unused0]", "[unused1]")))
     if markers != ("[unused0]", "[unused1]") or ids != (1, 2):

@@ -221,11 +221,11 @@ def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
         if len(folder.parts) > known or not settings:
             continue
         best = next((f for f in WEIGHT_FILES if weights and f in files), None)
-        if best is not None and not any(f.endswith(colbertv1.SUFFIX) for f in files):
-            settings.append(best)
+        if best is not None:
+            settings = [f for f in settings if not f.endswith(colbertv1.SUFFIX)] + [best]
             if best.endswith(".index.json"):
-                stem, suffix = best.removesuffix(".index.json").split(".")
-                settings += [f for f in files if fnmatch(f, f"{stem}-*-of-*.{suffix}")]
+                suffix = best.removesuffix(".index.json").partition(".")[2]
+                settings += [f for f in files if f.endswith(f".{suffix}")]
         wanted += [str(folder / f) for f in settings]
     return wanted
 

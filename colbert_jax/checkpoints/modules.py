@@ -25,7 +25,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
 from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import read_json, write_json
+from colbert_jax.files import check_types, read_json, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
@@ -41,6 +41,25 @@ _TRANSFORMER_SETTINGS = (
     "sentence_xlm-roberta_config.json",
     "sentence_mpnet_config.json",
 )
+_SETTINGS_TYPES = {
+    "prompts": dict,
+    "default_prompt_name": str,
+    "similarity_fn_name": str,
+    "query_prefix": str,
+    "document_prefix": str,
+    "query_length": int,
+    "document_length": int,
+    "do_query_expansion": bool,
+    "attend_to_expansion_tokens": bool,
+    "skiplist_words": [str],
+}
+_TRANSFORMER_TYPES = {
+    "max_seq_length": int,
+    "do_lower_case": bool,
+    "query_length": int,
+    "document_length": int,
+    "query_expansion": dict,
+}
 _TORCH_CLASSES = {name: f"torch.nn.modules.activation.{name}" for name in HEAD_ACTIVATIONS}
 _TORCH_CLASSES["Identity"] = "torch.nn.modules.linear.Identity"
 
@@ -64,7 +83,7 @@ def read_modules(folder: Path) -> list[Module]:
         raise ValueError(f"{file}: expected a list of objects with 'path' and 'type'")
     modules = []
     for entry in entries:
-        place = folder / entry["path"]
+        place = folder / entry["path"].replace("\0", "?")
         if not place.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{file}: module path {entry['path']!r} leads out of the folder")
         modules.append(Module(entry["type"], entry["type"].rpartition(".")[2], place))
@@ -73,13 +92,20 @@ def read_modules(folder: Path) -> list[Module]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """`config_sentence_transformers.json`; {} where there is none."""
-    return read_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    file = folder / SETTINGS
+    fields = read_object(file) if file.is_file() else {}
+    check_types(file, fields, _SETTINGS_TYPES)
+    for name, text in (fields.get("prompts") or {}).items():
+        check_types(file, {f"prompt {name!r}": text}, {f"prompt {name!r}": str})
+    return fields
 
 
 def transformer_settings(module: Module) -> dict[str, Any]:
     for name in _TRANSFORMER_SETTINGS:
         if (module.folder / name).is_file():
-            return read_object(module.folder / name)
+            fields = read_object(module.folder / name)
+            check_types(module.folder / name, fields, _TRANSFORMER_TYPES)
+            return fields
     return {}
 
 

@@ -29,17 +29,19 @@ from colbert_jax.checkpoints.modules import (
 )
 from colbert_jax.checkpoints.pylate import MODEL_CLASSES
 from colbert_jax.config import TextConfig
-from colbert_jax.files import write_json
+from colbert_jax.files import check_types, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.text import TextTokenizer
 from colbert_jax.tokenizer_files import ModelTokenizer
 
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
 _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
+_MASK_TYPES = {"skiplist_words": [str], "keep_only_token_ids": [int]}
+_EXPANSION_TYPES = {"strategy": str, "attend": bool, "token": str, "length": int}
 _PACKAGE = "sentence_transformers"
 # What markers and prompts are compared on. Space around a text is left out: PyLate strips it and
 # sentence-transformers does not.
-_TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a" * 2000)
+_TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a " * 2000)
 
 
 def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
@@ -72,8 +74,11 @@ def read(
     for module in modules:
         if module.kind == _MASK:
             mask = read_object(module.folder / "config.json")
+            check_types(module.folder / "config.json", mask, _MASK_TYPES)
         elif module.kind == _POOLING:
-            factor = read_object(module.folder / "config.json").get("pool_factor", 1)
+            pooling = read_object(module.folder / "config.json")
+            check_types(module.folder / "config.json", pooling, {"pool_factor": (int, float)})
+            factor = pooling.get("pool_factor", 1)
             if factor > 1:
                 raise ValueError(
                     f"{module.folder / 'config.json'}: pool_factor {factor} is not supported; "
@@ -94,7 +99,16 @@ def read(
         tokenizer=tokenizer,
         config=dataclasses.replace(checkpoint.config, text=text),
     )
-    return prompts_as_markers(checkpoint)
+    positions = checkpoint.encoder.backbone.max_length
+    for name in ("query_maxlen", "doc_maxlen"):
+        if getattr(text, name) > positions:
+            raise ValueError(
+                f"{folder}: {name} is {getattr(text, name)}, the encoder has {positions} positions"
+            )
+    try:
+        return prompts_as_markers(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def read_text(
@@ -106,6 +120,7 @@ def read_text(
 ) -> TextConfig:
     """Text settings of a MultiVectorEncoder, its markers still part of the prompts."""
     expansion = transformer.get("query_expansion") or {}
+    check_types(Path("query_expansion"), expansion, _EXPANSION_TYPES)
     query_length = transformer.get("query_length")
     floor: int | None = None
     if expansion:
@@ -116,10 +131,13 @@ def read_text(
                 f"{expansion!r}"
             )
         query_length = floor if strategy == "fixed" else max(query_length or longest, floor)
-    tasks = mask.get("skiplist_tasks") or ["document"]
+        floor = None if strategy == "fixed" else floor
+    tasks = mask.get("skiplist_tasks")
+    tasks = ["document"] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     words = [word for word in mask.get("skiplist_words") or () if tokenizer.has(word)]
-    if words and "document" not in tasks:
-        raise ValueError(f"skiplist_tasks {tasks} of MultiVectorMask is not supported")
+    if not isinstance(tasks, list) or (words and tasks == ["query"]):
+        raise ValueError(f"skiplist_tasks {tasks!r} of MultiVectorMask is not supported")
+    words = words if "document" in tasks else []
     keep = mask.get("keep_only_token_ids")
     return TextConfig(
         query_maxlen=query_length or longest,
@@ -178,7 +196,9 @@ def _longest(checkpoint: Checkpoint, modules: Sequence[Module], transformer: dic
     given = transformer.get("max_seq_length")
     file = modules[0].folder / "tokenizer_config.json"
     if given is None and file.is_file():
-        given = read_object(file).get("model_max_length")
+        fields = read_object(file)
+        check_types(file, fields, {"model_max_length": (int, float)})
+        given = fields.get("model_max_length")
     return positions if given is None else int(min(given, positions))
 
 

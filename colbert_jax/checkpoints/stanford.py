@@ -12,6 +12,7 @@ from colbert_jax.checkpoints.common import (
     backbone_tensors,
     fill_params,
     find_prefix,
+    fixed_expansion,
     fold_head,
     head_paths,
     masks_punctuation,
@@ -114,7 +115,7 @@ def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:
     return dataclasses.replace(text, **changes)
 
 
-def read_config(file: Path) -> tuple[ColBERTConfig, int]:
+def read_config(file: Path) -> tuple[ColBERTConfig, int | None]:
     """Settings and `dim` of an `artifact.metadata`: Stanford's defaults where one is absent."""
     fields = read_object(file)
     if isinstance(fields.get("config"), dict):
@@ -122,7 +123,7 @@ def read_config(file: Path) -> tuple[ColBERTConfig, int]:
     return config_from_fields(fields, file)
 
 
-def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfig, int]:
+def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfig, int | None]:
     """Settings under Stanford's names; what is no setting of ours is kept as metadata."""
     fields = {key: value for key, value in fields.items() if value is not None}
     for name, only in _UNSUPPORTED.items():
@@ -130,7 +131,7 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
             raise ValueError(
                 f"{file}: {name} {fields[name]!r} is not supported; supported: {only!r}"
             )
-    dim = fields.pop("dim", 128)
+    dim = fields.pop("dim", None)
     parts = {
         "text": (TextConfig, TEXT_FIELDS),
         "index": (IndexConfig, _fields(IndexConfig)),
@@ -180,8 +181,7 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     # it; a query that must be exactly query_maxlen long has no floor of its own.
     supported = (*TEXT_FIELDS, "skiplist_words", "strip", "query_minlen")
     refuse_text(text, supported, layout)
-    if text.query_minlen not in (None, text.query_maxlen):
-        raise ValueError(f"the {layout} layout cannot say query_minlen={text.query_minlen}")
+    fixed_expansion(text, layout)
     for name in ("query_token_id", "doc_token_id"):
         if getattr(text, name) is None:
             raise ValueError(f"the {layout} layout needs a marker; {name} is None")

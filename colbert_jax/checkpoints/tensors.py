@@ -220,7 +220,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
             raise damaged(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
             raise damaged(f"tensor {name!r} has sizes that are not whole numbers")
-        if kind not in _DTYPES:
+        if not isinstance(kind, str) or kind not in _DTYPES:
             raise ValueError(f"{file}: tensor {name!r} is {kind}; supported: {', '.join(_DTYPES)}")
         dtype = _DTYPES[kind]
         if end - begin != math.prod(shape) * dtype.itemsize:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from flax import nnx
 
 from colbert_jax import runtime
 from colbert_jax.checkpoints import flmr, hub, read_checkpoint
-from colbert_jax.checkpoints.common import Checkpoint, publishing
+from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import write_json
@@ -34,7 +35,7 @@ from colbert_jax.flmr.tokenization import (
     FLMRContextEncoderTokenizer,
     FLMRQueryEncoderTokenizer,
     model_tokenizer,
-    text_config,
+    text_settings,
 )
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.config import BertConfig
@@ -79,6 +80,8 @@ class FLMRModelForRetrieval:
             the punctuation and the instruction token are known by it.
           dtype: of the encoder's dense layers; None: bfloat16 on accelerators, float32 on a CPU.
         """
+        if config.query_mask_input_ids_skip_list:
+            raise ValueError("query_mask_input_ids_skip_list is not supported; leave it out")
         self.config, self._dtype = config, dtype
         self.query_tokenizer, self.context_tokenizer = query_tokenizer, context_tokenizer
         if checkpoint is None:
@@ -88,13 +91,18 @@ class FLMRModelForRetrieval:
                     "pass query_tokenizer or context_tokenizer: the tokens to mask are known by it"
                 )
             checkpoint = _random_checkpoint(config, tokenizer, seed)
-        text = dataclasses.replace(
-            text_config(query_tokenizer, context_tokenizer)
-            if query_tokenizer or context_tokenizer
-            else checkpoint.config.text,
-            mask_punctuation=config.mask_punctuation,
-            mask_instruction_token=config.mask_instruction_token,
+        settings = text_settings(query_tokenizer, context_tokenizer)
+        settings["mask_punctuation"] = config.mask_punctuation
+        settings["mask_instruction_token"] = flmr.instruction_token(
+            vars(config), checkpoint.tokenizer
         )
+        text = dataclasses.replace(checkpoint.config.text, **settings)
+        # What loads the same again, for an index to remember.
+        self._load = {"name_or_path": str(checkpoint.folder.resolve())} | {
+            name: value
+            for name, value in settings.items()
+            if value != getattr(checkpoint.config.text, name)
+        }
         self._checkpoint = dataclasses.replace(
             checkpoint,
             config=dataclasses.replace(checkpoint.config, text=text),
@@ -102,11 +110,10 @@ class FLMRModelForRetrieval:
             query_params=None,
         )
         texts = TextTokenizer(self._checkpoint.tokenizer, text)
-        # [V] True for the ids that give no embedding: in documents, in queries.
-        self._context_skip = texts.skiplist.copy()
-        self._query_skip = np.zeros_like(self._context_skip)
-        self._query_skip[list(config.query_mask_input_ids_skip_list or ())] = True
+        # [V] True for the ids that give no embedding in documents.
+        self._context_skip = texts.skiplist
         self._instruction = texts.special.instruction
+        self._positions = checkpoint.encoder.backbone.max_length
         compute = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
         self._make_encoder = partial(make_encoder, checkpoint.encoder, dtype=compute)
         params = {"context": checkpoint.params}
@@ -137,13 +144,14 @@ class FLMRModelForRetrieval:
             raise ValueError(f"{folder}: not a BERT encoder with a projection; use ColBERT instead")
         if config is None:
             config = _config_of(folder, checkpoint)
-        if query_tokenizer is None and context_tokenizer is None:
-            text = checkpoint.config.text
+        text = checkpoint.config.text
+        if query_tokenizer is None:
             settings = {
                 "query_maxlen": text.query_maxlen,
                 "attend_to_mask_tokens": text.attend_to_mask_tokens,
             }
             query_tokenizer = FLMRQueryEncoderTokenizer(checkpoint.tokenizer, settings)
+        if context_tokenizer is None:
             context_tokenizer = FLMRContextEncoderTokenizer(
                 checkpoint.tokenizer, {"doc_maxlen": text.doc_maxlen}
             )
@@ -153,18 +161,18 @@ class FLMRModelForRetrieval:
         """Write the checkpoint with both tokenizers; files of the same names are replaced."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with publishing(folder / ".draft") as draft:
-            flmr.write(self.checkpoint(), draft)
-            fields = self.config.to_diff_dict() | {"architectures": ["FLMRModelForRetrieval"]}
-            write_json(draft / "config.json", fields | _TEXT_ONLY)
-        for file in sorted((folder / ".draft").rglob("*")):
-            if file.is_file():
-                target = folder / file.relative_to(folder / ".draft")
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        for place in sorted((folder / ".draft").rglob("*"), reverse=True):
-            place.rmdir()
-        (folder / ".draft").rmdir()
+        with tempfile.TemporaryDirectory(prefix=".draft.", dir=folder) as draft:
+            flmr.write(self.checkpoint(), Path(draft))
+            fields = self.config.to_diff_dict() | {
+                "architectures": ["FLMRModelForRetrieval"],
+                "separate_query_and_context_text_encoder": "query" in self.params,
+            }
+            write_json(Path(draft) / "config.json", fields | _TEXT_ONLY)
+            for file in sorted(Path(draft).rglob("*")):
+                if file.is_file():
+                    target = folder / file.relative_to(draft)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(file, target)
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
@@ -180,8 +188,7 @@ class FLMRModelForRetrieval:
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
         """
         checkpoint = self.checkpoint().with_text(**text_settings)
-        load = {"name_or_path": str(checkpoint.folder.resolve())} | text_settings
-        return ColBERT(checkpoint, load=load, dtype=self._dtype)
+        return ColBERT(checkpoint, load=self._load | text_settings, dtype=self._dtype)
 
     def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
         """Order documents for one query, without an index: see `ColBERT.rank`."""
@@ -211,7 +218,7 @@ class FLMRModelForRetrieval:
           NotImplementedError: images, which are the vision part.
         """
         _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
-        ids, attended = _ids(input_ids, attention_mask)
+        ids, attended = self._ids(input_ids, attention_mask)
         encoded = self._encode(
             self._side("query", params),
             ids,
@@ -247,7 +254,7 @@ class FLMRModelForRetrieval:
           return_mask: also give context_mask.
         """
         _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
-        ids, attended = _ids(input_ids, attention_mask)
+        ids, attended = self._ids(input_ids, attention_mask)
         encoded = self._encode(
             self._side("context", params),
             ids,
@@ -346,6 +353,10 @@ class FLMRModelForRetrieval:
             output_hidden_states=output_hidden_states,
             params=params,
         )
+        if query_input_ids is None or context_input_ids is None:
+            raise ValueError(
+                "forward takes query_input_ids and context_input_ids; see query and doc"
+            )
         batch, documents = len(query_input_ids), len(context_input_ids)
         ways = num_negative_examples + 1
         if documents != batch * ways:
@@ -399,12 +410,17 @@ class FLMRModelForRetrieval:
         """Nothing to switch: there is no dropout here."""
         return self
 
+    def _ids(self, input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
+        return _checked_ids(
+            input_ids, attention_mask, self._positions, self._checkpoint.encoder.backbone.vocab_size
+        )
+
     def _side(self, side: str, params: dict | None) -> dict:
         params = self.params if params is None else params
         return params.get(side, params["context"])
 
     def _query_kept(self, ids: jax.Array) -> jax.Array:
-        kept = ~jnp.asarray(self._query_skip)[ids] & (ids != 0)
+        kept = ids != 0
         if self._instruction is not None:
             end = jnp.maximum((ids == self._instruction).argmax(-1), 1)[:, None]
             place = jnp.arange(ids.shape[1])
@@ -483,7 +499,9 @@ def _unit(rows: jax.Array) -> jax.Array:
     return rows / jnp.maximum(norm, 1e-12)
 
 
-def _ids(input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
+def _checked_ids(
+    input_ids: Any, attention_mask: Any, positions: int, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
     ids, mask = (
         x if isinstance(x, jax.Array) else np.asarray(x) for x in (input_ids, attention_mask)
     )
@@ -491,6 +509,12 @@ def _ids(input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
         raise ValueError(
             f"input_ids and attention_mask must both be [B, L], got {list(ids.shape)} and "
             f"{list(mask.shape)}"
+        )
+    if ids.shape[1] > positions:
+        raise ValueError(f"input_ids have {ids.shape[1]} tokens, the encoder {positions} positions")
+    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f"input_ids lie in {ids.min()}..{ids.max()}, the vocabulary in 0..{vocab_size - 1}"
         )
     return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
 

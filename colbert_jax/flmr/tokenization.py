@@ -6,7 +6,6 @@ text, for documents too (upstream reads it letter by letter), and `doc_maxlen` i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -157,7 +156,10 @@ class FLMRQueryEncoderTokenizer(_Tokenizer):
         ids, attended = self._text(config).queries(as_texts(text, "query"))
         mask = self.model.special.get("mask_token", "[MASK]")
         fill = self.model.tokenizer.token_to_id(mask)
-        return _padded(ids, attended, max(map(len, ids), default=0), fill)
+        arrays = _padded(ids, attended, max(map(len, ids), default=0), fill)
+        if config.attend_to_mask_tokens:
+            arrays["attention_mask"][:] = 1
+        return arrays
 
 
 class FLMRContextEncoderTokenizer(_Tokenizer):
@@ -205,14 +207,10 @@ def model_tokenizer(*tokenizers: _Tokenizer | None) -> ModelTokenizer | None:
     return next((t.model for t in tokenizers if t is not None), None)
 
 
-def text_config(
-    query: FLMRQueryEncoderTokenizer | None, context: FLMRContextEncoderTokenizer | None
-) -> TextConfig:
-    """The lengths of two tokenizers as this library's settings."""
-    changes: dict[str, Any] = {"doc_maxlen": 512}
-    for tokenizer in (query, context):
-        changes |= {} if tokenizer is None else tokenizer.settings
-    return dataclasses.replace(TextConfig(), **changes)
+def text_settings(*tokenizers: _Tokenizer | None) -> dict[str, Any]:
+    """What tokenizers say of lengths, as fields of `TextConfig`."""
+    given = [t.settings for t in tokenizers if t is not None]
+    return {name: value for settings in given for name, value in settings.items()}
 
 
 def _padded(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from colbert_jax.config import _require, _require_types
 from colbert_jax.models.activations import activation
 
+MOST_LAYERS = 1000  # no model has; a damaged file may claim to
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -46,6 +47,10 @@ class BackboneConfig:
         )
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        _require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"num_hidden_layers must be <= {MOST_LAYERS}, got {self.num_hidden_layers}",
+        )
         for name in ("intermediate_size", "type_vocab_size", "embedding_size", "local_attention"):
             value = getattr(self, name, 1)
             _require(value >= 1, f"{name} must be >= 1, got {value}")

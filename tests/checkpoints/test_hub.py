@@ -326,13 +326,6 @@ def layout(name, *expected):
     return write
 
 
-def colbertv1(folder):
-    """Its weights are all in the `.dnn` file, the base model's are not wanted."""
-    files = layout("colbertv1", "colbert.dnn", "config.json")(folder)
-    (folder / "model.safetensors").write_text("the base model's")
-    return files
-
-
 TOKENIZERS = [f"{side}_tokenizer/vocab.txt" for side in ("query", "context")]
 DENSE = ["modules.json", "1_Dense/config.json", "1_Dense/model.safetensors"]
 
@@ -348,7 +341,7 @@ DENSE = ["modules.json", "1_Dense/config.json", "1_Dense/model.safetensors"]
         layout("pylate", *DENSE),
         layout("sentence-transformers", *DENSE),
         layout("flax", "colbert_jax.json"),
-        colbertv1,
+        layout("colbertv1", "colbert.dnn", "config.json"),
     ],
     ids=lambda f: f.__name__,
 )

@@ -195,6 +195,9 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
         ({"query_prompt": "query: "}, "flmr", "cannot say query_prompt='query: '"),
         ({"skiplist_words": ("the",)}, "stanford", "skiplist has 1 tokens of its own"),
         ({"query_minlen": 8}, "stanford", "cannot say query_minlen=8"),
+        ({"query_minlen": 8}, "flmr", "cannot say query_minlen=8"),
+        ({"attend_to_mask_tokens": True}, "colbertv1", "cannot say attend_to_mask_tokens=True"),
+        ({"doc_token_id": "[unused0]"}, "colbertv1", "cannot say doc_token_id"),
         ({"query_minlen": 8}, "pylate", "cannot say query_minlen=8"),
         ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
         ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
@@ -283,6 +286,86 @@ def test_preflmr_gives_its_text_part(tmp_path):
     assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
 
 
+def test_overriding_text_settings(folders):
+    """Fixed expansion has no floor of its own, and mask_punctuation replaces a skiplist."""
+    st = read_checkpoint(folders / "sentence-transformers")
+    assert st.config.text.query_minlen is None
+    assert st.with_text(query_maxlen=12).config.text.query_maxlen == 12
+    pylate = read_checkpoint(folders / "pylate")
+    assert pylate.config.text.skiplist_words is not None
+    assert pylate.with_text(mask_punctuation=False).config.text.skiplist_words is None
+
+
+def test_left_truncation_cannot_go_to_prompts(source, tmp_path):
+    """A marker that is text would be cut away from a long text."""
+    checkpoint = read_checkpoint(source)
+    tokenizer = dataclasses.replace(checkpoint.tokenizer, truncation_side="left")
+    left = dataclasses.replace(checkpoint, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="then gives other tokens for"):
+        write_checkpoint(left, tmp_path / "out", "sentence-transformers")
+
+
+def test_a_dnn_file_beside_other_weights(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "copy")
+    (folder / "old.dnn").write_bytes(b"")
+    assert detect_layout(folder) == "stanford"
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "old.dnn").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"pass old\.dnn itself, and base="):
+        read_checkpoint(tmp_path / "alone")
+
+
+def test_metadata_without_dim_takes_the_projections(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "copy")
+    edit_json(folder / "artifact.metadata", dim=...)
+    assert read_checkpoint(folder).encoder.dim == 16
+
+
+WRONG = [
+    ("pylate", "config_sentence_transformers.json", {"prompts": "x"}, "prompts must be dict"),
+    ("pylate", "config_sentence_transformers.json", {"prompts": {"query": 1}}, "prompt 'query'"),
+    ("pylate", "config_sentence_transformers.json", {"default_prompt_name": []}, "must be str"),
+    ("pylate", "config_sentence_transformers.json", {"query_prefix": -1}, "query_prefix must be"),
+    ("pylate", "config_sentence_transformers.json", {"skiplist_words": -1}, "a list of str"),
+    ("pylate", "config_sentence_transformers.json", {"skiplist_words": [1]}, "a list of str"),
+    ("pylate", "config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers must be <= 1000"),
+    ("sentence-transformers", "sentence_bert_config.json", {"query_expansion": "x"}, "be dict"),
+    (
+        "sentence-transformers",
+        "sentence_bert_config.json",
+        {"query_expansion": {"strategy": "fixed", "length": 16, "attend": "no"}},
+        "attend must be bool",
+    ),
+    (
+        "sentence-transformers",
+        "sentence_bert_config.json",
+        {"query_expansion": {"strategy": "fixed", "length": 10**9}},
+        "query_maxlen is 1000000000, the encoder has 96 positions",
+    ),
+    ("sentence-transformers", "2_MultiVectorMask/config.json", {"skiplist_words": -1}, "list of"),
+    ("sentence-transformers", "2_MultiVectorMask/config.json", {"skiplist_tasks": -1}, "tasks -1"),
+    ("flmr", "config.json", {"mask_instruction_token": -1}, "mask_instruction_token must be str"),
+    ("flmr", "config.json", {"query_mask_input_ids_skip_list": [5]}, "is not supported"),
+    ("flmr", "query_tokenizer/tokenizer_config.json", {"query_maxlen": "x"}, "must be int"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "changes", "message"), WRONG)
+def test_wrong_types_name_the_field(copy, layout, name, changes, message):
+    folder = copy(layout)
+    edit_json(folder / name, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(folder)
+
+
+def test_json_that_is_no_json(copy):
+    folder = copy("pylate")
+    for content in ("[" * 200_000, "1" * 5000 + "x"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+            read_checkpoint(folder)
+
+
 def prefix(folder, **changes):
     edit_json(folder / "config_sentence_transformers.json", **changes)
 
@@ -316,7 +399,7 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             ValueError,
             r"query_prefix '\[Q\] ' is no token of the tokenizer",
         ),
-        ("pylate", lambda f: prefix(f, query_length="32"), ValueError, "query_maxlen must be int"),
+        ("pylate", lambda f: prefix(f, query_length="32"), ValueError, "query_length must be int"),
         (
             "pylate",
             lambda f: prefix(f, similarity_fn_name="cosine"),

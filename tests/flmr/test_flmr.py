@@ -347,3 +347,45 @@ def test_index_and_search(model, tmp_path):
         index_custom_collection([("a", None, "a.jpg")], model, tmp_path / "new")
     with pytest.raises(TypeError, match="document 1 must be a string"):
         index_custom_collection(["a", 3], model, tmp_path / "new")
+
+
+def test_too_long_and_unknown_ids_are_refused(model):
+    ids = np.full((1, 97), 5)
+    with pytest.raises(ValueError, match="97 tokens, the encoder 96 positions"):
+        model.query(ids, np.ones_like(ids))
+    ids = np.array([[1, 99999]])
+    with pytest.raises(ValueError, match=r"input_ids lie in 1\.\.99999"):
+        model.doc(ids, np.ones_like(ids))
+    with pytest.raises(ValueError, match="forward takes query_input_ids"):
+        model.forward()
+
+
+def test_the_index_remembers_other_settings(folder, tmp_path):
+    """Settings of tokenizers and configuration that the checkpoint itself does not have."""
+    query = FLMRQueryEncoderTokenizer.from_pretrained(
+        folder, query_maxlen=24, attend_to_mask_tokens=True
+    )
+    config = FLMRConfig.from_pretrained(folder, mask_punctuation=False)
+    model = FLMRModelForRetrieval.from_pretrained(folder, query, config=config, dtype="float32")
+    index_custom_collection(support.passages(40), model, index_root_path=tmp_path, doc_maxlen=48)
+    searcher = create_searcher(index_root_path=tmp_path)
+    expected = model.query(**query("what")).late_interaction_output
+    assert searcher.encode("what").shape == (1, 24, 16) == expected.shape
+    np.testing.assert_allclose(searcher.encode("what"), expected, atol=1e-5)
+
+
+def test_unsupported_overrides_are_refused(folder):
+    config = FLMRConfig.from_pretrained(folder, query_mask_input_ids_skip_list=[5])
+    with pytest.raises(ValueError, match="query_mask_input_ids_skip_list is not supported"):
+        FLMRModelForRetrieval.from_pretrained(folder, config=config)
+
+
+def test_saving_two_encoders_says_so(tmp_path):
+    folder = support.write_flmr(tmp_path / "c", separate=True)
+    config = FLMRConfig.from_pretrained(folder, separate_query_and_context_text_encoder=False)
+    model = FLMRModelForRetrieval.from_pretrained(folder, config=config)
+    model.save_pretrained(tmp_path / "out")
+    assert set(FLMRModelForRetrieval.from_pretrained(tmp_path / "out").params) == {
+        "context",
+        "query",
+    }
