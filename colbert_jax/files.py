@@ -18,6 +18,16 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent}: {file.name} is missing")
+    fields = read_json(file)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return fields
+
+
 def check_types(file: Path, fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     """Hold fields of a JSON object to their types, where they are there and not null.
 

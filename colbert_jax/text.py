@@ -115,9 +115,7 @@ class TextTokenizer:
         if self.config.skiplist_in_queries:
             kept &= ~self.skiplist[ids]
         if self.special.instruction is not None:
-            end = np.maximum((ids == self.special.instruction).argmax(-1), 1)[..., None]
-            place = np.arange(ids.shape[-1])
-            kept &= (place > end) | (place < 2)
+            kept &= outside_instruction(ids, self.special.instruction)
         return kept
 
     def labels(self, text: str, *, is_query: bool) -> list[str]:
@@ -223,6 +221,17 @@ class TextTokenizer:
             kept[[i for i in config.keep_only_token_ids if 0 <= i < self.vocab_size]] = True
             drop |= ~kept
         return drop
+
+
+def outside_instruction(ids: Any, end_token: int) -> Any:
+    """Which tokens of queries are no instruction: bool of the shape of ids, NumPy's or JAX's.
+
+    The instruction goes from behind the marker up to and including the first `end_token`; a query
+    without one has none.
+    """
+    end = (ids == end_token).argmax(-1)[..., None].clip(1)
+    place = np.arange(ids.shape[-1])
+    return (end < place) | (place < 2)
 
 
 def as_texts(texts: str | Sequence[str], kind: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers
 
-from colbert_jax.files import read_json, write_json
+from colbert_jax.files import read_json, read_object, write_json
 
 ROLES = ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token")
 
@@ -68,10 +68,7 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
     for name in _SETTINGS:
         file = folder / name
         if file.is_file():
-            fields = read_json(file)
-            if not isinstance(fields, dict):
-                raise ValueError(f"{file}: expected a JSON object")
-            settings |= fields
+            settings |= read_object(file)
     tokenizer = _bare(_read(folder, settings))
     side = settings.get("truncation_side") or "right"
     if side not in _SIDES:
@@ -81,13 +78,16 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
 
 def write_tokenizer(
     folder: Path, model: ModelTokenizer, *, max_length: int, inputs: tuple[str, ...], **extra: Any
-) -> None:
+) -> bool:
     """Write the files that transformers 4 and 5 read with AutoTokenizer.
 
     Args:
       max_length: the longest input of the encoder.
       inputs: what the encoder's forward takes, such as "input_ids" and "attention_mask".
       **extra: further fields of `tokenizer_config.json`.
+
+    Returns:
+      whether there is a `vocab.txt` among them: see `write_vocabulary`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(str(folder / "tokenizer.json"))
@@ -100,7 +100,7 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings | model.special | extra)
-    write_vocabulary(folder, model)
+    return write_vocabulary(folder, model)
 
 
 def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:

@@ -57,8 +57,12 @@ def read_checkpoint(
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
-    path = Path(path)
-    layout = detect_layout(path)
+    return _read(Path(path), detect_layout(path), dim=dim, seed=seed, base=base)
+
+
+def _read(
+    path: Path, layout: str, *, dim: int | None = None, seed: int = 0, base: Path | None = None
+) -> Checkpoint:
     if layout == "colbertv1":
         file = path if path.is_file() else next(path.glob(f"*{colbertv1.SUFFIX}"))
         return colbertv1.read(file, base=base or file.parent, dim=dim)
@@ -161,9 +165,10 @@ def convert_checkpoint(
     _check_layout(layout)
     check_free(Path(folder))
     path, base = hub.resolve_checkpoint(source, base=base, revision=revision, token=token)
-    checkpoint = read_checkpoint(path, base=base)
+    found = detect_layout(path)
+    checkpoint = _read(path, found, base=base)
     write_checkpoint(checkpoint, Path(folder), layout)
-    return detect_layout(path), checkpoint
+    return found, checkpoint
 
 
 def _check_layout(layout: str) -> None:

@@ -26,8 +26,9 @@ SUFFIX = ".dnn"
 NAME = "colbert.dnn"
 DEFAULT_BASE = "bert-base-uncased"
 
-# Defaults of version 1's command line.
-_FIXED = ("query_token_id", "doc_token_id", "attend_to_mask_tokens")  # no argument of version 1
+# Settings that are no argument of version 1.
+_FIXED = ("query_token_id", "doc_token_id", "attend_to_mask_tokens")
+# Defaults of its command line.
 _DEFAULTS: dict[str, Any] = dict(
     query_maxlen=32, doc_maxlen=180, mask_punctuation=False, similarity="cosine"
 )
@@ -41,13 +42,16 @@ def detect(folder: Path) -> bool:
 
 def base_name(file: Path) -> str:
     """The model that a `.dnn` file says it was trained from."""
-    value = read_torch_file(file)
-    arguments = value.get("arguments") if isinstance(value, dict) else None
-    arguments = arguments if isinstance(arguments, dict) else {}
-    name = arguments.get("model") or DEFAULT_BASE
+    name = _arguments(read_torch_file(file)).get("model") or DEFAULT_BASE
     if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{file}: names {name!r:.80} as its base model; pass base= yourself")
     return name
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """The command line's arguments that a `.dnn` file keeps; {} where it keeps none."""
+    arguments = value.get("arguments") if isinstance(value, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
@@ -57,9 +61,11 @@ def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
       base: folder with the `config.json` and the tokenizer of the model it was trained from.
     """
     value = read_torch_file(file)
-    arguments = value.get("arguments") if isinstance(value, dict) else None
-    arguments = arguments if isinstance(arguments, dict) else {}
-    given = {key: v for key, v in arguments.items() if key in (*_DEFAULTS, "dim") and v is not None}
+    given = {
+        key: v
+        for key, v in _arguments(value).items()
+        if key in (*_DEFAULTS, "dim") and v is not None
+    }
     config, said = stanford.config_from_fields(_DEFAULTS | given, file)
     # Saved from DistributedDataParallel, the names have a prefix.
     tensors = Tensors(file, state_dict(file, value)).renamed(lambda n: n.removeprefix("module."))

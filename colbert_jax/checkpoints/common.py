@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
 from colbert_jax.checkpoints.tensors import Tensors
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import read_json, write_json
+from colbert_jax.files import read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
 from colbert_jax.text import TextTokenizer
@@ -55,18 +55,10 @@ class Checkpoint:
         """The same with other text settings."""
         if "mask_punctuation" in changes and "skiplist_words" not in changes:
             changes["skiplist_words"] = None  # which would overrule it
-        text = dataclasses.replace(self.config.text, **changes)
+        return self.with_text_config(dataclasses.replace(self.config.text, **changes))
+
+    def with_text_config(self, text: TextConfig) -> Checkpoint:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent}: {file.name} is missing")
-    fields = read_json(file)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return fields
 
 
 def read_backbone(file: Path) -> BackboneConfig:

@@ -23,7 +23,6 @@ from colbert_jax.checkpoints.common import (
     fold_head,
     head_paths,
     masks_punctuation,
-    read_object,
     read_pooler,
     refuse_text,
     refuse_unknown,
@@ -31,15 +30,10 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import check_types, write_json
+from colbert_jax.files import check_types, read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
-from colbert_jax.tokenizer_files import (
-    ModelTokenizer,
-    read_tokenizer,
-    write_tokenizer,
-    write_vocabulary,
-)
+from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer, write_tokenizer
 
 MODEL_TYPE = "flmr"
 QUERY, CONTEXT = "query", "context"
@@ -297,7 +291,7 @@ def write_flmr_tokenizer(
     """A slow BERT tokenizer's files: upstream's classes read `vocab.txt`."""
     inputs = ("input_ids", "token_type_ids", "attention_mask")
     normalizer = _normalizer(model)
-    write_tokenizer(
+    has_vocabulary = write_tokenizer(
         folder,
         model,
         max_length=max_length,
@@ -308,7 +302,7 @@ def write_flmr_tokenizer(
         tokenize_chinese_chars=normalizer.get("handle_chinese_chars", True),
         tokenizer_class=tokenizer_class,
     )
-    if not write_vocabulary(folder, model):
+    if not has_vocabulary:
         raise ValueError("the flmr layout needs a WordPiece vocabulary")
 
 

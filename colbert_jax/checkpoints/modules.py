@@ -17,7 +17,6 @@ from colbert_jax.checkpoints.common import (
     find_prefix,
     head_paths,
     read_backbone,
-    read_object,
     read_pooler,
     refuse_unknown,
     save_tensors,
@@ -25,7 +24,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tensors import SAFETENSORS, find_tensors
 from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import check_types, read_json, write_json
+from colbert_jax.files import check_types, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer

@@ -83,6 +83,17 @@ PREFIXES: dict[str, str] = {
     "modernbert": "model.",
 }
 
+# The class of a backbone without a head in transformers.
+MODEL_CLASSES: dict[str, str] = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "distilbert": "DistilBertModel",
+    "electra": "ElectraModel",
+    "mpnet": "MPNetModel",
+    "modernbert": "ModernBertModel",
+}
+
 # Parts of the names of tensors that token embeddings do not use, to be looked for in "." + name:
 # poolers, heads, and a buffer of old releases.
 _HEADS = (".pooler.", ".classifier.", ".qa_outputs.", ".position_ids")

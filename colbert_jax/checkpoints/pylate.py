@@ -23,6 +23,7 @@ from colbert_jax.checkpoints.modules import (
     write_encoder,
     write_modules,
 )
+from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
 from colbert_jax.files import write_json
 from colbert_jax.tokenizer_files import ModelTokenizer
@@ -64,7 +65,7 @@ def read(
         raise ValueError(
             f"{folder / MODULES}: lists no Dense module, so PyLate would project at random"
         )
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, text=text))
+    return checkpoint.with_text_config(text)
 
 
 def read_text(
@@ -141,7 +142,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     refuse_text(text, supported | _harmless(checkpoint), "pylate")
     entries = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
     entries += write_encoder(checkpoint, folder, "pylate.models.Dense.Dense")
-    write_base(checkpoint, folder, [_model_class(checkpoint)])
+    write_base(checkpoint, folder, [MODEL_CLASSES[checkpoint.encoder.backbone.model_type]])
     write_modules(folder, entries)
     write_json(
         folder / "sentence_bert_config.json",
@@ -177,18 +178,3 @@ def _harmless(checkpoint: Checkpoint) -> set[str]:
     if text.expansion_token == special.get("mask_token", special.get("eos_token")):
         harmless.add("expansion_token")
     return harmless
-
-
-def _model_class(checkpoint: Checkpoint) -> str:
-    return MODEL_CLASSES[checkpoint.encoder.backbone.model_type]
-
-
-MODEL_CLASSES = {
-    "bert": "BertModel",
-    "roberta": "RobertaModel",
-    "xlm-roberta": "XLMRobertaModel",
-    "distilbert": "DistilBertModel",
-    "electra": "ElectraModel",
-    "mpnet": "MPNetModel",
-    "modernbert": "ModernBertModel",
-}

@@ -13,7 +13,6 @@ from tokenizers import normalizers
 from colbert_jax.checkpoints.common import (
     Checkpoint,
     one_encoder,
-    read_object,
     refuse_text,
     skipped_tokens,
     write_base,
@@ -27,9 +26,9 @@ from colbert_jax.checkpoints.modules import (
     write_encoder,
     write_modules,
 )
-from colbert_jax.checkpoints.pylate import MODEL_CLASSES
+from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
-from colbert_jax.files import check_types, write_json
+from colbert_jax.files import check_types, read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.text import TextTokenizer
 from colbert_jax.tokenizer_files import ModelTokenizer
@@ -94,11 +93,7 @@ def read(
         text = read_text(settings, transformer, mask, tokenizer, longest)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    checkpoint = dataclasses.replace(
-        checkpoint,
-        tokenizer=tokenizer,
-        config=dataclasses.replace(checkpoint.config, text=text),
-    )
+    checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer).with_text_config(text)
     positions = checkpoint.encoder.backbone.max_length
     for name in ("query_maxlen", "doc_maxlen"):
         if getattr(text, name) > positions:
@@ -180,9 +175,7 @@ def read_single_vector(
         query_prompt=_prompt(settings, "query"),
         doc_prompt=_prompt(settings, "document"),
     )
-    checkpoint = dataclasses.replace(
-        checkpoint, config=dataclasses.replace(checkpoint.config, text=text)
-    )
+    checkpoint = checkpoint.with_text_config(text)
     if dim is None or checkpoint.encoder.head:
         return checkpoint
     encoder = EncoderConfig.projecting(checkpoint.encoder.backbone, dim)
@@ -312,11 +305,8 @@ def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
         lowercase=False,
         strip=False,
     )
-    after = dataclasses.replace(
-        checkpoint,
-        tokenizer=dataclasses.replace(checkpoint.tokenizer, tokenizer=tokenizer),
-        config=dataclasses.replace(checkpoint.config, text=changed),
-    )
+    model = dataclasses.replace(checkpoint.tokenizer, tokenizer=tokenizer)
+    after = dataclasses.replace(checkpoint, tokenizer=model).with_text_config(changed)
     if (trial := _differing(checkpoint, after, _TRIALS)) is not None:
         raise ValueError(
             "the sentence-transformers layout puts markers before the text, and this tokenizer "

@@ -18,7 +18,6 @@ from colbert_jax.checkpoints.common import (
     masks_punctuation,
     one_encoder,
     read_backbone,
-    read_object,
     read_pooler,
     refuse_text,
     refuse_unknown,
@@ -28,7 +27,7 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.tensors import SAFETENSORS, WEIGHT_FILES, Tensors, find_tensors
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import write_json
+from colbert_jax.files import read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from colbert_jax.checkpoints import hub
-from colbert_jax.checkpoints.common import read_object
 from colbert_jax.checkpoints.flmr import TEXT_DEFAULTS
-from colbert_jax.files import write_json
+from colbert_jax.files import read_object, write_json
 
 
 class _Config:

@@ -41,7 +41,7 @@ from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.config import BertConfig
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
-from colbert_jax.text import TextTokenizer
+from colbert_jax.text import TextTokenizer, outside_instruction
 
 _MASKED_SCORE = -9999.0  # of a document position that is no token, upstream's number
 
@@ -104,10 +104,7 @@ class FLMRModelForRetrieval:
             if value != getattr(checkpoint.config.text, name)
         }
         self._checkpoint = dataclasses.replace(
-            checkpoint,
-            config=dataclasses.replace(checkpoint.config, text=text),
-            params={},
-            query_params=None,
+            checkpoint.with_text_config(text), params={}, query_params=None
         )
         texts = TextTokenizer(self._checkpoint.tokenizer, text)
         # [V] True for the ids that give no embedding in documents.
@@ -219,15 +216,13 @@ class FLMRModelForRetrieval:
         """
         _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
         ids, attended = self._ids(input_ids, attention_mask)
-        encoded = self._encode(
-            self._side("query", params),
-            ids,
-            attended,
-            _details(output_attentions, output_hidden_states),
-        )
-        kept = self._query_kept(ids)[..., None]
+        details = (bool(output_attentions), bool(output_hidden_states))
+        encoded = self._encode(self._side("query", params), ids, attended, details)
+        kept = ids != 0
+        if self._instruction is not None:
+            kept &= outside_instruction(ids, self._instruction)
         with_text = _with_text(concat_output_from_text_encoder, len(ids))
-        rows = encoded.projected * kept * with_text
+        rows = encoded.projected * kept[..., None] * with_text
         return FLMRQueryEncoderOutput(
             rows[:, 0], _unit(rows), encoded.attentions, encoded.hidden_states
         )
@@ -255,12 +250,8 @@ class FLMRModelForRetrieval:
         """
         _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
         ids, attended = self._ids(input_ids, attention_mask)
-        encoded = self._encode(
-            self._side("context", params),
-            ids,
-            attended,
-            _details(output_attentions, output_hidden_states),
-        )
+        details = (bool(output_attentions), bool(output_hidden_states))
+        encoded = self._encode(self._side("context", params), ids, attended, details)
         kept = ~jnp.asarray(self._context_skip)[ids] & (ids != 0)
         kept = kept[..., None] & _with_text(concat_output_from_text_encoder, len(ids))
         rows = _unit(encoded.projected * kept)
@@ -411,21 +402,32 @@ class FLMRModelForRetrieval:
         return self
 
     def _ids(self, input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
-        return _checked_ids(
-            input_ids, attention_mask, self._positions, self._checkpoint.encoder.backbone.vocab_size
+        vocab_size = self._checkpoint.encoder.backbone.vocab_size
+        ids, mask = (
+            x if isinstance(x, jax.Array) else np.asarray(x) for x in (input_ids, attention_mask)
         )
+        if ids.ndim != 2 or ids.shape != mask.shape:
+            raise ValueError(
+                f"input_ids and attention_mask must both be [B, L], got {list(ids.shape)} and "
+                f"{list(mask.shape)}"
+            )
+        if ids.shape[1] > self._positions:
+            raise ValueError(
+                f"input_ids have {ids.shape[1]} tokens, the encoder {self._positions} positions"
+            )
+        if (
+            isinstance(ids, np.ndarray)
+            and ids.size
+            and not 0 <= ids.min() <= ids.max() < vocab_size
+        ):
+            raise ValueError(
+                f"input_ids lie in {ids.min()}..{ids.max()}, the vocabulary in 0..{vocab_size - 1}"
+            )
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
 
     def _side(self, side: str, params: dict | None) -> dict:
         params = self.params if params is None else params
         return params.get(side, params["context"])
-
-    def _query_kept(self, ids: jax.Array) -> jax.Array:
-        kept = ids != 0
-        if self._instruction is not None:
-            end = jnp.maximum((ids == self._instruction).argmax(-1), 1)[:, None]
-            place = jnp.arange(ids.shape[1])
-            kept &= (place > end) | (place < 2)
-        return kept
 
     def _encode_ids(
         self, params: dict, ids: jax.Array, attended: jax.Array, details: tuple[bool, bool]
@@ -497,30 +499,6 @@ def _unit(rows: jax.Array) -> jax.Array:
     squares = (rows**2).sum(axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
     return rows / jnp.maximum(norm, 1e-12)
-
-
-def _checked_ids(
-    input_ids: Any, attention_mask: Any, positions: int, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    ids, mask = (
-        x if isinstance(x, jax.Array) else np.asarray(x) for x in (input_ids, attention_mask)
-    )
-    if ids.ndim != 2 or ids.shape != mask.shape:
-        raise ValueError(
-            f"input_ids and attention_mask must both be [B, L], got {list(ids.shape)} and "
-            f"{list(mask.shape)}"
-        )
-    if ids.shape[1] > positions:
-        raise ValueError(f"input_ids have {ids.shape[1]} tokens, the encoder {positions} positions")
-    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(
-            f"input_ids lie in {ids.min()}..{ids.max()}, the vocabulary in 0..{vocab_size - 1}"
-        )
-    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
-
-
-def _details(attentions: bool, hidden_states: bool) -> tuple[bool, bool]:
-    return bool(attentions), bool(hidden_states)
 
 
 def _with_text(flag: Any, batch: int) -> Any:

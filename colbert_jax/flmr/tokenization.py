@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from colbert_jax.checkpoints import flmr, hub
-from colbert_jax.checkpoints.common import read_object
 from colbert_jax.config import TextConfig
+from colbert_jax.files import read_object
 from colbert_jax.flmr.configuration import FLMRTextConfig
 from colbert_jax.text import TextTokenizer, as_texts
 from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer

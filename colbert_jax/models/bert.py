@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from colbert_jax.models.activations import activation
 from colbert_jax.models.config import BertConfig
 from colbert_jax.models.layers import (
     Embeddings,
     check_length,
-    matmul_precision,
     post_norm_layers,
 )
-
-__all__ = ["Bert", "activation", "matmul_precision"]
 
 
 class Bert(nnx.Module):
