@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ class Stored:
     strides: tuple[int, ...] | None = None
     member: str | None = None
     swapped: bool = False
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """Rows start..stop-1 of the first dimension; 0 <= start <= stop <= their number."""
+        strides = c_strides(self.shape) if self.strides is None else self.strides
+        offset = self.offset + start * strides[0] * self.dtype.itemsize
+        return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 
     def read(self, into: np.ndarray | None = None) -> np.ndarray:
         """The tensor, in C order and this machine's byte order.

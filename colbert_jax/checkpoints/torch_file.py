@@ -405,7 +405,28 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 # --- Writing --------------------------------------------------------------------------------
 
-_Arrays = dict[int, tuple[str, np.ndarray]]  # by identity, each with the key of its storage
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written as it comes: `blocks()` yields its elements, in C order and `dtype`.
+
+    Raises (when written) ValueError where the blocks do not make up the shape.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+_Arrays = dict[int, tuple[str, np.ndarray | Streamed]]  # by identity, each with its storage's key
 
 
 def write_torch_file(path: str | Path, value: Any) -> None:
@@ -449,8 +470,17 @@ def _write_member(archive: zipfile.ZipFile, name: str, size: int, chunks: Iterab
             stream.write(chunk)
 
 
-def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(array: np.ndarray | Streamed) -> Iterator[np.ndarray]:
     """Its elements in C order and little-endian, a piece at a time."""
+    if isinstance(array, Streamed):
+        size = 0
+        for block in array.blocks():
+            assert block.dtype == array.dtype, (block.dtype, array.dtype)
+            size += block.size
+            yield from _chunks(block)
+        if size != array.size:
+            raise ValueError(f"a tensor of shape {array.shape} was given {size} elements")
+        return
     kind = np.dtype(f"u{array.dtype.itemsize}")  # bfloat16 has no byte order to be changed
     bits = array.view(kind.newbyteorder(array.dtype.byteorder))
     flat = bits.reshape(-1) if bits.flags.c_contiguous else bits.flat  # a slice of flat is a copy
@@ -502,7 +532,7 @@ def _opcodes(value: Any, arrays: _Arrays, place: str = "value", depth: int = 0) 
                 yield from _opcodes(key, arrays, place, depth)
                 yield from _opcodes(item, arrays, f"{place}[{key!r}]", depth + 1)
             yield b"u"
-        case np.ndarray() if value.dtype.name in _DTYPES:
+        case np.ndarray() | Streamed() if value.dtype.name in _DTYPES:
             key, _ = arrays.setdefault(id(value), (str(len(arrays)), value))
             yield from _opcodes(_rebuild(key, value), arrays, place)
         case _Global():
@@ -516,7 +546,7 @@ def _opcodes(value: Any, arrays: _Arrays, place: str = "value", depth: int = 0) 
             raise ValueError(f"{place}: {found} cannot be written to a torch file")
 
 
-def _rebuild(key: str, array: np.ndarray) -> _Call:
+def _rebuild(key: str, array: np.ndarray | Streamed) -> _Call:
     """As torch pickles a tensor in C order: `torch.Tensor._reduce_ex_internal`."""
     name, count = "torch._utils._rebuild_tensor_v2", array.size
     dtype: tuple[_Global, ...] = ()
