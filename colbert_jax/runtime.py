@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -36,3 +38,16 @@ def on_cpu() -> bool:
 def compute_dtype() -> jnp.dtype:
     """bfloat16 on accelerators; float32 on a CPU, where bfloat16 gains nothing."""
     return jnp.dtype(jnp.float32 if on_cpu() else jnp.bfloat16)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def host_kernels() -> bool:
+    """Whether the ragged loops run as numba's kernels: on a CPU, where numba is installed.
+
+    `COLBERT_JAX_HOST_KERNELS=0` leaves all work to XLA.
+    """
+    return on_cpu() and os.environ.get("COLBERT_JAX_HOST_KERNELS", "1") != "0" and _has_numba()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _POINTS = 256  # a block's scores [256, K] stay in a CPU's cache for the usual K
+_SCORES = 1 << 27  # scores of one matmul on an accelerator: 512 MiB, 16,384 points at K = 8,192
 _WIDTH = 256
 
 
@@ -30,6 +31,8 @@ def argmax(x: jax.Array) -> jax.Array:
 def nearest(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
     """For each point the centroid with the largest `point . centroid + bias`.
 
+    In float32 on every backend (no bfloat16 or TF32 passes); equal scores: the smaller centroid.
+
     Args:
       points: [n, D].
       centroids: [K, D].
@@ -38,13 +41,34 @@ def nearest(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Arr
     Returns:
       int32[n].
     """
+    arguments = points.astype(jnp.float32), centroids, bias
+    # Chosen where the program is lowered for a platform.
+    return jax.lax.platform_dependent(*arguments, cpu=nearest_in_cache, default=nearest_by_matmul)
+
+
+def nearest_in_cache(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
+    """`nearest` for a CPU: few points at a time, so that their scores stay in its cache."""
 
     def one(point: jax.Array) -> jax.Array:
         scores = jnp.einsum("d,kd->k", point, centroids, precision=jax.lax.Precision.HIGHEST)
         return argmax(scores + bias)
 
-    points = points.astype(jnp.float32)
     return jax.lax.map(one, points, batch_size=min(_POINTS, points.shape[0]))
+
+
+def nearest_by_matmul(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
+    """`nearest` for an accelerator: matmuls as large as `_SCORES` allows."""
+    n, dim = points.shape
+    size = min(n, max(_POINTS, _SCORES // len(centroids)))
+
+    def block(points: jax.Array) -> jax.Array:
+        scores = jnp.einsum("nd,kd->nk", points, centroids, precision=jax.lax.Precision.HIGHEST)
+        return jnp.argmax(scores + bias, axis=-1).astype(jnp.int32)
+
+    if size == n:
+        return block(points)
+    blocks = jnp.pad(points, [(0, -n % size), (0, 0)]).reshape(-1, size, dim)
+    return jax.lax.map(block, blocks).reshape(-1)[:n]
 
 
 def nearest_blocks(points: np.ndarray, centroids: jax.Array, block: int = 1 << 16) -> np.ndarray:
@@ -59,9 +83,18 @@ def nearest_blocks(points: np.ndarray, centroids: jax.Array, block: int = 1 << 1
     return codes
 
 
+def block_size(rows: int, block: int) -> int:
+    """A power of two that holds `rows`, at most `block`: a handful of shapes to compile."""
+    return min(block, max(8, 1 << (rows - 1).bit_length()))
+
+
 def pad_block(chunk: np.ndarray, block: int) -> np.ndarray:
-    """Rows of zeros up to a power of two, at most `block`: a handful of shapes to compile."""
-    size = min(block, max(8, 1 << (len(chunk) - 1).bit_length()))
+    """Rows of zeros up to `block_size`."""
+    return pad_to(chunk, block_size(len(chunk), block))
+
+
+def pad_to(chunk: np.ndarray, size: int) -> np.ndarray:
+    """Rows of zeros up to `size` of them."""
     if len(chunk) == size:
         return chunk
     return np.concatenate([chunk, np.zeros((size - len(chunk), *chunk.shape[1:]), chunk.dtype)])

@@ -6,17 +6,24 @@ first; eight consecutive bits make a byte, the first of them the most significan
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from colbert_jax.compression.assign import nearest, nearest_blocks, pad_block
-from colbert_jax.config import NBITS
+from colbert_jax import runtime
+from colbert_jax.compression import host
+from colbert_jax.compression.assign import block_size, nearest, nearest_blocks, pad_to
+from colbert_jax.compression.sharding import check_mesh, data_mesh, rows_spec, shard_rows
+from colbert_jax.config import BUCKETS, NBITS
 
-_BLOCK = 1 << 14  # tokens compressed in one step
+_BLOCK = 1 << 14  # tokens that a device compresses in one step
+_LLOYD_MAX_ITERATIONS = 100  # each costs 2^b binary searches
 
 
 @jax.tree_util.register_dataclass
@@ -48,43 +55,113 @@ def check_packable(dim: int, nbits: int) -> None:
         )
 
 
-def train_codec(centroids: np.ndarray, heldout: np.ndarray, nbits: int) -> ResidualCodec:
+def train_codec(
+    centroids: np.ndarray, heldout: np.ndarray, nbits: int, buckets: str = "optimal"
+) -> ResidualCodec:
     """Bucket cutoffs and weights from the residuals of held-out embeddings.
 
-    One codebook for all dimensions: with q_i = i / 2^b the cutoffs are the quantiles q_1.. of the
-    residuals, and the weights the quantiles in the middle between.
+    One codebook for all dimensions, by one of two rules:
+      "quantile", Stanford's: with q_i = i / 2^b the cutoffs are the quantiles q_1.. of the
+        residuals, and the weights the quantiles in the middle between;
+      "optimal": from there to the smallest squared error (Lloyd, 1957; Max, 1960): every weight the
+        mean of its bucket, every cutoff in the middle between two weights.
 
     Args:
       centroids: float32[K, D].
       heldout: [n, D], n >= 1.
     """
     check_packable(centroids.shape[1], nbits)
-    codes = nearest_blocks(heldout, jnp.asarray(centroids))
+    if buckets not in BUCKETS:
+        raise ValueError(f"buckets must be one of {BUCKETS}, got {buckets!r}")
+    if runtime.host_kernels():
+        codes = host.nearest(host.group_centroids(centroids, distance=False), heldout)
+    else:
+        codes = nearest_blocks(heldout, jnp.asarray(centroids))
     residuals = (np.asarray(heldout, np.float32) - centroids[codes]).ravel()
+    residuals.sort()
     levels = np.arange(1 << nbits) / (1 << nbits)
-    cutoffs = np.quantile(residuals, levels[1:]).astype(np.float32)
-    weights = np.quantile(residuals, levels + 0.5 / (1 << nbits)).astype(np.float32)
-    return ResidualCodec(jnp.asarray(centroids), jnp.asarray(cutoffs), jnp.asarray(weights))
+    cutoffs = np.quantile(residuals, levels[1:])
+    weights = np.quantile(residuals, levels + 0.5 / (1 << nbits))
+    if buckets == "optimal":
+        cutoffs, weights = _lloyd_max(residuals, weights)
+    return ResidualCodec(
+        jnp.asarray(centroids),
+        jnp.asarray(cutoffs.astype(np.float32)),
+        jnp.asarray(weights.astype(np.float32)),
+    )
 
 
-def compress(codec: ResidualCodec, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lloyd_max(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cutoffs and weights of the smallest squared error for ascending values."""
+    sums = np.concatenate([[0], np.cumsum(values, dtype=np.float64)])
+    for _ in range(_LLOYD_MAX_ITERATIONS):
+        cutoffs = (weights[1:] + weights[:-1]) / 2
+        ends = np.searchsorted(values, [-np.inf, *cutoffs, np.inf])
+        counts = np.diff(ends)
+        means = np.diff(sums[ends]) / np.maximum(counts, 1)
+        weights = np.where(counts > 0, means, weights)
+    return (weights[1:] + weights[:-1]) / 2, weights
+
+
+def compress(
+    codec: ResidualCodec, values: np.ndarray, mesh: Mesh | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings to codes and packed residuals.
 
     Args:
       values: [n, D].
+      mesh: one axis of this process's devices that share the work; None: the default device.
 
     Returns:
       codes int32[n], the centroids with the largest dot product, and residuals uint8[n, D * b / 8].
+
+    Raises:
+      ValueError: another kind of mesh, or devices of other processes.
     """
+    if mesh is None and runtime.host_kernels():
+        return host.compress(host.groups_of(codec.centroids), codec.bucket_cutoffs, values)
+    mesh = data_mesh() if mesh is None else mesh
+    check_mesh(mesh)
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        raise ValueError("compress works on this process's own devices, the mesh has others")
     dim = codec.centroids.shape[1]
     codes = np.empty(len(values), np.int32)
     packed = np.empty((len(values), dim * codec.nbits // 8), np.uint8)
-    for start in range(0, len(values), _BLOCK):
-        chunk = values[start : start + _BLOCK]
-        block = _compress_block(codec, pad_block(chunk, _BLOCK))
-        rows = slice(start, start + len(chunk))
-        codes[rows], packed[rows] = (np.asarray(part)[: len(chunk)] for part in block)
+    for rows, block in _compressed(mesh, codec, values):
+        codes[rows], packed[rows] = (np.asarray(part)[: rows.stop - rows.start] for part in block)
     return codes, packed
+
+
+def _compressed(
+    mesh: Mesh, codec: ResidualCodec, values: np.ndarray
+) -> Iterator[tuple[slice, tuple[jax.Array, jax.Array]]]:
+    """Blocks of rows with their codes and residuals, one block ahead of what is asked for."""
+    codec = jax.device_put(codec, NamedSharding(mesh, PartitionSpec()))  # nothing, if it is there
+    pending = None
+    for start in range(0, len(values), mesh.size * _BLOCK):
+        chunk = values[start : start + mesh.size * _BLOCK]
+        size = block_size(-(-len(chunk) // mesh.size), _BLOCK)
+
+        def read(device: int, chunk: np.ndarray = chunk, size: int = size):
+            return pad_to(chunk[device * size : (device + 1) * size], size)
+
+        block = shard_rows(mesh, (size, *values.shape[1:]), read)
+        following = slice(start, start + len(chunk)), _compress_sharded(mesh, codec, block)
+        if pending is not None:
+            yield pending
+        pending = following
+    if pending is not None:
+        yield pending
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _compress_sharded(
+    mesh: Mesh, codec: ResidualCodec, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    spread = rows_spec(mesh)
+    return jax.shard_map(
+        _compress_block, mesh=mesh, in_specs=(PartitionSpec(), spread), out_specs=spread
+    )(codec, values)
 
 
 @jax.jit

@@ -1,23 +1,36 @@
-"""k-means over token embeddings (Lloyd), on the device, over points that stay on the host.
+"""k-means over token embeddings (Lloyd), on one or many devices, over points that stay on the host.
 
-Only a block of points is on the device at a time, so the points may be a memory-mapped file of any
-size; the centroids, their sums and counts stay there.
+Only a block of points is on a device at a time, so the points may be a memory-mapped file of any
+size; the centroids, their sums and counts stay there. Each device sums over its own share of every
+block, and the sums meet once an iteration.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from colbert_jax.compression.assign import nearest, pad_block
+from colbert_jax import runtime
+from colbert_jax.compression import host
+from colbert_jax.compression.assign import block_size, nearest, pad_to
+from colbert_jax.compression.refill import refill
+from colbert_jax.compression.sharding import (
+    check_mesh,
+    data_mesh,
+    replicate,
+    rows_spec,
+    shard_rows,
+)
+from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
-_BLOCK = 1 << 16  # points per step
-_SPLIT = 1 / 1024  # how far the two halves of a split cluster move apart
+_BLOCK = 1 << 16  # points of one device in one step
 
 
 def sample_size_for(num_documents: int) -> int:
@@ -34,7 +47,7 @@ def num_centroids_for(num_tokens: float) -> int:
 
 
 def train_kmeans(
-    points: np.ndarray,
+    points: Any,
     num_centroids: int,
     *,
     rows: np.ndarray | None = None,
@@ -42,55 +55,132 @@ def train_kmeans(
     max_points_per_centroid: int = 256,
     seed: int = 123,
     progress: bool | None = None,
+    mesh: Mesh | None = None,
+    group: Group | None = None,
 ) -> np.ndarray:
     """Centroids of unit length.
 
     Euclidean Lloyd iterations from randomly chosen points; a cluster that loses all its points is
-    refilled by splitting one of the largest; normalised at the end, as Stanford's are.
+    refilled by splitting one of the largest; normalised at the end, as Stanford's are. On a CPU,
+    without a mesh, two-level (`compression.host`).
+
+    A device holds the centroids twice (K * D * 8 bytes), a block of 65,536 points, and its scores.
 
     Args:
-      points: [n, D], float16 or float32, in memory or mapped; n >= 1.
+      points: [n, D], float16 or float32, in memory or mapped, n >= 1; or anything that has a length
+        and gives the rows of an ascending int array.
       num_centroids: K; at most n are made.
       rows: int[m], ascending: train on these points only; None: on all.
       max_points_per_centroid: above this many times K, a random subset is trained on.
       seed: of the subset and the initial centroids.
+      mesh: one axis of devices that share the work, of one process or of several; None: the default
+        device. Several processes must call this alike, with the same points.
+      group: those processes, if the mesh has devices of several.
 
     Returns:
-      float32[min(K, n), D].
+      float32[min(K, n), D]. Another number of devices changes them by the rounding of sums only.
 
     Raises:
-      ValueError: no points.
+      ValueError: no points, or another kind of mesh.
     """
     rows = np.arange(len(points)) if rows is None else rows
     if len(rows) == 0:
         raise ValueError("k-means needs at least one point, got none")
+    on_host = mesh is None
+    mesh = data_mesh() if mesh is None else mesh
+    check_mesh(mesh)
     num_centroids = min(num_centroids, len(rows))
     rng = np.random.default_rng(seed)
     most = max_points_per_centroid * num_centroids
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
     n = len(rows)
+    if on_host and runtime.host_kernels():
+        centroids = host.train(points, rows, num_centroids, iterations, rng, progress)
+        return _normalised(centroids)
     initial = np.sort(rng.choice(rows, num_centroids, replace=False))
-    centroids = jnp.asarray(points[initial], jnp.float32)
+    centroids = np.asarray(points[initial], np.float32)
 
-    blocks = range(0, n, _BLOCK)
     with progress_bar(
         iterations * n, f"k-means, {num_centroids} centroids", "tok", progress
     ) as bar:
         for _ in range(iterations):
-            sums = jnp.zeros_like(centroids)
-            counts = jnp.zeros(num_centroids, jnp.float32)
-            bias = -0.5 * (centroids**2).sum(axis=1)
-            for start in blocks:
-                stop = min(start + _BLOCK, n)
-                padded = pad_block(points[rows[start:stop]], _BLOCK)
-                sums, counts = _accumulate(centroids, bias, sums, counts, padded, stop - start)
-                counts.block_until_ready()
-                bar.update(stop - start)
-            means = sums / jnp.maximum(counts, 1)[:, None]
-            centroids = jnp.asarray(_refill(np.asarray(means), np.asarray(counts)))
-    norms = jnp.linalg.norm(centroids, axis=1, keepdims=True)
-    return np.asarray(centroids / jnp.maximum(norms, 1e-12))
+            sums, counts = _sum_clusters(mesh, centroids, points, rows, bar)
+            if group is not None:
+                group.exchange("k-means")  # who failed while reading must not be waited for below
+            means = _means(mesh, sums, counts)
+            centroids = refill(*(np.asarray(part.addressable_data(0)) for part in means))
+    return _normalised(centroids)
+
+
+def _normalised(centroids: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(centroids, axis=1, keepdims=True)
+    return centroids / np.maximum(norms, 1e-12)
+
+
+def _sum_clusters(
+    mesh: Mesh, centroids: np.ndarray, points: Any, rows: np.ndarray, bar: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Each device's sums [n, K, D] and counts [n, K] over its share of the points."""
+    shape, n = centroids.shape, len(rows)
+    sums = shard_rows(mesh, (1, *shape), lambda _: np.zeros((1, *shape), np.float32))
+    counts = shard_rows(mesh, (1, shape[0]), lambda _: np.zeros((1, shape[0]), np.float32))
+    bias = -0.5 * (centroids**2).sum(axis=1)
+    on_devices = replicate(mesh, (centroids, bias))
+    for start in range(0, n, mesh.size * _BLOCK):
+        count = min(mesh.size * _BLOCK, n - start)
+        size = block_size(-(-count // mesh.size), _BLOCK)
+
+        def read(device: int, start: int = start, count: int = count, size: int = size):
+            first = min(device * size, count)
+            wanted = rows[start + first : start + min(first + size, count)]
+            return pad_to(points[wanted], size)
+
+        block = shard_rows(mesh, (size, shape[1]), read)
+        counts.block_until_ready()  # the block before; this one was read meanwhile
+        sums, counts = _accumulate_sharded(mesh, *on_devices, sums, counts, block, count)
+        bar.update(count)
+    return sums, counts
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames=("sums", "counts"))
+def _accumulate_sharded(
+    mesh: Mesh,
+    centroids: jax.Array,
+    bias: jax.Array,
+    sums: jax.Array,
+    counts: jax.Array,
+    points: jax.Array,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`_accumulate` on every device; of all points the first `count` count."""
+    spread = rows_spec(mesh)
+
+    def one(centroids, bias, sums, counts, points, count):
+        first = jax.lax.axis_index(mesh.axis_names[0]) * len(points)
+        valid = jnp.clip(count - first, 0, len(points))
+        sums, counts = _accumulate(centroids, bias, sums[0], counts[0], points, valid)
+        return sums[None], counts[None]
+
+    return jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), spread, spread, spread, PartitionSpec()),
+        out_specs=spread,
+    )(centroids, bias, sums, counts, points, count)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _means(mesh: Mesh, sums: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means [K, D] and counts [K] over all devices, on each of them."""
+
+    def one(sums, counts):
+        sums, counts = jax.lax.psum((sums[0], counts[0]), mesh.axis_names[0])
+        return sums / jnp.maximum(counts, 1)[:, None], counts
+
+    return jax.shard_map(one, mesh=mesh, in_specs=rows_spec(mesh), out_specs=PartitionSpec())(
+        sums, counts
+    )
 
 
 @partial(jax.jit, donate_argnames=("sums", "counts"))
@@ -108,21 +198,3 @@ def _accumulate(
     codes = nearest(points, centroids, bias)
     sums = sums.at[codes].add(points * weight[:, None])
     return sums, counts.at[codes].add(weight)
-
-
-def _refill(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Give each empty cluster half of one of the largest: two copies, moved slightly apart."""
-    empty = np.flatnonzero(counts == 0)
-    if len(empty) == 0:
-        return means
-    means, counts = means.copy(), counts.copy()
-    nudge = _SPLIT * np.where(np.arange(means.shape[1]) % 2 == 0, 1, -1).astype(means.dtype)
-    # The largest clusters in order; several rounds where there are more empty ones than others.
-    for start in range(0, len(empty), len(counts) - len(empty)):
-        targets = empty[start : start + len(counts) - len(empty)]
-        donors = np.argsort(-counts, kind="stable")[: len(targets)]
-        means[targets] = means[donors] * (1 + nudge)
-        means[donors] *= 1 - nudge
-        counts[targets] = counts[donors] / 2
-        counts[donors] /= 2
-    return means

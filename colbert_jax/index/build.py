@@ -2,6 +2,10 @@
 
 Everything is written to a sibling folder that is renamed when it is whole. After every chunk the
 build commits how far it has come, and the same build started again goes on from there.
+
+Under `jax.distributed` all processes build together, in a folder that they share. Each encodes and
+compresses a contiguous share of the documents into parts of its own, the first process joins the
+parts. Wherever they meet, a process that failed ends the build of all.
 """
 
 from __future__ import annotations
@@ -11,93 +15,121 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from colbert_jax import processes
 from colbert_jax.compression.codec import ResidualCodec, check_packable, compress, train_codec
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
+from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
-from colbert_jax.index.inverted import write_inverted_lists
+from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 from colbert_jax.index.sources import PassageSource, Source, write_pids
+from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
+from colbert_jax.runtime import on_cpu
 
 _STATE = "build.json"
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
+_JOINED = 1 << 18  # rows copied at a time where parts are joined
+_VISIBLE = 90.0  # seconds within which a network file system shows what another process wrote
 
 
 def build_index(
     path: Path,
-    make_source: Callable[[Path], Source],
+    make_source: Callable[[], Source],
     config: IndexConfig,
     *,
     ids: Any = None,
     model: dict[str, Any] | None = None,
     store_texts: bool = True,
     overwrite: bool = False,
+    mesh: Mesh | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Build an index at `path`.
+    """Build an index at `path`, together with the other processes of the job if there are any.
 
     Args:
-      path: the index folder.
-      make_source: called with the building folder, into which it may spool.
+      path: the index folder, shared by all processes.
+      make_source: what to index; not yet prepared.
       config: compression settings.
-      ids: the documents' own ids, any iterable; None: 0..N-1.
+      ids: the documents' own ids, any iterable; None: 0..N-1. Only the first process reads them.
       model: what the index remembers of the model that made the embeddings.
       store_texts: keep the passages in the index.
       overwrite: replace an index that is there; it stays until the new one is whole.
+      mesh: one axis of devices, of every process, for k-means and compression. None: all devices,
+        or, on a CPU without other processes, its own way of doing both.
+
+    Memory of a process: a chunk of 262,144 tokens (float32, and twice as float16), about 100 bytes
+    a document and 10 bytes a token of the whole sample, whatever the size of the collection; on
+    each device the centroids, twice in k-means, and a block of points with their scores.
 
     Raises:
       FileExistsError: something is at `path` and must not be replaced.
-      RuntimeError: another process builds there.
+      RuntimeError: others build there, or a process of this group failed (`PeerError`).
       ValueError, TypeError: bad input, see the sources.
     """
-    _check_free(path, overwrite)
-    building = fmt.building_folder(path)
-    building.mkdir(parents=True, exist_ok=True)
-    with _locked(building):
-        fmt.recover(path)
-        state = _State(building)
-        try:
-            _check_free(path, overwrite)  # another process may have published since
-            source = make_source(building)
-            check_packable(source.dim, config.nbits)
-            pids = write_pids(building, ids, source.num_documents)
-        except Exception:
-            if state.is_new:  # bad input: leave nothing behind
-                shutil.rmtree(building, ignore_errors=True)
-            raise
-        key = {
-            "format_version": fmt.FORMAT_VERSION,
-            "content": source.fingerprint,
-            "pids": pids.fingerprint,
-            "store_texts": store_texts,
-            "chunk_tokens": sources.CHUNK_TOKENS,
-            "dim": source.dim,
-            "settings": dataclasses.asdict(config),
-            "model": model,
-        }
-        state.start(key)
-        columns = {"pid": pids.num_bytes}
-        if isinstance(source, PassageSource):
-            columns["text"] = source.num_text_bytes if store_texts else None
-        if not state["finished"]:
-            _sample(building, source, config, state, progress)
-            codec = _train(building, source, config, state, progress)
-            _compress(building, source, codec, state, progress)
-            _finish(building, source, codec, key, columns)
-            state.update(finished=1)
-        _tidy(building)
-        fmt.publish(building, path)
-    (path / _STATE).unlink(missing_ok=True)
+    with processes.group(f"the build of {path.name}") as group:
+        # A process of a CPU cluster compresses as it would alone; only k-means needs them all.
+        own_way = mesh is None and on_cpu()
+        mesh = _choose_mesh(group, mesh)
+        own = None if mesh is None or own_way else local_part(mesh)
+        show = progress if group.is_first else False
+        if group.is_first:
+            _check_free(path, overwrite)
+        building = fmt.building_folder(path)
+        with _locked(building, group):
+            state = _State(building, group)
+            try:
+                if group.is_first:
+                    fmt.recover(path)
+                    _check_free(path, overwrite)  # another process may have published since
+                source = make_source()
+                check_packable(source.dim, config.nbits)
+                source.prepare(building, group, show)
+                key = _key(building, source, config, ids, model, store_texts, group)
+            except Exception:
+                if state.is_new and group.is_first:  # bad input: leave nothing behind
+                    shutil.rmtree(building, ignore_errors=True)
+                raise
+            state.start(key, group)
+            if not group.exchange("the start", state["finished"])[0]:
+                _sample(building, source, config, state, group, show)
+                codec = _train(building, source, config, state, group, mesh, show)
+                _compress(building, source, codec, state, group, own, show)
+                _finish(building, source, codec, state, group)
+            if group.is_first:
+                _tidy(building, group)
+                fmt.publish(building, path)
+            build = group.exchange("publishing", state.build)[0]
+            if not group.is_first:
+                _await(lambda: fmt.read_metadata(path)["build"] == build, path, group)
+        if group.is_first:
+            for name in _states(group):
+                (path / name).unlink(missing_ok=True)
+        group.exchange("the end")
+
+
+def _choose_mesh(group: Group, mesh: Mesh | None) -> Mesh | None:
+    if mesh is None:
+        several = group.count > 1 or (len(jax.devices()) > 1 and not on_cpu())
+        return data_mesh(jax.devices()) if several else None
+    check_mesh(mesh)
+    if {device.process_index for device in mesh.devices.flat} != set(range(group.count)):
+        raise ValueError(f"the mesh of a build needs devices of all {group.count} processes")
+    return mesh
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -110,11 +142,75 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path}: an index is there; pass overwrite=True to replace it")
 
 
-class _State:
-    """How far a build has come: `build.json`, replaced in one step after every chunk."""
+def _await(seen: Callable[[], bool], path: Path, group: Group) -> None:
+    """Wait for what the first process has written; a network file system may show it late."""
+    end = time.monotonic() + _VISIBLE
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            if seen():
+                return
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"{path}: written by process 0, but process {group.index} does not see it: an "
+                "index that several processes build must be on a file system they share"
+            )
+        time.sleep(0.05)
 
-    def __init__(self, folder: Path):
-        self._file = folder / _STATE
+
+def _key(
+    building: Path,
+    source: Source,
+    config: IndexConfig,
+    ids: Any,
+    model: dict[str, Any] | None,
+    store_texts: bool,
+    group: Group,
+) -> dict[str, Any]:
+    """What makes a build this build: equal keys, equal indexes. Writes the documents' ids."""
+    key = {
+        "format_version": fmt.FORMAT_VERSION,
+        "content": source.fingerprint,
+        "store_texts": store_texts,
+        "chunk_tokens": sources.CHUNK_TOKENS,
+        "dim": source.dim,
+        "settings": dataclasses.asdict(config),
+        "model": model,
+        "processes": group.count,
+    }
+    columns: dict[str, int | None] = {"pid": None, "text": None}
+    if isinstance(source, PassageSource) and store_texts:
+        columns["text"] = source.num_text_bytes
+    pids = None
+    if group.is_first:
+        pids = write_pids(building, ids, source.num_documents)
+    first = group.exchange("the settings", (key, pids))[0]
+    # What the checkpoint is called may differ between machines, what it holds may not.
+    own, other = (_without_place(json.loads(json.dumps(k))) for k in (key, first[0]))
+    if own != other:
+        different = ", ".join(name for name in key if own[name] != other[name])
+        raise ValueError(f"process {group.index} builds with another {different} than process 0")
+    columns["pid"], fingerprint = first[1]
+    return first[0] | {"pids": fingerprint, "columns": columns}
+
+
+def _without_place(key: dict[str, Any]) -> dict[str, Any]:
+    return key | {"model": key["model"] and key["model"]["fingerprint"]}
+
+
+def _part(name: str, index: int, count: int) -> str:
+    """The stem of one process's part of an array; of the array itself where there is one part."""
+    return name if count == 1 else f"{name}.{index}"
+
+
+def _states(group: Group) -> list[str]:
+    return [_STATE, *(f"build.{i}.json" for i in range(1, group.count))]
+
+
+class _State:
+    """How far a process's build has come: a file replaced in one step after every chunk."""
+
+    def __init__(self, folder: Path, group: Group):
+        self._file = folder / _states(group)[group.index]
         self._values: dict[str, Any] = {}
         # A damaged state means no state.
         with contextlib.suppress(OSError, ValueError):
@@ -128,10 +224,21 @@ class _State:
     def key(self) -> dict[str, Any]:
         return self._values["key"]
 
-    def start(self, key: dict[str, Any]) -> None:
-        """Go on with the build of that key, or forget a different one."""
-        if self._values.get("key") != json.loads(json.dumps(key)):
-            self._values = {"key": key}
+    @property
+    def build(self) -> str:
+        """A name of its own for every build that was started, and not resumed."""
+        return self._values["build"]
+
+    def start(self, key: dict[str, Any], group: Group) -> None:
+        """Go on with the build of that key, or forget a different one.
+
+        The others go on only with what belongs to the build that the first process goes on with.
+        """
+        fresh = {"key": json.loads(json.dumps(key)), "build": uuid.uuid4().hex}
+        known = self._values.get("key") == fresh["key"] and "build" in self._values
+        build = group.exchange("the state", self.build if known else fresh["build"])[0]
+        if not known or self.build != build:
+            self._values = fresh | {"build": build}
             self._commit()
 
     def __getitem__(self, name: str) -> int:
@@ -146,14 +253,20 @@ class _State:
 
 
 def _sample(
-    folder: Path, source: Source, config: IndexConfig, state: _State, progress: bool | None
+    folder: Path,
+    source: Source,
+    config: IndexConfig,
+    state: _State,
+    group: Group,
+    progress: bool | None,
 ) -> None:
     """Encode the training sample: float16 values in `sample.npy`, lengths beside them."""
-    ids = _sample_ids(source, config)
+    ids = _sample_ids(source, config, group)
     tokens, documents = state["sample_tokens"], state["sample_documents"]
+    name = _part("sample", group.index, group.count)
     with (
-        fmt.ArrayWriter(folder / "sample.npy", np.float16, (source.dim,), tokens) as values,
-        fmt.ArrayWriter(folder / "sample_lengths.npy", np.int64, (), documents) as lengths,
+        fmt.ArrayWriter(folder / f"{name}.npy", np.float16, (source.dim,), tokens) as values,
+        fmt.ArrayWriter(folder / f"{name}.lengths.npy", np.int64, (), documents) as lengths,
         progress_bar(len(ids), "encoding the sample", "doc", progress) as bar,
     ):
         bar.update(documents)
@@ -164,6 +277,8 @@ def _sample(
             values.sync()
             lengths.sync()
             state.update(sample_documents=lengths.rows, sample_tokens=values.rows)
+            group.check()
+    group.exchange("the sample")
 
 
 def _check_finite(encoded: DocumentEmbeddings) -> None:
@@ -178,20 +293,46 @@ def _rest(chunks: list[np.ndarray], done: int) -> list[np.ndarray]:
     return chunks[int(np.searchsorted(starts, done)) :]
 
 
-def _sample_ids(source: Source, config: IndexConfig) -> np.ndarray:
+def _sample_ids(source: Source, config: IndexConfig, group: Group) -> np.ndarray:
+    """The sampled documents of this process's share, ascending."""
     rng = np.random.default_rng(config.seed)
     size = sample_size_for(source.num_documents)
-    return np.sort(rng.choice(source.num_documents, size, replace=False))
+    ids = np.sort(rng.choice(source.num_documents, size, replace=False))
+    start, stop = source.share(group)
+    return ids[(ids >= start) & (ids < stop)]
 
 
 def _train(
-    folder: Path, source: Source, config: IndexConfig, state: _State, progress: bool | None
+    folder: Path,
+    source: Source,
+    config: IndexConfig,
+    state: _State,
+    group: Group,
+    mesh: Mesh | None,
+    progress: bool | None,
 ) -> ResidualCodec:
     """Centroids from the sample, bucket statistics from a part of it that was held out."""
     files = [folder / f"{f.name}.npy" for f in dataclasses.fields(ResidualCodec)]
-    if state["trained"]:
-        return ResidualCodec(*(jnp.asarray(np.load(file)) for file in files))
-    points = np.load(folder / "sample.npy", mmap_mode="r")
+    if not group.exchange("training", state["trained"])[0]:
+        points = _SampleRows(folder, group.count).array()
+        codec = _train_codec(points, source.num_documents, config, group, mesh, progress)
+        if codec is not None:
+            for file, field in zip(files, dataclasses.fields(ResidualCodec), strict=True):
+                fmt.write_array(file, np.asarray(getattr(codec, field.name)))
+            state.update(trained=1)
+    group.exchange("the codec")
+    return ResidualCodec(*(jnp.asarray(np.load(file)) for file in files))
+
+
+def _train_codec(
+    points: Any,
+    num_documents: int,
+    config: IndexConfig,
+    group: Group,
+    mesh: Mesh | None,
+    progress: bool | None,
+) -> ResidualCodec | None:
+    """The codec, in the first process; the others only help with the centroids."""
     n = len(points)
     if n == 0:
         raise ValueError("nothing to index: no sampled document has a token")
@@ -199,8 +340,8 @@ def _train(
     held_out = np.zeros(n, bool)
     held_out[rng.choice(n, max(1, min(n // 20, _HELD_OUT)), replace=False)] = True
     rows = np.flatnonzero(~held_out) if n > 1 else np.zeros(1, np.int64)
-    per_document = n / sample_size_for(source.num_documents)
-    num_centroids = config.num_centroids or num_centroids_for(source.num_documents * per_document)
+    per_document = n / sample_size_for(num_documents)
+    num_centroids = config.num_centroids or num_centroids_for(num_documents * per_document)
     if num_centroids >= len(rows):  # tiny: every point can be its own centroid
         rows = np.arange(n)
     centroids = train_kmeans(
@@ -211,56 +352,95 @@ def _train(
         max_points_per_centroid=config.max_points_per_centroid,
         seed=config.seed,
         progress=progress,
+        mesh=mesh,
+        group=group,
     )
+    if not group.is_first:
+        return None
     # Stanford's index files keep centroids as float16. Rounding before residuals are taken makes an
     # index convertible without loss.
     centroids = centroids.astype(np.float16).astype(np.float32)
-    codec = train_codec(centroids, points[held_out], config.nbits)
-    for file, field in zip(files, dataclasses.fields(ResidualCodec), strict=True):
-        fmt.write_array(file, np.asarray(getattr(codec, field.name)))
-    state.update(trained=1)
-    return codec
+    return train_codec(centroids, points[np.flatnonzero(held_out)], config.nbits, config.buckets)
+
+
+class _SampleRows:
+    """The sample of all processes, one part after the other."""
+
+    def __init__(self, folder: Path, count: int):
+        names = [_part("sample", i, count) for i in range(count)]
+        self._parts = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
+        self._offsets = offsets_from_lengths(np.array([len(part) for part in self._parts]))
+
+    def array(self) -> Any:
+        """The one part as the array it is, several as rows that are read when asked for."""
+        return self._parts[0] if len(self._parts) == 1 else self
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """float16[m, D], the rows of an ascending int array."""
+        cuts = np.searchsorted(rows, self._offsets)
+        return np.concatenate(
+            [
+                part[rows[cuts[i] : cuts[i + 1]] - self._offsets[i]]
+                for i, part in enumerate(self._parts)
+            ]
+        )
 
 
 def _compress(
-    folder: Path, source: Source, codec: ResidualCodec, state: _State, progress: bool | None
+    folder: Path,
+    source: Source,
+    codec: ResidualCodec,
+    state: _State,
+    group: Group,
+    mesh: Mesh | None,
+    progress: bool | None,
 ) -> None:
-    """Codes and residuals of all documents; those of the sample are not encoded again."""
+    """Codes and residuals of this process's documents; the sample's are not encoded again."""
     config = IndexConfig(**state.key["settings"])
     tokens, documents = state["tokens"], state["documents"]
     row = (source.dim * codec.nbits // 8,)
-    sample = _Sample(folder, _sample_ids(source, config))
-    chunks = _rest(source.chunks(np.arange(source.num_documents)), documents)
+    sample = _Sample(folder, _sample_ids(source, config, group), group)
+    start, stop = source.share(group)
+    chunks = _rest(source.chunks(np.arange(start, stop)), documents)
     silent = progress_bar(None, "", "doc", False)
     fresh = (np.array([i for i in chunk if i not in sample], int) for chunk in chunks)
+
+    def file(name: str) -> Path:
+        return folder / f"{_part(name, group.index, group.count)}.npy"
+
     with (
-        fmt.ArrayWriter(folder / "codes.npy", np.int32, (), tokens) as codes,
-        fmt.ArrayWriter(folder / "residuals.npy", np.uint8, row, tokens) as residuals,
-        fmt.ArrayWriter(folder / "lengths.npy", np.int64, (), documents) as lengths,
-        progress_bar(source.num_documents, "compressing", "doc", progress) as bar,
+        fmt.ArrayWriter(file("codes"), np.int32, (), tokens) as codes,
+        fmt.ArrayWriter(file("residuals"), np.uint8, row, tokens) as residuals,
+        fmt.ArrayWriter(file("lengths"), np.int64, (), documents) as lengths,
+        progress_bar(stop - start, "compressing", "doc", progress) as bar,
     ):
         bar.update(documents)
         for chunk, new in zip(chunks, source.encode(fresh, silent), strict=True):
             _check_finite(new)
             rows = iter(new)
             values = [sample[i] if i in sample else next(rows) for i in chunk]
-            packed = compress(codec, np.concatenate(values).astype(np.float16))
+            packed = compress(codec, np.concatenate(values).astype(np.float16), mesh)
             codes.append(packed[0])
             residuals.append(packed[1])
             lengths.append(np.array([len(value) for value in values]))
             for writer in (codes, residuals, lengths):
                 writer.sync()
             state.update(tokens=codes.rows, documents=lengths.rows)
+            group.check()
             bar.update(len(chunk))
 
 
 class _Sample:
-    """The sampled documents' embeddings by document id."""
+    """The sampled documents' embeddings by document id, of this process's share."""
 
-    def __init__(self, folder: Path, ids: np.ndarray):
+    def __init__(self, folder: Path, ids: np.ndarray, group: Group):
+        name = _part("sample", group.index, group.count)
         self._ids = ids
-        self._values = np.load(folder / "sample.npy", mmap_mode="r")
-        self._offsets = offsets_from_lengths(np.load(folder / "sample_lengths.npy"))
+        self._values = np.load(folder / f"{name}.npy", mmap_mode="r")
+        self._offsets = offsets_from_lengths(np.load(folder / f"{name}.lengths.npy"))
 
     def _place(self, i: int) -> int:
         return int(np.searchsorted(self._ids, i))
@@ -275,64 +455,135 @@ class _Sample:
 
 
 def _finish(
-    folder: Path,
-    source: Source,
-    codec: ResidualCodec,
-    key: dict[str, Any],
-    columns: dict[str, int | None],
+    folder: Path, source: Source, codec: ResidualCodec, state: _State, group: Group
 ) -> None:
-    """Offsets, inverted lists, metadata."""
+    """Inverted lists of each process's documents; then, in the first, everything joined."""
+    suffix = _part("", group.index, group.count)
+    entries = write_inverted_lists(
+        folder,
+        np.load(folder / f"codes{suffix}.npy", mmap_mode="r"),
+        offsets_from_lengths(np.load(folder / f"lengths{suffix}.npy")),
+        len(codec.centroids),
+        first=source.share(group)[0],
+        suffix=suffix,
+    )
+    group.exchange("the inverted lists")
+    if not group.is_first:
+        return
+    if group.count > 1:
+        suffixes = [_part("", i, group.count) for i in range(group.count)]
+        for name in ("codes", "residuals", "lengths"):
+            _join(folder, name, suffixes)
+        entries = join_inverted_lists(folder, suffixes)
     lengths = np.load(folder / "lengths.npy")
-    offsets = offsets_from_lengths(lengths)
-    fmt.write_array(folder / "offsets.npy", offsets)
-    codes = np.load(folder / "codes.npy", mmap_mode="r")
-    entries = write_inverted_lists(folder, codes, offsets, len(codec.centroids))
-    kept = {name: size for name, size in columns.items() if size is not None}
+    fmt.write_array(folder / "offsets.npy", offsets_from_lengths(lengths))
+    kept = {name: size for name, size in state.key["columns"].items() if size is not None}
     metadata = {
         "format_version": fmt.FORMAT_VERSION,
-        "build": uuid.uuid4().hex,
+        "build": state.build,
         "num_documents": source.num_documents,
         "num_empty_documents": int((lengths == 0).sum()),
-        "num_tokens": len(codes),
+        "num_tokens": int(lengths.sum()),
         "num_centroids": len(codec.centroids),
         "num_list_entries": entries,
         "dim": source.dim,
         "nbits": codec.nbits,
-        "settings": key["settings"],
-        "model": key["model"],
+        "settings": state.key["settings"],
+        "model": state.key["model"],
         "text_columns": sorted(kept),
         **{f"num_{name}_bytes": size for name, size in kept.items()},
     }
     names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
     metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
     fmt.write_json(folder / fmt.METADATA, metadata)
+    state.update(finished=1)
 
 
-def _tidy(folder: Path) -> None:
+def _join(folder: Path, name: str, suffixes: list[str]) -> None:
+    """One array from its parts, a block of rows at a time."""
+    parts = [np.load(folder / f"{name}{suffix}.npy", mmap_mode="r") for suffix in suffixes]
+    with fmt.ArrayWriter(folder / f"{name}.npy", parts[0].dtype, parts[0].shape[1:]) as writer:
+        for part in parts:
+            for start in range(0, len(part), _JOINED):
+                writer.append(part[start : start + _JOINED])
+
+
+def _tidy(folder: Path, group: Group) -> None:
     """Delete what an index does not need; the state goes last, after publishing."""
     metadata = json.loads((folder / fmt.METADATA).read_text("utf-8"))
-    kept = {f"{name}.npy" for name in fmt.array_specs(metadata)} | {fmt.METADATA, _STATE}
+    kept = {f"{name}.npy" for name in fmt.array_specs(metadata)}
+    kept |= {fmt.METADATA, *_states(group)}
     for file in folder.iterdir():
         if file.name not in kept:
             file.unlink()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the building folder; the system lets go of it when the process ends, however it ends."""
+def _locked(folder: Path, group: Group | None = None) -> Iterator[None]:
+    """Make the building folder and hold it; the system lets go of it when the process ends.
+
+    What is locked is a file beside it. The first process makes sure that nobody is there; then all
+    of the group share the lock, so that it is held until the last of them has ended, however it
+    ends. The last one deletes the file.
+    """
+    group = Group() if group is None else group
+    file = folder.with_name(folder.name + ".lock")
+    descriptor = None
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The folder that was opened may have been published meanwhile.
-        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise BlockingIOError
+        if group.is_first:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _take(file, shared=False)
+            folder.mkdir(exist_ok=True)
+            if descriptor is not None and group.count > 1:
+                _flock(descriptor, shared=True)
+        has_locks = group.exchange("the lock", descriptor is not None)[0]
+        if not group.is_first:
+            _await(folder.is_dir, folder, group)
+            descriptor = _take(file, shared=True) if has_locks else None
+        group.exchange("all locks")
         yield
     except BlockingIOError:
         raise RuntimeError(f"{folder}: another process is building this index") from None
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # somebody else of the group is still there
+                _flock(descriptor, shared=False)
+                file.unlink()
+            os.close(descriptor)
+
+
+def _take(file: Path, *, shared: bool) -> int | None:
+    """A descriptor that holds the lock on a file; None where there are no locks.
+
+    Raises BlockingIOError if somebody else holds it.
+    """
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:  # Windows
+        return None
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(descriptor, shared=shared)
+            # Who held it before may have deleted it since it was opened.
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            os.close(descriptor)
+            file.unlink(missing_ok=True)
+            warnings.warn(
+                f"{file}: this file system has no locks ({error}); make sure that nobody else "
+                "builds here",
+                stacklevel=2,
+            )
+            return None
+
+
+def _flock(descriptor: int, *, shared: bool) -> None:
+    import fcntl
+
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.index.format import write_array
+from colbert_jax.index.format import ArrayWriter, write_array
 
 _TOKENS = 1 << 20  # tokens inverted at a time
+_ENTRIES = 1 << 20  # entries joined at a time
 
 
 def write_inverted_lists(
-    folder: Path, codes: np.ndarray, offsets: np.ndarray, num_centroids: int
+    folder: Path,
+    codes: np.ndarray,
+    offsets: np.ndarray,
+    num_centroids: int,
+    *,
+    first: int = 0,
+    suffix: str = "",
 ) -> int:
     """Write `lists.npy` and `list_offsets.npy`; returns the number of entries.
 
@@ -23,22 +30,54 @@ def write_inverted_lists(
     Args:
       codes: int32[T], may be mapped.
       offsets: int64[N+1].
+      first: the id of the first of these documents.
+      suffix: of the files' names, for lists to be joined.
     """
     sizes = np.zeros(num_centroids, np.int64)
     for centroids, _ in _pairs(codes, offsets):
         sizes += np.bincount(centroids, minlength=num_centroids)
     list_offsets = offsets_from_lengths(sizes)
     total = int(list_offsets[-1])
-    lists = np.lib.format.open_memmap(folder / "lists.npy", "w+", np.int32, (total,))
+    file = folder / f"lists{suffix}.npy"
+    lists = np.lib.format.open_memmap(file, "w+", np.int32, (total,))
     free = list_offsets[:-1].copy()
     for centroids, documents in _pairs(codes, offsets):
         counts = np.bincount(centroids, minlength=num_centroids)
-        first = np.cumsum(counts) - counts  # where each centroid's run starts in this block
-        lists[free[centroids] + np.arange(len(centroids)) - first[centroids]] = documents
+        start = np.cumsum(counts) - counts  # where each centroid's run starts in this block
+        places = free[centroids] + np.arange(len(centroids)) - start[centroids]
+        lists[places] = documents + first
         free += counts
     lists.flush()
-    write_array(folder / "list_offsets.npy", list_offsets)
+    write_array(folder / f"list_offsets{suffix}.npy", list_offsets)
     return total
+
+
+def join_inverted_lists(folder: Path, suffixes: Sequence[str]) -> int:
+    """Join lists of consecutive ranges of documents; returns the number of entries.
+
+    Centroid by centroid the ranges' lists one after the other, a block of centroids at a time.
+    """
+    lists = [np.load(folder / f"lists{suffix}.npy", mmap_mode="r") for suffix in suffixes]
+    offsets = np.stack([np.load(folder / f"list_offsets{suffix}.npy") for suffix in suffixes])
+    joined = offsets.sum(axis=0)
+    last = len(joined) - 1
+    with ArrayWriter(folder / "lists.npy", np.int32) as writer:
+        start = 0
+        while start < last:
+            stop = int(np.searchsorted(joined, joined[start] + _ENTRIES, side="right")) - 1
+            stop = min(max(stop, start + 1), last)
+            block = np.empty(joined[stop] - joined[start], np.int32)
+            free = joined[start:stop] - joined[start]
+            for part, own in zip(lists, offsets, strict=True):
+                sizes = np.diff(own[start : stop + 1])
+                # Entry j of a centroid's run goes to place j of its free room.
+                shift = np.repeat(free - (own[start:stop] - own[start]), sizes)
+                block[shift + np.arange(len(shift))] = part[own[start] : own[stop]]
+                free += sizes
+            writer.append(block)
+            start = stop
+    write_array(folder / "list_offsets.npy", joined)
+    return int(joined[-1])
 
 
 def _pairs(codes: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,9 +1,11 @@
-"""Where an index's token embeddings come from: a model and passages, or ready arrays."""
+"""Where an index's token embeddings come from: a model and passages, or ready arrays.
+
+In a group of processes each encodes a contiguous share of the documents, about equal in tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +14,7 @@ import numpy as np
 
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index.format import Strings, StringWriter, delete_strings
+from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
 CHUNK_TOKENS = 1 << 18  # tokens between two commits of a build: its memory, and what a kill loses
@@ -24,6 +27,21 @@ class Source(Protocol):
     dim: int
     fingerprint: str  # of the content: equal content, equal fingerprint
 
+    def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
+        """Read and check what is to be indexed; nothing else may be called before.
+
+        Args:
+          folder: the building folder, shared by the group, into which it may spool.
+
+        Raises:
+          ValueError, TypeError: bad input, named.
+        """
+        ...
+
+    def share(self, group: Group) -> tuple[int, int]:
+        """The documents of this process: from the first up to, not with, the second."""
+        ...
+
     def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         """Cut ascending document ids into runs of about `CHUNK_TOKENS` tokens."""
         ...
@@ -34,10 +52,13 @@ class Source(Protocol):
 
 
 class EmbeddingSource:
-    """Ready token embeddings: values [T, D], in memory or mapped, and lengths [N]."""
+    """Ready token embeddings: values [T, D], in memory or mapped, and lengths [N].
+
+    Every process of a group has all of them, best as a mapped file, and reads its own share.
+    """
 
     def __init__(self, values: Any, lengths: Any):
-        """Raises ValueError for arrays that do not fit together or are no unit embeddings."""
+        """Raises ValueError for arrays that do not fit together."""
         values, lengths = np.asarray(values), np.asarray(lengths)
         if values.dtype.name == "bfloat16":
             values = values.astype(np.float32)
@@ -56,9 +77,13 @@ class EmbeddingSource:
             raise ValueError("nothing to index: no document has a token")
         self.num_documents, self.dim = len(lengths), values.shape[1]
         self._values, self._offsets = values, offsets_from_lengths(lengths)
+
+    def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
+        """Raises ValueError for a row of another length than one."""
+        first, last = (int(self._offsets[i]) for i in self.share(group))
         digest = hashlib.sha256(self._offsets.tobytes())
-        for start in range(0, len(values), _CHECK_ROWS):
-            block = np.ascontiguousarray(values[start : start + _CHECK_ROWS])
+        for start in range(first, last, _CHECK_ROWS):
+            block = np.ascontiguousarray(self._values[start : min(start + _CHECK_ROWS, last)])
             norms = np.linalg.norm(block.astype(np.float32), axis=1)
             bad = np.flatnonzero(~(np.abs(norms - 1) <= _UNIT_TOLERANCE))
             if len(bad):
@@ -69,7 +94,11 @@ class EmbeddingSource:
                     "token embeddings must have unit length: divide each by its norm"
                 )
             digest.update(block.tobytes())
-        self.fingerprint = digest.hexdigest()
+        parts = group.exchange("the check of the embeddings", digest.hexdigest())
+        self.fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def share(self, group: Group) -> tuple[int, int]:
+        return _share(self._offsets, group)
 
     def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         return _cut(ids, np.diff(self._offsets)[ids])
@@ -82,41 +111,34 @@ class EmbeddingSource:
 
 
 class PassageSource:
-    """Passages, spooled to the building folder as they come, and the model that embeds them."""
+    """Passages, spooled to the building folder as they come, and the model that embeds them.
 
-    def __init__(self, model: Any, passages: Iterable[str], folder: Path, show: bool | None):
-        """Reads all passages once. Raises ValueError or TypeError naming one that is no text."""
-        self._model, self.dim = model, model.dim
-        digest = hashlib.sha256()
-        sizes = array("l")
-        total = len(passages) if isinstance(passages, Sized) else None
-        with (
-            StringWriter(folder, "text") as writer,
-            progress_bar(total, "reading passages", "doc", show) as bar,
-        ):
-            for block in _blocks(passages, 1024):
-                for i, text in enumerate(block, len(sizes)):
-                    if not isinstance(text, str):
-                        raise TypeError(f"passage {i} must be a string, got {type(text).__name__}")
-                    try:
-                        encoded = text.encode("utf-8")
-                    except UnicodeEncodeError as error:
-                        raise ValueError(f"passage {i} is not valid Unicode: {error}") from None
-                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
-                sizes.extend(map(len, block))
-                writer.extend(block)
-                bar.update(len(block))
-        self.num_text_bytes = writer.num_bytes
-        self.num_documents = len(sizes)
-        if not sizes:
-            raise ValueError("the collection is empty: nothing to index")
-        self.fingerprint = digest.hexdigest()
-        # A token is seldom under three characters, and none are encoded beyond doc_maxlen; but
-        # very long texts must not meet in one chunk either.
-        longest, characters = model.config.text.doc_maxlen, np.array(sizes, np.int64)
-        self._estimates = np.maximum(np.minimum(characters // 3 + 3, longest), characters // 64)
+    Only the first process of a group reads them; the others read its spool.
+    """
+
+    def __init__(self, model: Any, passages: Iterable[str]):
+        self._model, self._passages, self.dim = model, passages, model.dim
+
+    def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
+        """Raises ValueError or TypeError naming a passage that is no text."""
+        known = None
+        if group.is_first:
+            with StringWriter(folder, "text") as writer:
+                digest, count = _spool(self._passages, writer, show)
+            known = digest, count, writer.num_bytes
+        self.fingerprint, self.num_documents, self.num_text_bytes = group.exchange(
+            "the passages", known
+        )[0]
+        # A token is seldom under three bytes, and none are encoded beyond doc_maxlen; but very long
+        # texts must not meet in one chunk either.
+        offsets = np.load(folder / "text_offsets.npy", mmap_mode="r")
+        longest, size = self._model.config.text.doc_maxlen, np.diff(offsets)
+        self._estimates = np.maximum(np.minimum(size // 3 + 3, longest), size // 64)
         data = np.load(folder / "texts.npy", mmap_mode="r" if self.num_text_bytes else None)
-        self._texts = Strings(data, np.load(folder / "text_offsets.npy", mmap_mode="r"))
+        self._texts = Strings(data, offsets)
+
+    def share(self, group: Group) -> tuple[int, int]:
+        return _share(offsets_from_lengths(self._estimates), group)
 
     def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         return _cut(ids, self._estimates[ids])
@@ -124,6 +146,35 @@ class PassageSource:
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
         windows = ([self._texts[i] for i in ids] for ids in chunks)
         return self._model.encode_windows(windows, bar)
+
+
+def _spool(passages: Iterable[str], writer: StringWriter, show: bool | None) -> tuple[str, int]:
+    """Write all passages; returns a hash of them and their number."""
+    digest, count = hashlib.sha256(), 0
+    total = len(passages) if isinstance(passages, Sized) else None
+    with progress_bar(total, "reading passages", "doc", show) as bar:
+        for block in _blocks(passages, 1024):
+            for i, text in enumerate(block, count):
+                if not isinstance(text, str):
+                    raise TypeError(f"passage {i} must be a string, got {type(text).__name__}")
+                try:
+                    encoded = text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"passage {i} is not valid Unicode: {error}") from None
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+            writer.extend(block)
+            count += len(block)
+            bar.update(len(block))
+    if not count:
+        raise ValueError("the collection is empty: nothing to index")
+    return digest.hexdigest(), count
+
+
+def _share(offsets: np.ndarray, group: Group) -> tuple[int, int]:
+    """Where the running sum of tokens [N+1] passes this process's equal part of all."""
+    wanted = [int(offsets[-1]) * i // group.count for i in (group.index, group.index + 1)]
+    start, stop = np.searchsorted(offsets[:-1], wanted)
+    return int(start), len(offsets) - 1 if group.index == group.count - 1 else int(stop)
 
 
 class Pids(NamedTuple):

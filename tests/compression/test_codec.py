@@ -16,8 +16,15 @@ from colbert_jax.compression.codec import (
     train_codec,
     unpack,
 )
+from colbert_jax.compression.sharding import data_mesh
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "stanford_codec.npz")
+
+
+@pytest.fixture(params=["default", "mesh"])
+def mesh(request):
+    """None, for which a CPU may have a way of its own, and a mesh of one device."""
+    return None if request.param == "default" else data_mesh()
 
 
 @pytest.mark.parametrize(
@@ -58,10 +65,10 @@ def golden_codec(nbits: int, prefix: str = "") -> ResidualCodec:
 
 
 @pytest.mark.parametrize("nbits", [1, 2, 4, 8])
-def test_equals_stanford(nbits):
+def test_equals_stanford(nbits, mesh):
     """Codes and bytes bit for bit, decompressed embeddings to rounding."""
     codec = golden_codec(nbits)
-    codes, residuals = compress(codec, GOLDEN[f"b{nbits}_inputs"])
+    codes, residuals = compress(codec, GOLDEN[f"b{nbits}_inputs"], mesh)
     np.testing.assert_array_equal(codes, GOLDEN[f"b{nbits}_codes"])
     np.testing.assert_array_equal(residuals, GOLDEN[f"b{nbits}_residuals"])
     values = decompress(codec, jnp.asarray(codes), jnp.asarray(residuals))
@@ -69,16 +76,46 @@ def test_equals_stanford(nbits):
     assert codec.nbits == nbits
 
 
-def test_a_value_at_a_cutoff_stays_below_it():
-    _, residuals = compress(golden_codec(2, "b2tie"), GOLDEN["b2_inputs"])
+def test_a_value_at_a_cutoff_stays_below_it(mesh):
+    _, residuals = compress(golden_codec(2, "b2tie"), GOLDEN["b2_inputs"], mesh)
     np.testing.assert_array_equal(residuals, GOLDEN["b2tie_residuals"])
 
 
 @pytest.mark.parametrize("nbits", [1, 2, 4, 8])
 def test_statistics_equal_stanford(nbits):
-    codec = train_codec(GOLDEN[f"b{nbits}_centroids"], GOLDEN[f"b{nbits}_inputs"], nbits)
+    points = GOLDEN[f"b{nbits}_inputs"]
+    codec = train_codec(GOLDEN[f"b{nbits}_centroids"], points, nbits, "quantile")
     for name in ("bucket_cutoffs", "bucket_weights"):
         np.testing.assert_allclose(getattr(codec, name), GOLDEN[f"b{nbits}_{name}"], atol=1e-7)
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_optimal_buckets_have_the_smallest_error(nbits):
+    rng = np.random.default_rng(nbits)
+    centroids, points = unit_rows(rng, 8, 32), unit_rows(rng, 400, 32)
+    codec = train_codec(centroids, points, nbits)
+    codes = np.argmax(points @ centroids.T, axis=1)
+    residuals = (points - centroids[codes]).ravel()
+    cutoffs, weights = np.asarray(codec.bucket_cutoffs), np.asarray(codec.bucket_weights)
+    np.testing.assert_allclose(cutoffs, (weights[1:] + weights[:-1]) / 2, atol=1e-6)
+
+    def error(weights):
+        return np.square(residuals - weights[np.searchsorted(cutoffs, residuals)]).mean()
+
+    quantile = train_codec(centroids, points, nbits, "quantile")
+    places = np.searchsorted(np.asarray(quantile.bucket_cutoffs), residuals)
+    theirs = np.square(residuals - np.asarray(quantile.bucket_weights)[places]).mean()
+    assert error(weights) < 0.97 * theirs
+    for step in (-0.01, 0.01):  # no single weight is better elsewhere
+        for i in range(len(weights)):
+            moved = weights.copy()
+            moved[i] += step * np.ptp(weights)
+            assert error(weights) <= error(moved) + 1e-9
+
+
+def test_unknown_buckets_are_named():
+    with pytest.raises(ValueError, match="buckets must be one of"):
+        train_codec(np.eye(8, dtype=np.float32), np.eye(8, dtype=np.float32), 2, "best")
 
 
 def test_more_bits_less_error():
@@ -94,12 +131,26 @@ def test_more_bits_less_error():
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
-def test_blocks_are_seamless(monkeypatch):
+def test_blocks_are_seamless(monkeypatch, mesh):
     codec, points = golden_codec(2), GOLDEN["b2_inputs"]
     monkeypatch.setattr("colbert_jax.compression.codec._BLOCK", 13)
-    codes, residuals = compress(codec, points)
+    codes, residuals = compress(codec, points, mesh)
     np.testing.assert_array_equal(codes, GOLDEN["b2_codes"])
     np.testing.assert_array_equal(residuals, GOLDEN["b2_residuals"])
+
+
+@pytest.mark.parametrize("n", [1, 21, 700])
+def test_devices_change_nothing(eight_devices, monkeypatch, n):
+    monkeypatch.setattr("colbert_jax.compression.codec._BLOCK", 32)
+    rng = np.random.default_rng(0)
+    codec = train_codec(unit_rows(rng, 50, 32), unit_rows(rng, 200, 32), 2)
+    points = unit_rows(rng, n, 32)
+    one, two, eight = (compress(codec, points, data_mesh(eight_devices[:n])) for n in (1, 2, 8))
+    for ours in (two, eight):
+        np.testing.assert_array_equal(ours[0], one[0])
+        np.testing.assert_array_equal(ours[1], one[1])
+    nearest = (points @ np.asarray(codec.centroids).T).argmax(axis=1)
+    np.testing.assert_array_equal(one[0], nearest)
 
 
 def test_dimensions_that_do_not_fill_bytes():

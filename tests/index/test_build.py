@@ -19,7 +19,7 @@ from support import unit_rows
 from colbert_jax import Index
 from colbert_jax.index import build, sources
 from colbert_jax.index import format as fmt
-from colbert_jax.index.inverted import write_inverted_lists
+from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 
 ARRAYS = ("centroids", "codes", "residuals", "offsets", "lists", "list_offsets")
 
@@ -86,6 +86,29 @@ def test_inverted_lists_in_blocks(tmp_path, monkeypatch):
         files.append((tmp_path / "lists.npy").read_bytes())
         assert len(np.load(tmp_path / "lists.npy")) == total
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_joined_inverted_lists(tmp_path, monkeypatch, block):
+    """Lists of four ranges of documents, one of them empty, joined: those of all documents."""
+    monkeypatch.setattr("colbert_jax.index.inverted._ENTRIES", block)
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, 20, 50)
+    codes = rng.integers(0, 13, lengths.sum()).astype(np.int32)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    total = write_inverted_lists(tmp_path, codes, offsets, 15)
+    names = ("lists.npy", "list_offsets.npy")
+    expected = [np.load(tmp_path / name) for name in names]
+    bounds = [0, 20, 20, 33, 50]
+    for part in range(4):
+        start, stop = bounds[part : part + 2]
+        own = offsets[start : stop + 1]
+        write_inverted_lists(
+            *(tmp_path, codes[own[0] : own[-1]], own - own[0], 15), first=start, suffix=f".{part}"
+        )
+    assert join_inverted_lists(tmp_path, [f".{part}" for part in range(4)]) == total
+    for name, array in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(np.load(tmp_path / name), array)
 
 
 def test_seeded(tmp_path):
@@ -243,9 +266,23 @@ def test_sigkill(tmp_path):
 
 def test_two_builders_do_not_mix(tmp_path):
     folder = fmt.building_folder(tmp_path / "i")
-    folder.mkdir()
-    with build._locked(folder), pytest.raises(RuntimeError, match="another process is building"):
+    with build._locked(folder):
+        assert folder.is_dir()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="another process is building"):
+                Index.build(tmp_path / "i", **ready())
+    Index.build(tmp_path / "i", **ready())
+    assert [file.name for file in tmp_path.iterdir()] == ["i"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(descriptor, *, shared):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(build, "_flock", flock)
+    with pytest.warns(UserWarning, match=r"has no locks \(no locks available\); make sure"):
         Index.build(tmp_path / "i", **ready())
+    assert [file.name for file in tmp_path.iterdir()] == ["i"]
 
 
 def test_readers_meet_the_old_index_or_the_new_one(tmp_path):
@@ -321,7 +358,7 @@ model = ColBERT.from_pretrained(sys.argv[1])
 index = Index.build(sys.argv[2], model, ["heat flow", "the dog", "a river bank"])
 queries = model.encode_queries(["heat flow"])
 for exact in (False, True):
-    assert index.search(queries, k=3, exact=exact).ids[0, 0] == 0
+    assert index.search(queries, k=3, recall="exact" if exact else None).ids[0, 0] == 0
 assert model.rank("heat flow", ["the dog", "heat flow"]).ids[0] == 1
 """
 

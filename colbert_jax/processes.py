@@ -1,0 +1,134 @@
+"""The processes of one `jax.distributed` job that do one thing together.
+
+They talk through the job's coordination service, not through its devices: a process may be late by
+hours, and one that failed can say so, where a collective of devices would time out or wait forever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+_POLL = 2.0  # seconds between two looks at whether another process has failed
+_START = 600.0  # seconds that the first meeting waits for the other processes
+_jobs = itertools.count()
+
+
+class PeerError(RuntimeError):
+    """Another process of the group failed; its own error says why."""
+
+
+class Group:
+    """`count` processes, of which this one is `index`. A group of one never waits."""
+
+    def __init__(self, index: int = 0, count: int = 1, client: Any = None, name: str = ""):
+        """`client` is the coordination service's, `name` what nobody else there uses."""
+        self.index, self.count = index, count
+        self._client, self._name = client, name
+        self._steps = itertools.count()
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def exchange(self, what: str, value: Any = None, seconds: float | None = None) -> list[Any]:
+        """Every process's value (JSON), by process; none goes on before all have come here.
+
+        Args:
+          what: what is waited for, for errors; the same in every process.
+          seconds: give up after so long; None: wait as long as the other processes live.
+
+        Raises:
+          PeerError: another process has failed, or is doing something else.
+          TimeoutError: another process did not come in time.
+        """
+        if self.count == 1:
+            return [value]
+        place = f"{self._name}/{next(self._steps)}"
+        end = None if seconds is None else time.monotonic() + seconds
+        # The first process collects, the others wait for its answer: 2 n messages, not n^2.
+        if not self.is_first:
+            self._client.key_value_set(f"{place}/{self.index}", json.dumps([what, value]))
+            return json.loads(self._wait(f"{place}/all", what, 0, end))
+        values = [value]
+        for other in range(1, self.count):
+            came, theirs = json.loads(self._wait(f"{place}/{other}", what, other, end))
+            if came != what:
+                error = PeerError(
+                    f"process 0 is at {what!r}, process {other} at {came!r}: every process must "
+                    "make the same calls with the same arguments"
+                )
+                self.fail(error)
+                raise error
+            values.append(theirs)
+        self._client.key_value_set(f"{place}/all", json.dumps(values))
+        return values
+
+    def check(self) -> None:
+        """Raise PeerError if another process has failed; returns at once."""
+        if self.count == 1:
+            return
+        for key, error in self._client.key_value_dir_get(f"{self._name}/failed/"):
+            other = int(key.rsplit("/", 1)[1])
+            if other != self.index:
+                raise PeerError(f"process {other} failed: {error}")
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other processes, who find out where they next wait or check."""
+        if self.count > 1:
+            text = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._client.key_value_set(f"{self._name}/failed/{self.index}", text, True)
+
+    def _wait(self, key: str, what: str, other: int, end: float | None) -> str:
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, int(1000 * _POLL))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            self.check()
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(
+                    f"process {other} did not come to {what!r}: under jax.distributed every "
+                    f"process must make this call ({self.count} processes)"
+                )
+
+
+@contextlib.contextmanager
+def group(what: str) -> Iterator[Group]:
+    """All processes of the job for the length of a block; an error in one ends it in all.
+
+    Raises:
+      PeerError, TimeoutError: another process failed, or did not come within 10 minutes.
+      RuntimeError: several processes without `jax.distributed.initialize`.
+    """
+    if jax.process_count() == 1:
+        yield Group()
+        return
+    # The one thing here without a public name; checkpointing libraries use it as well.
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError(
+            f"{jax.process_count()} processes, but no coordination service: call "
+            "jax.distributed.initialize() first"
+        )
+    # Every process makes the same calls in the same order, so that they count alike.
+    name = f"colbert_jax/{next(_jobs)}"
+    together = Group(jax.process_index(), jax.process_count(), client, name)
+    try:
+        together.exchange(what, seconds=_START)
+        yield together
+    except PeerError:
+        raise
+    except BaseException as error:
+        together.fail(error)
+        raise

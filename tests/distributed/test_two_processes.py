@@ -1,0 +1,154 @@
+"""Two real processes on loopback under `jax.distributed`, one device each."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import passages, unit_rows
+
+from colbert_jax import Index
+from colbert_jax.compression.sharding import data_mesh
+from colbert_jax.config import IndexConfig
+from colbert_jax.index import format as fmt
+from colbert_jax.index import sources
+from colbert_jax.index.build import build_index
+
+ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
+ARRAYS += ("lists", "list_offsets")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, stanford_folder) -> Path:
+    """What the two processes of `worker.py` leave behind."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "checkpoint").symlink_to(stanford_folder)
+    (folder / "passages.txt").write_text("\n".join(passages(200, longest=6)))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 12, 500)
+    lengths[-1] = 3
+    np.save(folder / "values.npy", unit_rows(rng, lengths.sum(), 16))
+    np.save(folder / "lengths.npy", lengths)
+    with socket.socket() as reserved:
+        # Bound and not listening: kept from everybody but the coordinator, which shares ports.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        # One process is told its place, the other finds it as under Slurm.
+        told = {"COORDINATOR": address, "NUM_PROCESSES": "2", "PROCESS_ID": "0"}
+        slurm = {f"SLURM_{name}": "1" for name in ("JOB_ID", "PROCID", "STEP_NUM_NODES")}
+        slurm |= {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+        found = slurm | {"JAX_COORDINATOR_ADDRESS": address}
+        script = Path(__file__).with_name("worker.py")
+        logs = [folder / f"log.{n}" for n in range(2)]
+        processes = []
+        for log, place in zip(logs, (told, found), strict=True):
+            with log.open("w") as stream:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(script)],
+                        cwd=folder,
+                        env=os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address} | place,
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        try:
+            codes = [process.wait(timeout=120) for process in processes]
+        except subprocess.TimeoutExpired:
+            codes = None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder) -> list[dict]:
+    return [json.loads((folder / f"report.{n}.json").read_text()) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Path:
+    """The same index by one process with two devices."""
+    path = tmp_path_factory.mktemp("alone") / "plain"
+    data = {name: np.load(folder / f"{name}.npy") for name in ("values", "lengths")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_TOKENS", 256)
+        build_index(
+            path,
+            lambda: sources.EmbeddingSource(**data),
+            IndexConfig(),
+            mesh=data_mesh(jax.devices()[:2]),
+        )
+    return path
+
+
+def test_same_index_as_one_process(folder, reports, alone):
+    assert [report["plain"] for report in reports] == ["", ""]
+    ours, expected = fmt.open_arrays(folder / "plain")[2], fmt.open_arrays(alone)[2]
+    for name in ARRAYS:
+        np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+    Index.open(folder / "plain").verify()
+    assert {f.name for f in (folder / "plain").iterdir()} == {f.name for f in alone.iterdir()}
+
+
+def test_the_guides_script(folder, reports, model, tmp_path):
+    """From passages: process 0 alone reads them, each encodes its share."""
+    texts = passages(200, longest=6)
+    assert [report["guide"] for report in reports] == [[200, texts[3]]] * 2
+    index = Index.open(folder / "wiki.index")
+    index.verify()
+    assert list(index.texts) == texts
+    for process in range(2):
+        assert f"process {process} of 2: Index(" in (folder / f"log.{process}").read_text()
+    # The embeddings are those of one process: every passage finds itself, with a score near Lq.
+    documents = model.encode_documents(texts[::20], progress=False)
+    hits = index.search(documents.padded(48)[0], k=1, recall="exact")
+    assert hits.ids[:, 0].tolist() == list(range(0, 200, 20))
+    assert (hits.scores[:, 0] > 0.9 * documents.lengths).all()
+
+
+def test_searching_over_both_ranks_as_one_process(folder, reports, model):
+    """The guide's search, with documents spread over the two processes."""
+    assert reports[0]["hits"] == reports[1]["hits"]
+    ids, scores = map(np.array, reports[0]["hits"])
+    mesh = data_mesh(jax.devices()[:1])
+    index = Index.open(folder / "wiki.index", mesh=mesh)
+    expected = index.search(model.encode_queries(["who wrote Dune?", "heat flow"]), k=10)
+    np.testing.assert_allclose(scores, expected.scores, rtol=1e-5)
+    apart = np.abs(np.diff(expected.scores, axis=1, prepend=np.inf)) > 1e-4
+    apart &= np.abs(np.diff(expected.scores, axis=1, append=-np.inf)) > 1e-4
+    assert apart.mean() > 0.5
+    np.testing.assert_array_equal(ids[apart], expected.ids[apart])
+
+
+def test_an_error_reaches_both_and_the_build_resumes(folder, reports, alone):
+    assert reports[0]["failed"] == "PeerError('process 1 failed: OSError: no space left')"
+    assert reports[1]["failed"] == "OSError('no space left')"
+    assert 0 < reports[1]["committed"] < 500  # its first chunk
+    assert [report["resumed"] for report in reports] == ["", ""]
+    whole, resumed = (fmt.open_arrays(folder / name)[2] for name in ("plain", "resumed"))
+    for name in ARRAYS:
+        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+
+
+def test_faults_of_one_process(folder, reports):
+    first, second = reports
+    for name, error in (
+        ("k-means", "OSError('no space left')"),
+        ("bad row", "has length 2; token embeddings must have unit length"),
+        ("other settings", "process 1 builds with another settings than process 0"),
+        ("not shared", "process 1 does not see it"),
+    ):
+        assert error in second[name], second[name]
+        assert first[name].startswith("PeerError('process 1 failed: "), first[name]
+    assert "FileExistsError" in first["taken"] and "process 0 failed" in second["taken"]
+    assert not first["left behind"]

@@ -1,0 +1,103 @@
+"""One of two processes; `test_two_processes.py` starts it and reads what it leaves.
+
+The Python blocks of docs/distributed.md start the job, build an index, search it; then faults are
+brought about in process 1, and what both processes see is written to `report.N.json`.
+"""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+
+import numpy as np  # noqa: E402
+
+from colbert_jax import processes  # noqa: E402
+from colbert_jax.checkpoints import hub  # noqa: E402
+from colbert_jax.compression.sharding import data_mesh  # noqa: E402
+from colbert_jax.config import IndexConfig  # noqa: E402
+from colbert_jax.index import build, sources  # noqa: E402
+from colbert_jax.index import format as fmt  # noqa: E402
+from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
+
+report: dict = {}
+
+
+@contextlib.contextmanager
+def failing(name: str, function):
+    """`build.name` replaced in process 1."""
+    original = getattr(build, name)
+    if jax.process_index() == 1:
+        setattr(build, name, function)
+    yield original
+    setattr(build, name, original)
+
+
+def run(name: str, data: dict, path: str | None = None, **changes) -> str:
+    """Build from arrays; the error, if there is one."""
+    try:
+        build.build_index(
+            Path(path or name).resolve(),
+            lambda: sources.EmbeddingSource(**data),
+            IndexConfig(**changes),
+            mesh=data_mesh(jax.devices()),
+        )
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
+def fail(*args, **kwargs):
+    raise OSError("no space left")
+
+
+def main() -> None:
+    enable_compilation_cache()
+    hub.resolve = lambda name, **kwargs: Path("checkpoint")
+    processes._POLL, build._VISIBLE = 0.2, 1.0
+    sources.CHUNK_TOKENS = 256
+    guide = (ROOT / "docs" / "distributed.md").read_text("utf-8")
+    names: dict = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
+        exec(compile(snippet, "docs/distributed.md", "exec"), names)
+    me = jax.process_index()
+    report["guide"] = [len(names["index"]), names["index"].texts[3]]
+    report["hits"] = [part.tolist() for part in names["hits"]]
+
+    values = np.load("values.npy", mmap_mode="r")
+    data = {"values": values, "lengths": np.load("lengths.npy")}
+    report["plain"] = run("plain", data)
+
+    calls = []
+
+    def second_chunk_fails(*args):
+        calls.append(len(args[1]))
+        return fail() if len(calls) == 2 else compress(*args)
+
+    with failing("compress", second_chunk_fails) as compress:
+        report["failed"] = run("resumed", data)
+    state = json.loads(Path("resumed.building", "build.1.json" if me else "build.json").read_text())
+    report["committed"] = state.get("documents", 0)
+    report["resumed"] = run("resumed", data)
+
+    with failing("train_kmeans", fail):
+        report["k-means"] = run("resumed-k-means", data)
+    bad = data | {"values": data["values"].copy()}
+    if me == 1:
+        bad["values"][-1] *= 2
+    report["bad row"] = run("bad", bad)
+    report["left behind"] = fmt.building_folder(Path("bad").resolve()).exists()
+    report["other settings"] = run("other", data, seed=me)
+    report["not shared"] = run("apart", data, path=f"apart-{me}/index")
+    report["taken"] = run("plain", data)
+
+    Path(f"report.{me}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
