@@ -115,7 +115,8 @@ def evaluate_collection(
         index = Index.open(path)
         for exact in (False, True):
             start = time.perf_counter()
-            search = lambda q, i=index, e=exact: i.search(q, DEPTH, exact=e)  # noqa: E731
+            recall = "exact" if exact else None
+            search = lambda q, i=index, r=recall: i.search(q, DEPTH, recall=r)  # noqa: E731
             hits = batched(search, encoded)
             label = f"{'exact' if exact else 'PLAID'}, {nbits} bits"
             out[label] = measure(hits, time.perf_counter() - start)

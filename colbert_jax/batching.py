@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-LADDER = (16, 32, 48, 64, 96, 128, 180, 256, 300, 512)
+# Padding is a share of the work and every step a program to compile: steps of 16 where most
+# passages are, of about an eighth beyond.
+LADDER = (
+    *(16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 180),
+    *(208, 232, 256, 300, 344, 400, 456, 512),
+)
+_WORTH_SPLITTING = 512  # tokens that two programs side by side do faster than one
 
 
 def ladder_length(length: int, longest: int | None = None) -> int:
@@ -35,31 +41,46 @@ class Batch(NamedTuple):
 
 
 def plan_batches(
-    lengths: np.ndarray, token_budget: int, *, multiple: int = 1, longest: int | None = None
+    lengths: np.ndarray,
+    token_budget: int,
+    *,
+    multiple: int = 1,
+    longest: int | None = None,
+    parallel: int = 1,
 ) -> Iterator[Batch]:
-    """Cut rows into batches of one ladder length each, longest first, about `token_budget` tokens.
+    """Cut rows, longest first, into batches of about `token_budget` tokens.
 
-    Every full batch of a ladder step has the same shape, so a run compiles few programs; the last,
-    smaller one is padded to a power of two of rows.
+    A batch has the ladder length of its longest row, and all full batches of one length have the
+    same shape, so a run compiles few programs. The last rows, too few for a full batch, are cut
+    into powers of two.
 
     Args:
       lengths: int[N], the rows' lengths.
       token_budget: tokens of a full batch, padding included.
       multiple: every size is a multiple of this (the number of devices).
       longest: see `ladder_length`.
+      parallel: batches that run side by side; the last rows are shared among that many.
     """
-    steps = np.array([ladder_length(int(n), longest) for n in lengths], np.int64)
-    order = np.argsort(-steps, kind="stable")
+    order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
     while start < len(order):
-        step = int(steps[order[start]])
-        stop = start + int((steps == step).sum())
-        full = 1 << max(token_budget // step, 1).bit_length() - 1
-        for first in range(start, stop, full):
-            rows = order[first : min(first + full, stop)]
-            size = min(full, next_power_of_two(len(rows)))
-            yield Batch(rows, -(-size // multiple) * multiple, step)
-        start = stop
+        step = ladder_length(int(lengths[order[start]]), longest)
+        size = max(token_budget // (step * multiple), 1) * multiple
+        left = len(order) - start
+        if left * step < _WORTH_SPLITTING:
+            rest = next_power_of_two(left)
+        else:
+            rest = _power_of_two_near(-(-left // parallel))
+        size = min(size, -(-rest // multiple) * multiple)
+        rows = order[start : start + size]
+        yield Batch(rows, size, step)
+        start += len(rows)
+
+
+def _power_of_two_near(n: int) -> int:
+    """The next power of two if n rows fill more than three quarters of it, else the one before."""
+    above = next_power_of_two(n)
+    return above if 4 * n > 3 * above else above // 2
 
 
 def pad_rows(rows: Sequence[np.ndarray], size: int, length: int, fill: int = 0) -> np.ndarray:

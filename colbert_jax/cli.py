@@ -12,6 +12,7 @@ from pathlib import Path
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
+from colbert_jax.config import RECALL
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
     evaluate_ranking,
@@ -22,6 +23,7 @@ from colbert_jax.evaluation import (
 )
 from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
 from colbert_jax.index import Index
+from colbert_jax.index.conversion import TARGETS, convert_index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
@@ -122,10 +124,10 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     values = evaluate_ranking(ranking, qrels)
     if args.json:
-        about = {"index": str(args.index), "queries": len(queries), "exact": args.exact}
+        about = {"index": str(args.index), "queries": len(queries), "recall": args.recall or "high"}
         print(json.dumps(about | values))
     else:
-        print(f"{len(queries)} queries, {'exact scoring' if args.exact else 'PLAID'}")
+        print(f"{len(queries)} queries, recall: {args.recall or 'high'}")
         for name, value in values.items():
             print(f"{name:<12}{value:.4f}")
 
@@ -157,6 +159,28 @@ def convert(args: argparse.Namespace) -> None:
     )
 
 
+def convert_index_(args: argparse.Namespace) -> None:
+    if Path(args.folder).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.folder}: exists; pass --overwrite to replace an index there")
+    model = None if args.checkpoint is None else ColBERT.from_pretrained(args.checkpoint)
+    read = convert_index(
+        args.source,
+        args.folder,
+        args.to,
+        model=model,
+        collection=None if args.collection is None else read_collection(args.collection),
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{args.source}: {read.layout}, {len(read.lengths)} documents, {read.num_tokens} tokens, "
+        f"{read.dim} dimensions at {read.codec.nbits} bits, {read.num_centroids} centroids\n"
+        f"{args.folder}: {args.to}"
+    )
+    if args.to == "flax" and model is None:
+        made = f" (it was made with {read.checkpoint})" if read.checkpoint else ""
+        print(f"its model is not remembered{made}: name it in searches with --checkpoint")
+
+
 def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
@@ -171,7 +195,7 @@ def _search(opened: Index, queries: list[str], k: int, args: argparse.Namespace)
             hits = opened.search(
                 block,
                 k,
-                exact=args.exact,
+                recall=args.recall,
                 ncells=args.ncells,
                 centroid_score_threshold=args.centroid_score_threshold,
                 ndocs=args.ndocs,
@@ -207,7 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(run, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=summary, description=summary)
+        name = run.__name__.strip("_").replace("_", "-")
+        sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run)
         sub.add_argument(
             "--traceback",
@@ -262,6 +287,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="of the hub repository")
     sub.add_argument("--base", help="for a .dnn file: the model it was trained from")
 
+    sub = command(convert_index_, "write an index in another layout")
+    sub.add_argument("source", help="index of this library, of Stanford ColBERT or of fast-plaid")
+    sub.add_argument("folder", help="the folder to make")
+    sub.add_argument("--to", required=True, choices=list(TARGETS), help="layout to write")
+    sub.add_argument("--checkpoint", help="the model it was made with, for the index to remember")
+    sub.add_argument("--collection", help="its passages in order, to be kept with --to flax")
+    sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+
     sub = command(demo, "index the standard library's documentation and ask it five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")
     sub.add_argument("--checkpoint", help="default: the packaged all-MiniLM-L6-v2")
@@ -270,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _search_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoint", help="default: the one the index was built with")
-    sub.add_argument("--exact", action="store_true", help="score every document, without PLAID")
+    sub.add_argument("--recall", choices=RECALL, help="default: high; exact scores every document")
     sub.add_argument("--ncells", type=int, help="centroids probed per query token")
     sub.add_argument("--centroid-score-threshold", type=float)
     sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NBITS = (1, 2, 4, 8)
+BUCKETS = ("optimal", "quantile")
+RECALL = ("fast", "high", "exact")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -117,7 +119,9 @@ class TextConfig:
 class IndexConfig:
     """How an index is compressed.
 
-    `num_centroids` None means Stanford's rule (see `compression.kmeans.num_centroids_for`).
+    num_centroids: None: Stanford's rule (see `compression.kmeans.num_centroids_for`).
+    buckets: how residual values are rounded, "optimal" or Stanford's "quantile"
+      (`compression.codec.train_codec`). Readers of either index see no difference.
     """
 
     nbits: int = 2
@@ -125,10 +129,12 @@ class IndexConfig:
     num_centroids: int | None = None
     max_points_per_centroid: int = 256
     seed: int = 123
+    buckets: str = "optimal"
 
     def __post_init__(self) -> None:
         _require_types(self)
         _require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
+        _require(self.buckets in BUCKETS, f"buckets must be one of {BUCKETS}, got {self.buckets!r}")
         _require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
         _require(
             self.num_centroids is None or self.num_centroids >= 1,
@@ -142,7 +148,7 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """PLAID's three settings. None means Stanford's default for the k of the call (`resolve`)."""
+    """PLAID's three settings. None means the default for the k of the call (`resolve`)."""
 
     ncells: int | None = None
     centroid_score_threshold: float | None = None
@@ -158,20 +164,26 @@ class SearchConfig:
             "centroid_score_threshold must not be NaN",
         )
 
-    def resolve(self, k: int) -> SearchConfig:
-        """The settings for one call: what is None takes the default for this k, each time anew."""
-        if k <= 10:
-            ncells, threshold, ndocs = 1, 0.5, 256
-        elif k <= 100:
-            ncells, threshold, ndocs = 2, 0.45, 1024
-        else:
-            ncells, threshold, ndocs = 4, 0.4, max(4 * k, 4096)
+    def resolve(self, k: int, recall: str = "high") -> SearchConfig:
+        """The settings for one call: what is None takes the default for this k, each time anew.
+
+        "fast" are Stanford's defaults. "high" looks at more centroids and documents, so that nine
+        or ten of the ten best documents by exact scoring are found (`benchmarks/search.py`).
+        """
+        _require(recall in RECALL[:2], f"recall must be one of {RECALL}, got {recall!r}")
+        table = _FAST if recall == "fast" else _HIGH
+        ncells, threshold, ndocs = next(row[1:] for row in table if k <= row[0])
         given = self.centroid_score_threshold
         return SearchConfig(
             ncells=self.ncells or ncells,
             centroid_score_threshold=threshold if given is None else given,
-            ndocs=self.ndocs or ndocs,
+            ndocs=self.ndocs or max(ndocs, 4 * k if k > 100 else 0),
         )
+
+
+# The largest k, and for it ncells, centroid_score_threshold, ndocs.
+_FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
+_HIGH = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
 
 
 @dataclass(frozen=True)

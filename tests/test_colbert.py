@@ -1,9 +1,13 @@
+import threading
+
 import jax
 import numpy as np
 import pytest
 import support
 
 from colbert_jax import ColBERT, maxsim
+from colbert_jax.batching import plan_batches
+from colbert_jax.colbert import _TOKENS_PER_DEVICE
 
 
 def test_documents_do_not_depend_on_company_or_order(model, texts):
@@ -33,6 +37,54 @@ def test_windows_are_seamless(model, texts, monkeypatch):
     pieces = model.encode_documents(texts)
     assert (whole.offsets == pieces.offsets).all()
     np.testing.assert_allclose(whole.values, pieces.values, atol=2e-6)
+
+
+def test_one_program_a_shape_and_none_the_second_time(stanford_folder, texts):
+    model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
+    texts = [text * (1 + i % 3) for i, text in enumerate(texts)]
+    lengths = model.tokenizer.documents(texts).attended
+    planned = plan_batches(
+        lengths, _TOKENS_PER_DEVICE["cpu"], longest=96, parallel=model._side_by_side
+    )
+    shapes = {(batch.size, batch.length) for batch in planned}
+    assert 3 <= len(shapes) <= 8
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        model.encode_documents(texts)
+        assert len(compiled) == len(shapes) == model.encode_ids._cache_size()
+        model.encode_documents(texts[::-1])
+        assert len(compiled) == len(shapes)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_batches_run_side_by_side(model, texts, monkeypatch):
+    """Two threads are in the encoder at once; a third batch's failure reaches the caller."""
+    both, run = threading.Barrier(2, timeout=30), model._run_batch
+    calls = []
+
+    def meet(params, *batch):
+        calls.append(batch)
+        if len(calls) <= 2:
+            both.wait()
+        return run(params, *batch)
+
+    monkeypatch.setattr(model, "_run_batch", meet)
+    model.encode_documents(texts)
+    assert len(calls) > 2 and not both.broken
+
+    def fail(params, *batch):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(model, "_run_batch", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        model.encode_documents(texts)
 
 
 def test_shapes_and_norms(model):

@@ -17,13 +17,25 @@ from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextCon
         (2000, (4, 0.4, 8000)),
     ],
 )
-def test_search_defaults_by_k(k, expected):
-    assert dataclasses.astuple(SearchConfig().resolve(k)) == expected
+def test_fast_are_stanfords_defaults_by_k(k, expected):
+    assert dataclasses.astuple(SearchConfig().resolve(k, "fast")) == expected
+
+
+@pytest.mark.parametrize("k", [1, 10, 11, 100, 101, 5000])
+def test_high_looks_at_more(k):
+    fast, high = SearchConfig().resolve(k, "fast"), SearchConfig().resolve(k)
+    assert high.ncells > fast.ncells and high.ndocs >= max(fast.ndocs, 4 * k)
+    assert high.centroid_score_threshold < fast.centroid_score_threshold
+
+
+def test_unknown_recall_is_named():
+    with pytest.raises(ValueError, match="recall must be one of"):
+        SearchConfig().resolve(10, "best")
 
 
 def test_search_settings_given_win_even_zero():
     resolved = SearchConfig(ncells=7, centroid_score_threshold=0.0).resolve(10)
-    assert dataclasses.astuple(resolved) == (7, 0.0, 256)
+    assert dataclasses.astuple(resolved) == (7, 0.0, 1024)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
-from colbert_jax.search import exact, plaid
+from colbert_jax.search import exact, plaid, sharded
+from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
 
 F32, I32 = jnp.float32, jnp.int32
 
@@ -20,9 +22,19 @@ def shaped(*shape, dtype=F32):
 
 
 def programs(index):
-    arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.arrays)
+    placed = with_inverse_norms(index.arrays)
+    arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), placed)
     queries = shaped(4, 16, 16)
     settings = SearchConfig().resolve(10)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=jax.devices()[:8])
+    shards = IndexArrays(
+        *(
+            array
+            if name in sharded._REPLICATED
+            else shaped(8 * array.shape[0], *array.shape[1:], dtype=array.dtype)
+            for name, array in arrays._asdict().items()
+        )
+    )
     codec_shapes = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.codec)
     return {
         "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, 16), shaped(9, 20, dtype=bool)),
@@ -33,13 +45,34 @@ def programs(index):
         ),
         "plaid": (
             lambda a, q: plaid._search_batch(
-                a, q, 0.5, settings.ncells, settings.ndocs, 10, plaid.Capacity(1024, 48)
+                a, q, 0.5, settings.ncells, settings.ndocs, 10, 1024, plaid._ACCELERATOR
             ),
             *(arrays, queries),
         ),
         "exact": (
             partial(exact._merge, length=48),
             *(arrays, queries, shaped(64, dtype=I32), shaped(4, 16), shaped(4, 16, dtype=I32)),
+        ),
+        "sharded plaid": (
+            partial(
+                sharded._plaid,
+                mesh=mesh,
+                ncells=2,
+                ndocs=64,
+                k=10,
+                capacity=1024,
+                memory=plaid._ACCELERATOR,
+            ),
+            *(shards, shaped(8, dtype=I32), queries, shaped()),
+        ),
+        "sharded exact": (
+            partial(sharded._merge, length=48, mesh=mesh),
+            *(shards, shaped(8, dtype=I32), queries, shaped(512, dtype=I32)),
+            *(shaped(32, 16), shaped(32, 16, dtype=I32)),
+        ),
+        "merged shards": (
+            partial(sharded._gather, mesh=mesh),
+            *(shaped(32, 16), shaped(32, 16, dtype=I32)),
         ),
         "k-means": (
             kmeans._accumulate,
@@ -54,7 +87,19 @@ def programs(index):
     }
 
 
-NAMES = ["all pairs", "n-way", "ragged", "plaid", "exact", "k-means", "compress", "decompress"]
+NAMES = [
+    "all pairs",
+    "n-way",
+    "ragged",
+    "plaid",
+    "exact",
+    "sharded plaid",
+    "sharded exact",
+    "merged shards",
+    "k-means",
+    "compress",
+    "decompress",
+]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

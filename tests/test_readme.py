@@ -46,6 +46,7 @@ def test_all_blocks_are_covered():
         "make demo",
         "make test",
         "pip install -e .",
+        "python convert/index.py fastplaid-index copy.index --to flax",
         "python convert/checkpoint.py colbert-ir/colbertv2.0 flax-folder --to flax",
         "python convert/verify.py pylate-folder --python INTERPRETER",
         "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from colbert_jax.batching import ladder_length, next_power_of_two
+from colbert_jax import runtime
 from colbert_jax.compression.codec import ResidualCodec, decompress
-from colbert_jax.config import IndexConfig, SearchConfig
+from colbert_jax.config import RECALL, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.sources import EmbeddingSource, PassageSource
-from colbert_jax.search.arrays import Hits, IndexArrays, check_k
+from colbert_jax.search.arrays import Hits, IndexArrays, check_k, with_inverse_norms
 from colbert_jax.search.exact import exact_search
-from colbert_jax.search.plaid import Capacity, initial_capacity, plaid_search
+from colbert_jax.search.host import FILES as HOST_FILES
+from colbert_jax.search.host import HostArrays, host_arrays, host_exact, host_search
+from colbert_jax.search.plaid import initial_capacity, plaid_search
+from colbert_jax.search.sharded import (
+    ShardedArrays,
+    check_mesh,
+    shard_arrays,
+    sharded_exact_search,
+    sharded_plaid_search,
+)
 
 if TYPE_CHECKING:
     from colbert_jax.colbert import ColBERT
@@ -40,21 +51,30 @@ class Index:
       texts: the passages, or None where they are not kept.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray]):
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        mesh: Mesh | None = None,
+    ):
         self.path, self.metadata = path, metadata
-        if metadata["num_tokens"] > _INT32:
-            raise NotImplementedError(
-                f"{path}: {metadata['num_tokens']} tokens; one index holds at most {_INT32}"
-            )
+        sharded = mesh is not None and mesh.devices.size > 1
         self.lengths = np.diff(arrays["offsets"])
         self._list_lengths = np.diff(arrays["list_offsets"])
-        names = IndexArrays._fields
-        narrow = {n: arrays[n].astype(np.int32) for n in ("offsets", "list_offsets")}
-        # On a CPU mapped arrays enter JAX without a copy; an accelerator gets its own.
-        self.arrays = IndexArrays(
-            *(jax.device_put(narrow.get(n, arrays[n]), may_alias=True) for n in names)
-        )
-        self._bucket_cutoffs = arrays["bucket_cutoffs"]
+        self._files = arrays
+        self._device = None if mesh is None else mesh.devices.flat[0]
+        self._shards: ShardedArrays | None = None
+        self._host: HostArrays | None = None
+        if mesh is not None and sharded:
+            self._shards = shard_arrays(self._mapped(), mesh)
+        elif mesh is None and runtime.host_kernels():
+            self._host = host_arrays(**{name: arrays[name] for name in HOST_FILES})
+        elif metadata["num_tokens"] > _INT32:
+            raise NotImplementedError(
+                f"{path}: {metadata['num_tokens']} tokens; one device holds at most {_INT32}: "
+                "shard the index over several, Index.open(path, mesh=...)"
+            )
         columns = metadata["text_columns"]
         self.texts = (
             fmt.Strings(arrays["texts"], arrays["text_offsets"]) if "text" in columns else None
@@ -68,8 +88,25 @@ class Index:
             file = path / fmt.METADATA
             raise fmt.IndexFormatError(f"{file}: field 'model' is damaged: {error}") from None
         self._num_results = int((self.lengths > 0).sum())
-        self._length = ladder_length(int(self.lengths.max(initial=1)))
-        self._capacities: dict[tuple[int, int], Capacity] = {}
+        self._num_shards = mesh.devices.size if mesh is not None else 1
+        self._capacities: dict[tuple[int, int], int] = {}
+
+    def _mapped(self) -> IndexArrays:
+        """The arrays as they are on disk."""
+        return IndexArrays(*(self._files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def arrays(self) -> IndexArrays:
+        """The arrays on the device; of a sharded index, as they are on disk."""
+        if self._shards is not None:
+            return self._mapped()
+        narrow = {n: self._files[n].astype(np.int32) for n in ("offsets", "list_offsets")}
+        # On a CPU mapped arrays enter JAX without a copy; an accelerator gets its own.
+        placed = (
+            jax.device_put(narrow.get(name, self._files.get(name)), self._device, may_alias=True)
+            for name in IndexArrays._fields
+        )
+        return with_inverse_norms(IndexArrays(*placed))
 
     @classmethod
     def build(
@@ -84,10 +121,12 @@ class Index:
         nbits: int | None = None,
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
+        buckets: str | None = None,
         seed: int | None = None,
         store_texts: bool = True,
         overwrite: bool = False,
         progress: bool | None = None,
+        mesh: Mesh | None = None,
     ) -> Index:
         """Build an index from passages, or from ready token embeddings, and open it.
 
@@ -105,10 +144,14 @@ class Index:
             for, else 2.
           kmeans_niters: None: what the checkpoint asks for, else 4.
           num_centroids: None: Stanford's rule; at most the number of tokens to train on.
+          buckets: "optimal", the default, rounds residuals with the smallest squared error;
+            "quantile" is Stanford's rule. Both are read alike, by Stanford's code too.
           seed: of the sample and the centroids.
           store_texts: keep the passages in the index.
           overwrite: replace an index that is there.
           progress: None: bars on a terminal.
+          mesh: one axis of devices for k-means and compression. None: all of them, those of every
+            process under `jax.distributed` (docs/distributed.md); on one machine's CPU, its cores.
 
         Raises:
           FileExistsError: `path` is taken.
@@ -127,17 +170,19 @@ class Index:
             raise TypeError("passages must be an iterable of strings, got one string")
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
-            nbits=nbits, kmeans_niters=kmeans_niters, num_centroids=num_centroids, seed=seed
+            nbits=nbits,
+            kmeans_niters=kmeans_niters,
+            num_centroids=num_centroids,
+            buckets=buckets,
+            seed=seed,
         )
         settings = {name: plain(value) for name, value in given.items() if value is not None}
         config = IndexConfig(**(vars(base) | settings))
         path = resolved(path)
         build_index(
             path,
-            lambda folder: (
-                EmbeddingSource(embeddings, lengths)
-                if by_array
-                else PassageSource(model, passages, folder, progress)  # type: ignore[arg-type]
+            lambda: (
+                EmbeddingSource(embeddings, lengths) if by_array else PassageSource(model, passages)  # type: ignore[arg-type]
             ),
             config,
             ids=ids,
@@ -145,18 +190,27 @@ class Index:
             store_texts=store_texts,
             overwrite=overwrite,
             progress=progress,
+            mesh=mesh,
         )
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Index:
+    def open(cls, path: str | os.PathLike, mesh: Mesh | None = None) -> Index:
         """Open an index. Arrays are mapped, not read.
+
+        Args:
+          path: the index folder.
+          mesh: shard the documents over the devices of this mesh of one axis, and search on all of
+            them. Under `jax.distributed` every process opens the same index with the same mesh,
+            reads its own devices' part, and calls `search` with the same queries.
 
         Raises:
           FileNotFoundError: no index there.
-          ValueError: damaged or half-copied, naming the file.
+          ValueError: damaged or half-copied, naming the file; or a mesh of several axes.
         """
-        return cls(*fmt.open_arrays(resolved(path)))
+        if mesh is not None:
+            check_mesh(mesh)
+        return cls(*fmt.open_arrays(resolved(path)), mesh)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -177,7 +231,7 @@ class Index:
     @property
     def codec(self) -> ResidualCodec:
         return ResidualCodec(
-            self.arrays.centroids, jnp.asarray(self._bucket_cutoffs), self.arrays.bucket_weights
+            *(jnp.asarray(self._files[field.name]) for field in dataclasses.fields(ResidualCodec))
         )
 
     def search(
@@ -185,21 +239,23 @@ class Index:
         queries: Any,
         k: int = 10,
         *,
-        exact: bool = False,
+        recall: str | None = None,
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
     ) -> Hits:
         """The k best documents of each query.
 
-        Settings that are None take what the checkpoint asks for, else Stanford's default for this k
-        (`SearchConfig.resolve`). A query with fewer candidates than results is searched again with
-        more probes and in the end exactly: min(k, documents with a token) always come back.
+        `recall` is the one knob most need; each of PLAID's settings can be given beside it. A query
+        with fewer candidates than results is searched again with more probes and in the end
+        exactly: min(k, documents with a token) always come back.
 
         Args:
           queries: float[B, Lq, D], rows of zeros are padding.
           k: results per query.
-          exact: score all documents on their decompressed embeddings, without PLAID's stages.
+          recall: "high", the default, finds nine or ten of the ten best documents by exact scoring;
+            "fast" is PLAID at Stanford's settings; "exact" scores all documents on their
+            decompressed embeddings. None: "high", with what the checkpoint itself asks for.
           ncells: centroids probed per query token.
           centroid_score_threshold: a document token counts in the first ranking of candidates where
             its centroid scores at least this for some query token.
@@ -209,27 +265,40 @@ class Index:
           ids int32[B, min(k, N)] and scores float32 of that shape; N counts documents with a token.
 
         Raises:
-          ValueError, TypeError: another shape than [B, Lq, D], NaN, text, or k below 1.
+          ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
+            recall, or settings of PLAID beside recall="exact".
         """
         queries = self._checked(queries)
         k = min(check_k(k), self._num_results)
-        given = dict(ncells=ncells, centroid_score_threshold=centroid_score_threshold, ndocs=ndocs)
-        settings = dataclasses.replace(
-            self._search_defaults,
-            **{name: plain(value) for name, value in given.items() if value is not None},
-        )
+        given = {
+            name: plain(value)
+            for name, value in (
+                ("ncells", ncells),
+                ("centroid_score_threshold", centroid_score_threshold),
+                ("ndocs", ndocs),
+            )
+            if value is not None
+        }
+        if recall not in (None, *RECALL):
+            raise ValueError(f"recall must be one of {RECALL}, got {recall!r}")
+        if recall == "exact" and given:
+            raise ValueError(
+                f'recall="exact" scores every document: {", ".join(given)} means nothing'
+            )
+        defaults = self._search_defaults if recall is None else SearchConfig()
+        settings = dataclasses.replace(defaults, **given)
         if len(queries) == 0:
             return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
-        if exact:
+        if recall == "exact":
             return self._exact(queries, k)
-        return self._plaid(queries, k, settings.resolve(k))
+        return self._plaid(queries, k, settings.resolve(k, recall or "high"))
 
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         i = range(len(self))[i]
-        start, stop = int(self.arrays.offsets[i]), int(self.arrays.offsets[i + 1])
-        codes, residuals = self.arrays.codes[start:stop], self.arrays.residuals[start:stop]
-        return np.asarray(decompress(self.codec, codes, residuals))
+        start, stop = self._files["offsets"][i : i + 2]
+        codes, residuals = self._files["codes"][start:stop], self._files["residuals"][start:stop]
+        return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
 
     def verify(self) -> None:
         """Read every file and compare checksums. Raises ValueError naming the damaged file."""
@@ -255,18 +324,11 @@ class Index:
         return queries
 
     def _plaid(self, queries: np.ndarray, k: int, settings: SearchConfig) -> Hits:
-        batch, length = queries.shape[:2]
-        # A power of two of queries, so that batches of any size share a few programs.
-        padded = np.pad(queries, [(0, next_power_of_two(batch) - batch), (0, 0), (0, 0)])
         ncells = int(settings.ncells or 1)
-        capacity = self._capacities.get((length, ncells))
-        if capacity is None:
-            capacity = initial_capacity(self._list_lengths, self._length, length, ncells)
-        ids, scores, capacity = plaid_search(
-            self.arrays, jnp.asarray(padded), k, settings, capacity
-        )
-        self._capacities[length, ncells] = capacity
-        ids, scores = ids[:batch].copy(), scores[:batch].copy()
+        if self._host is not None:
+            ids, scores = host_search(self._host, queries, k, settings)
+        else:
+            ids, scores = self._plaid_by_xla(queries, k, settings, ncells)
         short = np.flatnonzero((ids == len(self)).any(axis=1))
         if len(short):
             # Probing wider costs less than scoring everything, until it probes everything; a query
@@ -280,7 +342,25 @@ class Index:
             ids[short], scores[short] = hits
         return Hits(ids, scores)
 
+    def _plaid_by_xla(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, ncells: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        key = queries.shape[1], ncells
+        capacity = self._capacities.get(key)
+        if capacity is None:
+            capacity = initial_capacity(self._list_lengths, *key, shards=self._num_shards)
+        if self._shards is None:
+            found = plaid_search(self.arrays, queries, k, settings, capacity)
+        else:
+            found = sharded_plaid_search(self._shards, queries, k, settings, capacity)
+        ids, scores, self._capacities[key] = found
+        return ids.copy(), scores.copy()
+
     def _exact(self, queries: np.ndarray, k: int) -> Hits:
+        if self._shards is not None:
+            return sharded_exact_search(self._shards, self.lengths, queries, k)
+        if self._host is not None:
+            return Hits(*host_exact(self._host, queries, k))
         return exact_search(self.arrays, self.lengths, jnp.asarray(queries), k)
 
 

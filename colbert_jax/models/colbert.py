@@ -16,7 +16,10 @@ from colbert_jax.config import _require, _require_types
 from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
 from colbert_jax.models.config import BackboneConfig, ModernBertConfig
+from colbert_jax.models.int8 import quantize_modules, quantize_params
 from colbert_jax.models.layers import matmul_precision
+
+QUANTIZATIONS = (None, "int8")
 
 # torch module class -> function, of the activations that heads come with.
 HEAD_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -150,18 +153,50 @@ class _OneKey:
 
 
 @cache
-def _structure(config: EncoderConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+def _structure(
+    config: EncoderConfig, dtype: jnp.dtype, quantization: str | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
     """An encoder without its parameters: what `nnx.split` gives, the state holding shapes."""
-    model = nnx.eval_shape(lambda: TokenEncoder(config, dtype=dtype, rngs=_OneKey()))  # type: ignore
-    return nnx.split(model)
+
+    def make() -> TokenEncoder:
+        model = TokenEncoder(config, dtype=dtype, rngs=_OneKey())  # type: ignore
+        if quantization is not None:
+            quantize_modules(model.backbone)
+        return model
+
+    return nnx.split(nnx.eval_shape(make))
 
 
-def make_encoder(config: EncoderConfig, params: dict, dtype: Any = jnp.float32) -> TokenEncoder:
-    """The module around parameters, to be called under `jax.jit` over them."""
-    graphdef, state = _structure(config, jnp.dtype(dtype))
+def make_encoder(
+    config: EncoderConfig,
+    params: dict,
+    dtype: Any = jnp.float32,
+    quantization: str | None = None,
+) -> TokenEncoder:
+    """The module around parameters, to be called under `jax.jit` over them.
+
+    Args:
+      params: nested; with `quantization`, what `quantize` returned.
+      dtype, quantization: see `colbert.ColBERT`.
+    """
+    graphdef, state = _structure(config, jnp.dtype(dtype), quantization)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raises ValueError for what is not in `QUANTIZATIONS`."""
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"quantization must be one of {known}, got {quantization!r}")
+
+
+def quantize(params: dict, quantization: str | None) -> dict:
+    """An encoder's parameters with the backbone's dense layers quantised; the head stays."""
+    if quantization is None:
+        return params
+    return params | {"backbone": quantize_params(params["backbone"])}
 
 
 @cache

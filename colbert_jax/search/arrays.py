@@ -10,6 +10,9 @@ import numpy as np
 
 from colbert_jax.compression.codec import decompress
 from colbert_jax.scoring.maxsim import token_rows
+from colbert_jax.scoring.residual import inverse_norms
+
+_NORM_BLOCK = 1 << 14  # tokens
 
 
 class Hits(NamedTuple):
@@ -52,6 +55,7 @@ class IndexArrays(NamedTuple):
     offsets: int32[N+1], document i holds tokens offsets[i]..offsets[i+1]-1.
     lists: int32[sum], for each centroid the ascending ids of the documents that have a token there.
     list_offsets: int32[K+1].
+    inverse_norms: float32[T], see `with_inverse_norms`; None where nothing has asked for them.
     """
 
     centroids: jax.Array
@@ -61,6 +65,36 @@ class IndexArrays(NamedTuple):
     offsets: jax.Array
     lists: jax.Array
     list_offsets: jax.Array
+    inverse_norms: jax.Array | None = None
+
+
+def with_inverse_norms(arrays: IndexArrays) -> IndexArrays:
+    """The arrays with `inverse_norms`: 1 / |centroid + bucket weights| of every token.
+
+    PLAID's last stage needs them. They are not on disk; computing them reads all residuals once.
+    """
+    if arrays.inverse_norms is not None:
+        return arrays
+    return arrays._replace(inverse_norms=token_inverse_norms(arrays))
+
+
+@jax.jit
+def token_inverse_norms(arrays: IndexArrays) -> jax.Array:
+    """float32[T], a block of tokens at a time."""
+    total = len(arrays.codes)
+    block = min(_NORM_BLOCK, total)
+
+    def step(i: jax.Array, norms: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * block, total - block)
+        codes, residuals = (
+            jax.lax.dynamic_slice_in_dim(array, start, block)
+            for array in (arrays.codes, arrays.residuals)
+        )
+        part = inverse_norms(arrays.centroids, codes, residuals, arrays.bucket_weights)
+        return jax.lax.dynamic_update_slice_in_dim(norms, part, start, 0)
+
+    steps = -(-total // block) if block else 0
+    return jax.lax.fori_loop(0, steps, step, jnp.zeros(total, jnp.float32))
 
 
 def load_tokens(
@@ -79,3 +113,23 @@ def load_tokens(
     if isinstance(arrays, RawArrays):
         return arrays.values[rows].astype(jnp.float32), mask
     return decompress(arrays, arrays.codes[rows], arrays.residuals[rows]), mask
+
+
+def best_of(
+    negated: jax.Array, ids: jax.Array, k: int, axis: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The k best: sorted by falling score, then by rising id.
+
+    Args:
+      negated, ids: [B, n], scores with the sign turned and ids of the collection.
+      axis: a mesh axis, inside `jax.shard_map`: the k best of all its devices.
+
+    Returns:
+      [B, min(k, n)] of each; with an axis [B, min(k, all n)], on every device the same.
+    """
+    negated, ids = (a[:, :k] for a in jax.lax.sort((negated, ids), num_keys=2))
+    if axis is None:
+        return negated, ids
+    everyone = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (negated, ids)]
+    negated, ids = (a[:, :k] for a in jax.lax.sort(everyone, num_keys=2))
+    return negated, ids

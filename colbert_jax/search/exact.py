@@ -15,12 +15,13 @@ from colbert_jax.search.arrays import (
     Hits,
     IndexArrays,
     RawArrays,
+    best_of,
     concatenate_hits,
     load_tokens,
 )
 
-_QUERIES = 256  # of one pass over the documents
-_TOKENS = 1 << 17  # document tokens of one call, padding included
+QUERIES = 256  # of one pass over the documents
+TOKENS = 1 << 17  # document tokens of one call, padding included
 
 
 def exact_search(
@@ -42,11 +43,11 @@ def exact_search(
       queries: float32[B, Lq, D].
       k: at most the number of documents that have a token.
     """
-    if len(queries) > _QUERIES:
+    if len(queries) > QUERIES:
         return concatenate_hits(
             [
-                exact_search(arrays, lengths, queries[i : i + _QUERIES], k, progress=progress)
-                for i in range(0, len(queries), _QUERIES)
+                exact_search(arrays, lengths, queries[i : i + QUERIES], k, progress=progress)
+                for i in range(0, len(queries), QUERIES)
             ]
         )
     # Powers of two of queries and of results, so that calls of any size share a few programs.
@@ -62,7 +63,7 @@ def exact_search(
         start = 0
         while start < len(order):
             length = ladder_length(int(lengths[order[start]]))
-            limit = max(_TOKENS // length, 1)
+            limit = max(TOKENS // length, 1)
             stop = np.searchsorted(lengths[order], length, side="right")
             ids = order[start : min(start + limit, stop)]
             size = min(limit, next_power_of_two(len(ids)))
@@ -94,6 +95,4 @@ def _merge(arrays, queries, ids, best_negated, best_ids, *, length: int):
     scores = score_documents(arrays, queries, ids, length=length)
     negated = jnp.concatenate([best_negated, -scores], axis=1)
     everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
-    negated, everyone = jax.lax.sort((negated, everyone), num_keys=2)
-    k = best_ids.shape[1]
-    return negated[:, :k], everyone[:, :k]
+    return best_of(negated, everyone, best_ids.shape[1])

@@ -6,15 +6,20 @@ For each query:
   2. pruned centroid interaction: MaxSim with each token replaced by its centroid, without tokens
      whose centroid scores below the threshold for every query token; the best `ndocs` go on;
   3. full centroid interaction; the best `ndocs / 4` go on;
-  4. decompression and exact MaxSim.
+  4. exact MaxSim on the compressed tokens (`scoring.residual`).
 
-Shapes are static: candidates live in an array of fixed capacity, ascending by id and padded with N.
-Work is done in blocks of it, as many as are filled. What does not fit is reported, never dropped:
-`plaid_search` then runs again with room for it.
+A batch of queries is one program of static shapes. The candidates [B, C] of a query fill the front
+of its row, short documents first, and are scored in blocks of documents and tiles of tokens: as
+many blocks as are filled, as many tiles as the longest document of a block has. What does not fit
+is reported, never dropped: `plaid_search` then runs again with room for it.
+
+Over an index that is sharded by documents the same program runs on every device (`axis` names the
+mesh axis): candidates are the device's own, and each cut keeps the best of all devices.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,58 +30,111 @@ import numpy as np
 
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.config import SearchConfig
-from colbert_jax.scoring.maxsim import block_rows, maxsim, token_rows
-from colbert_jax.search.arrays import IndexArrays, load_tokens
+from colbert_jax.scoring.residual import field_weights, slot_major, token_maxima
+from colbert_jax.search.arrays import IndexArrays, best_of
 
 _PRUNED = -9999.0  # per query token, for a document without a token left: ColBERT's constant
-_INTERACTION_BLOCK = 64  # documents
-_DECOMPRESS_BLOCK = 16
+_TILE = 32  # tokens
+_CLASSES = 31  # of document lengths in tiles, the last for all that are longer
+_FEWEST_ENTRIES = 64
+_MOST_ENTRIES = 1 << 26  # so that class * entries + place stays below 2^31
+_NOBODY = np.iinfo(np.int32).max  # an id after all others
+# Where it exists, GPUs have a fast `top_k` that leaves the order of equals open.
+_UNSTABLE = (
+    {"is_stable": False} if "is_stable" in inspect.signature(jax.lax.top_k).parameters else {}
+)
 
 
-class Capacity(NamedTuple):
-    """Static sizes of a search program.
+class Memory(NamedTuple):
+    """What a search program may hold, for a kind of device.
 
-    entries: entries of the probed inverted lists, repetitions included.
-    length: tokens of the longest document, padded.
+    batch: bytes of centroid scores and candidates; more queries are taken in turn.
+    block: token similarities of a block of documents.
     """
 
-    entries: int
-    length: int
+    batch: int
+    block: int
+
+
+# A CPU's blocks stay in its cache; an accelerator wants few and large ones.
+_CPU = Memory(1 << 26, 1 << 19)
+_ACCELERATOR = Memory(1 << 30, 1 << 24)
+
+
+class SearchResult(NamedTuple):
+    """ids int32[B, k], scores float32[B, k]; entries int32[], the most that a query needed."""
+
+    ids: jax.Array
+    scores: jax.Array
+    entries: jax.Array
 
 
 def plaid_search(
     arrays: IndexArrays,
-    queries: jax.Array,
+    queries: jax.Array | np.ndarray,
     k: int,
     settings: SearchConfig,
-    capacity: Capacity,
-) -> tuple[np.ndarray, np.ndarray, Capacity]:
+    capacity: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Search a batch of queries, widening the capacity until every candidate fits.
 
     Args:
-      queries: float32[B, Lq, D]; rows of zeros are padding.
+      arrays: with `inverse_norms`.
+      queries: float32[B, Lq, D], B >= 1; rows of zeros are padding.
       k: results wanted.
       settings: resolved (`SearchConfig.resolve`).
+      capacity: entries of the probed inverted lists of a query that there is room for, repetitions
+        included: a power of two, see `initial_capacity`.
 
     Returns:
       ids int32[B, k] and scores float32[B, k], where a query has fewer than k candidates filled up
       with id N and -inf; and the capacity that was enough.
+
+    Raises:
+      ValueError: the inverted lists that a query probes have more than 2^26 entries.
     """
-    arguments = (int(settings.ncells), int(settings.ndocs), k)  # type: ignore[arg-type]
+    memory = memory_of(arrays.codes)
+
+    def search(queries: np.ndarray, threshold: np.float32, capacity: int) -> SearchResult:
+        static = (int(settings.ncells or 1), int(settings.ndocs or 1), k, capacity, memory)
+        return _search_batch(arrays, queries, threshold, *static)
+
+    return widening(search, queries, settings, capacity)
+
+
+def widening(
+    search: Callable[[np.ndarray, np.float32, int], SearchResult],
+    queries: jax.Array | np.ndarray,
+    settings: SearchConfig,
+    capacity: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Run a search program, again with more room where candidates did not fit.
+
+    Queries are padded to a power of two of them and to a multiple of eight rows, so that batches of
+    any size share a few programs. The host waits for the device once a run.
+    """
+    batch, length, _ = queries.shape
+    padded = np.pad(
+        np.asarray(queries, np.float32),
+        [(0, next_power_of_two(batch) - batch), (0, -length % 8), (0, 0)],
+    )
+    threshold = np.float32(settings.centroid_score_threshold)
     while True:
-        ids, scores, entries = _search_batch(
-            arrays, queries, settings.centroid_score_threshold, *arguments, capacity
-        )
-        needed = int(np.asarray(entries).max(initial=0))
-        if needed <= capacity.entries:
-            return np.asarray(ids), np.asarray(scores), capacity
-        capacity = capacity._replace(entries=next_power_of_two(needed))
+        ids, scores, entries = jax.device_get(search(padded, threshold, capacity))
+        if entries <= capacity:
+            return ids[:batch], scores[:batch], capacity
+        if entries > _MOST_ENTRIES:
+            raise ValueError(
+                f"ncells={settings.ncells} probes inverted lists of {entries} entries, more than "
+                f"{_MOST_ENTRIES}: ask for fewer ncells, or for exact search"
+            )
+        capacity = next_power_of_two(int(entries))
 
 
 def initial_capacity(
-    list_lengths: np.ndarray, length: int, query_length: int, ncells: int
-) -> Capacity:
-    """Room for twice the expected entries, never more than there can be.
+    list_lengths: np.ndarray, query_length: int, ncells: int, shards: int = 1
+) -> int:
+    """Room for twice the expected entries of a query in a shard, never more than there can be.
 
     A probe hits a list about in proportion to the list's length.
     """
@@ -84,80 +142,156 @@ def initial_capacity(
     total = max(int(list_lengths.sum()), 1)
     expected = 2 * probes * float(np.square(list_lengths, dtype=np.float64).sum()) / total
     longest = np.partition(list_lengths, -probes)[-probes:].sum()
-    entries = next_power_of_two(int(min(expected, longest)))
-    return Capacity(max(entries, _INTERACTION_BLOCK), length)
+    entries = next_power_of_two(int(min(expected / shards, longest)))
+    return min(max(entries, _FEWEST_ENTRIES), _MOST_ENTRIES)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity):
+def memory_of(array: jax.Array) -> Memory:
+    """How much a program on the devices of `array` may hold at a time."""
+    platform = next(iter(array.devices())).platform
+    return _CPU if platform == "cpu" else _ACCELERATOR
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory):
+    return search_batch(
+        arrays,
+        queries,
+        threshold,
+        ncells=ncells,
+        ndocs=ndocs,
+        k=k,
+        capacity=capacity,
+        memory=memory,
+    )
+
+
+def search_batch(
+    arrays: IndexArrays,
+    queries: jax.Array,
+    threshold: jax.Array,
+    *,
+    ncells: int,
+    ndocs: int,
+    k: int,
+    capacity: int,
+    memory: Memory,
+    first: jax.Array | int = 0,
+    axis: str | None = None,
+) -> SearchResult:
+    """All stages for queries [B, Lq, D], as many at a time as fit `memory`.
+
+    Args:
+      first: int32[], the collection's id of the arrays' document 0.
+      axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`.
+
+    Returns:
+      Ids of the collection; places without a result hold the number of documents in `arrays` (with
+      an axis: the largest int32) and -inf.
+    """
+    num_centroids, batch, length = len(arrays.centroids), *queries.shape[:2]
+    each = 8 * num_centroids * length + 32 * capacity
+    size = min(batch, max(next_power_of_two(memory.batch // each + 1) // 2, 1))
     search = partial(
-        search_one,
+        _search_part,
         arrays,
         threshold=threshold,
         ncells=ncells,
         ndocs=ndocs,
         k=k,
         capacity=capacity,
+        block=memory.block,
+        first=first,
+        axis=axis,
     )
-    return jax.lax.map(search, queries)
+    parts = jax.lax.map(search, queries.reshape(-1, size, *queries.shape[1:]))
+    ids, scores, entries = parts
+    return SearchResult(ids.reshape(batch, -1), scores.reshape(batch, -1), entries.max())
 
 
-def search_one(
-    arrays: IndexArrays,
-    query: jax.Array,
-    *,
-    threshold: float | jax.Array,
-    ncells: int,
-    ndocs: int,
-    k: int,
-    capacity: Capacity,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All stages for one query [Lq, D]: ids int32[k], scores float32[k], entries needed int32[]."""
-    length = capacity.length
-    scores = centroid_scores(arrays.centroids, query)
-    cells = probe(scores, query, ncells)
-    ids, entries = candidates(arrays, cells, capacity.entries)
+def _search_part(
+    arrays, queries, *, threshold, ncells, ndocs, k, capacity, block, first, axis
+) -> SearchResult:
+    table = centroid_scores(arrays.centroids, queries)
+    cells = probe(table, queries, ncells)
+    ids, entries = candidates(arrays, cells, capacity)
 
-    real = jnp.any(query != 0, axis=1)
-    kept = scores.max(axis=1, where=real, initial=-jnp.inf) >= threshold
-    approximate = partial(centroid_interaction, arrays, scores, length=length)
-    ids = best(ids, approximate(ids, kept), max(ndocs, k))
-    ids = best(ids, approximate(ids, None), max(ndocs // 4, k))
+    real = (queries != 0).any(axis=-1)
+    kept = table.max(axis=-1, where=real[:, None], initial=-jnp.inf) >= threshold
+    for n, counted in ((ndocs, kept), (ndocs // 4, None)):
+        approximate = centroid_interaction(arrays, table, ids, counted, block)
+        ids = cut(ids, approximate, max(n, k), len(arrays.offsets) - 1, first, axis)
+    exact = exact_scores(arrays, queries, table, ids, block)
 
-    block = min(_DECOMPRESS_BLOCK, block_rows(length * query.shape[1], len(ids)))
-    exact = by_blocks(partial(_score_exactly, arrays, query, length), ids, arrays, block)
-    exact, place = jax.lax.top_k(exact, min(k, len(ids)))
-    missing = k - len(place)
-    ids = jnp.pad(ids[place], (0, missing), constant_values=len(arrays.offsets) - 1)
-    return ids, jnp.pad(exact, (0, missing), constant_values=-jnp.inf), entries
+    nobody = len(arrays.offsets) - 1
+    ids = jnp.where(ids < nobody, first + ids, _NOBODY)
+    negated, ids = best_of(-exact, ids, k, axis)
+    missing = [(0, 0), (0, k - ids.shape[1])]
+    ids = jnp.pad(ids, missing, constant_values=_NOBODY)
+    scores = jnp.pad(-negated, missing, constant_values=-jnp.inf)
+    entries = entries.max()
+    if axis is None:
+        return SearchResult(jnp.minimum(ids, nobody), scores, entries)
+    return SearchResult(ids, scores, jax.lax.pmax(entries, axis))
 
 
-def centroid_scores(centroids: jax.Array, query: jax.Array) -> jax.Array:
-    """[K, Lq], the dot product of every centroid with every query token."""
-    return jnp.einsum("kd,qd->kq", centroids, query, precision=jax.lax.Precision.HIGHEST)
+def centroid_scores(centroids: jax.Array, queries: jax.Array) -> jax.Array:
+    """[B, K, Lq], the dot product of every centroid with every query token."""
+    return jnp.einsum(
+        "kd,bqd->bkq",
+        centroids,
+        queries,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
-def probe(scores: jax.Array, query: jax.Array, ncells: int) -> jax.Array:
+def probe(table: jax.Array, queries: jax.Array, ncells: int) -> jax.Array:
     """The best `ncells` centroids of each query token, ascending, repetitions replaced by K.
 
     A query row of zeros is padding and probes nothing.
+
+    Args:
+      table: float32[B, K, Lq], centroid scores.
+
+    Returns:
+      int32[B, Lq * ncells].
     """
-    num_centroids = scores.shape[0]
-    _, cells = jax.lax.top_k(scores.T, min(ncells, num_centroids))
-    real = jnp.any(query != 0, axis=1)
-    cells = jnp.sort(jnp.where(real[:, None], cells, num_centroids).reshape(-1))
-    return jnp.where(cells == jnp.roll(cells, 1).at[0].set(-1), num_centroids, cells)
+    batch, num_centroids, _ = table.shape
+    _, cells = jax.lax.top_k(table.swapaxes(1, 2), min(ncells, num_centroids))
+    real = (queries != 0).any(axis=-1, keepdims=True)
+    cells = jnp.sort(jnp.where(real, cells, num_centroids).reshape(batch, -1))
+    return jnp.where(_is_first(cells), cells, num_centroids)
 
 
 def candidates(arrays: IndexArrays, cells: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """The distinct documents of the probed inverted lists, ascending, padded with N.
+    """The distinct documents of the probed inverted lists, short ones first, equals by id.
+
+    Two sorts do it, the second of keys that hold a document's length and its place among the ids.
+
+    Args:
+      cells: int32[B, ...], centroids, ascending; K: none.
 
     Returns:
-      int32[capacity], and how many entries the lists have: more than `capacity` means that some
-      were left out.
+      int32[B, capacity], padded with N, and how many entries the lists of each query have,
+      int32[B]: more than `capacity` means that some were left out.
     """
     num_documents = len(arrays.offsets) - 1
-    num_centroids = len(arrays.list_offsets) - 1
+    ids, entries = jax.vmap(partial(_list_entries, arrays, capacity=capacity))(cells)
+    ids = jnp.sort(ids)
+    _, length = token_spans(arrays.offsets, ids)
+    classes = jnp.minimum((length - 1) // _TILE, _CLASSES - 1)
+    classes = jnp.where(_is_first(ids) & (length > 0), classes, _CLASSES)
+    key = jnp.sort(classes * capacity + jnp.arange(capacity, dtype=jnp.int32))
+    ids = jnp.take_along_axis(ids, key % capacity, axis=1)
+    return jnp.where(key < _CLASSES * capacity, ids, num_documents), entries
+
+
+def _list_entries(
+    arrays: IndexArrays, cells: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """The entries of some inverted lists one after the other, padded with N, and their number."""
+    num_documents, num_centroids = len(arrays.offsets) - 1, len(arrays.list_offsets) - 1
     real = cells < num_centroids
     cells = jnp.minimum(cells, num_centroids - 1)
     start = arrays.list_offsets[cells]
@@ -165,73 +299,145 @@ def candidates(arrays: IndexArrays, cells: jax.Array, capacity: int) -> tuple[ja
     ends = jnp.cumsum(sizes)
     slot = jnp.arange(capacity, dtype=jnp.int32)
     cell = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), len(cells) - 1)
-    entry = start[cell] + slot - (ends - sizes)[cell]
-    ids = jnp.where(
-        slot < ends[-1], arrays.lists[jnp.where(slot < ends[-1], entry, 0)], num_documents
-    )
-    ids = jnp.sort(ids)
-    first = ids != jnp.roll(ids, 1).at[0].set(-1)
-    place = jnp.where(first, jnp.cumsum(first) - 1, capacity)
-    unique = jnp.full(capacity, num_documents, jnp.int32).at[place].set(ids, mode="drop")
-    return unique, ends[-1]
+    entry = (start - ends + sizes)[cell] + slot
+    filled = slot < ends[-1]
+    return jnp.where(filled, arrays.lists[jnp.where(filled, entry, 0)], num_documents), ends[-1]
+
+
+def token_spans(offsets: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first token and the number of tokens of documents; an id of N or more has none."""
+    known = ids < len(offsets) - 1
+    ids = jnp.minimum(ids, len(offsets) - 2)
+    return offsets[ids], jnp.where(known, offsets[ids + 1] - offsets[ids], 0)
 
 
 def centroid_interaction(
-    arrays: IndexArrays,
-    scores: jax.Array,
-    ids: jax.Array,
-    kept: jax.Array | None,
-    *,
-    length: int,
+    arrays: IndexArrays, table: jax.Array, ids: jax.Array, kept: jax.Array | None, block: int
 ) -> jax.Array:
-    """Approximate scores float32[n] of documents ids [n], from centroid scores [K, Lq] alone.
+    """Approximate scores float32[B, C] of documents ids [B, C], from centroid scores alone.
 
     Args:
-      kept: bool[K], the centroids that count (pruning); None: all.
+      table: float32[B, K, Lq].
+      kept: bool[B, K], the centroids that count (pruning); None: all.
+      block: see `Memory`.
     """
 
-    def block(ids: jax.Array) -> jax.Array:
-        rows, mask = token_rows(arrays.offsets, ids, length)
+    def maxima(rows: jax.Array, mask: jax.Array) -> jax.Array:
         codes = arrays.codes[rows]
         if kept is not None:
-            mask = mask & kept[codes]
-        similarity = jnp.where(mask[..., None], scores[codes], _PRUNED)
-        return similarity.max(axis=1).sum(axis=-1)
+            mask = mask & _rows_of(kept, codes)
+        return jnp.where(mask[..., None], _rows_of(table, codes), _PRUNED).max(axis=2)
 
-    size = min(_INTERACTION_BLOCK, block_rows(length * scores.shape[1], len(ids)))
-    return by_blocks(block, ids, arrays, size)
+    return by_tiles(maxima, arrays.offsets, ids, table.shape[-1], _PRUNED, block)
 
 
-def best(ids: jax.Array, scores: jax.Array, n: int) -> jax.Array:
-    """The n best of candidates, ascending by id again and padded with N.
-
-    Equal scores go to the smaller id, since `top_k` prefers the earlier place.
-    """
-    _, place = jax.lax.top_k(scores, min(n, len(ids)))
-    return jnp.sort(ids[place])
-
-
-def by_blocks(
-    score: Callable[[jax.Array], jax.Array], ids: jax.Array, arrays: IndexArrays, block: int
+def exact_scores(
+    arrays: IndexArrays, queries: jax.Array, table: jax.Array, ids: jax.Array, block: int
 ) -> jax.Array:
-    """Scores of candidates [n], a block at a time, over the filled part of the array only.
+    """MaxSim float32[B, C] of documents ids [B, C] on their compressed tokens."""
+    norms = arrays.inverse_norms
+    if norms is None:
+        raise ValueError("the arrays have no inverse_norms: call with_inverse_norms first")
+    slots = slot_major(queries, arrays.bucket_weights)
+    weights = field_weights(arrays.bucket_weights)
 
-    Padding scores -inf.
+    def maxima(rows: jax.Array, mask: jax.Array) -> jax.Array:
+        similarity = _rows_of(table, arrays.codes[rows])
+        scale = jnp.where(mask, norms[rows], 0)
+        return token_maxima(slots, similarity, arrays.residuals[rows], scale, weights)
+
+    return by_tiles(maxima, arrays.offsets, ids, queries.shape[1], -jnp.inf, block)
+
+
+def by_tiles(
+    maxima: Callable[[jax.Array, jax.Array], jax.Array],
+    offsets: jax.Array,
+    ids: jax.Array,
+    rows: int,
+    least: float,
+    block: int,
+) -> jax.Array:
+    """Sums over the query rows of maxima over the tokens, of the filled part of ids [B, C] only.
+
+    Args:
+      maxima: rows of the token arrays int32[B, n, tile] and their mask -> the best of these tokens
+        for each query row, float32[B, n, Lq].
+      rows: Lq.
+      least: where the maxima start.
+      block: token similarities to take in one step.
+
+    Returns:
+      float32[B, C], -inf for padding.
     """
-    num_documents = len(arrays.offsets) - 1
-    n, block = len(ids), min(block, len(ids))
-    padded = jnp.pad(ids, (0, -n % block), constant_values=num_documents)
-    filled = (ids < num_documents).sum()
+    batch, capacity = ids.shape
+    size = min(max(block // (batch * _TILE * rows), 1), capacity)
+    padded = jnp.pad(ids, [(0, 0), (0, -capacity % size)], constant_values=_NOBODY)
+    real = ids < len(offsets) - 1
+    filled = real.sum(axis=1).max()
 
-    def step(i: jax.Array, scores: jax.Array) -> jax.Array:
-        part = score(jax.lax.dynamic_slice_in_dim(padded, i * block, block))
-        return jax.lax.dynamic_update_slice_in_dim(scores, part, i * block, 0)
+    def score(i: jax.Array, scores: jax.Array) -> jax.Array:
+        documents = jax.lax.dynamic_slice_in_dim(padded, i * size, size, axis=1)
+        start, length = token_spans(offsets, documents)
+
+        def tile(t: jax.Array, best: jax.Array) -> jax.Array:
+            place = t * _TILE + jnp.arange(_TILE, dtype=jnp.int32)
+            mask = place < length[..., None]
+            return jnp.maximum(best, maxima(jnp.where(mask, start[..., None] + place, 0), mask))
+
+        nothing = jnp.full((batch, size, rows), least, jnp.float32)
+        best = jax.lax.fori_loop(0, (length.max() + _TILE - 1) // _TILE, tile, nothing)
+        return jax.lax.dynamic_update_slice_in_dim(scores, best.sum(axis=-1), i * size, axis=1)
 
     nothing = jnp.full(padded.shape, -jnp.inf, jnp.float32)
-    scores = jax.lax.fori_loop(0, (filled + block - 1) // block, step, nothing)
-    return jnp.where(ids < num_documents, scores[:n], -jnp.inf)
+    scores = jax.lax.fori_loop(0, (filled + size - 1) // size, score, nothing)
+    return jnp.where(real, scores[:, :capacity], -jnp.inf)
 
 
-def _score_exactly(arrays: IndexArrays, query: jax.Array, length: int, ids: jax.Array) -> jax.Array:
-    tokens, mask = load_tokens(arrays, ids, length)
-    return jax.vmap(maxsim, in_axes=(None, 0, 0))(query, tokens, mask)
+def cut(
+    ids: jax.Array,
+    scores: jax.Array,
+    n: int,
+    nobody: int,
+    first: jax.Array | int = 0,
+    axis: str | None = None,
+) -> jax.Array:
+    """The n best candidates, of all devices together, in their order; equals by the smaller id.
+
+    Args:
+      ids: int32[B, C], padded with ids of `nobody` or more.
+      scores: float32[B, C].
+      first, axis: see `search_batch`. Each device keeps those of the n best that are its own.
+
+    Returns:
+      int32[B, min(n, C)].
+    """
+    capacity = ids.shape[1]
+    if capacity <= n and axis is None:
+        return ids
+    size = min(n, capacity)
+    last = jax.lax.top_k(scores, size, **_UNSTABLE)[0][:, -1:]
+    # First whatever beats the n-th score, then what equals it, by id.
+    rank = jnp.where(scores > last, -1, jnp.where(scores == last, ids, _NOBODY))
+    _, place = jax.lax.top_k(-rank, size, **_UNSTABLE)
+    if axis is not None:
+        own = jnp.where(ids < nobody, first + ids, _NOBODY)
+        own, scores = (jnp.take_along_axis(array, place, axis=1) for array in (own, scores))
+        everyone = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (-scores, own)]
+        negated, order = (a[:, :n][:, -1:] for a in jax.lax.sort(everyone, num_keys=2))
+        kept = (scores > -negated) | ((scores == -negated) & (own <= order))
+        place = jnp.where(kept, place, capacity)
+    padded = jnp.pad(ids, [(0, 0), (0, 1)], constant_values=_NOBODY)
+    return jnp.take_along_axis(padded, jnp.sort(place), axis=1)
+
+
+def _is_first(values: jax.Array) -> jax.Array:
+    """bool[B, n]: which of ascending values differ from the one before."""
+    return jnp.pad(values[:, 1:] != values[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+
+
+def _rows_of(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """Each query's own rows of a table [B, K, ...] for codes [B, ...]."""
+    batch, num_centroids = table.shape[:2]
+    base = jnp.arange(batch, dtype=jnp.int32) * num_centroids
+    flat = table.reshape(batch * num_centroids, *table.shape[2:])
+    return flat[codes + base.reshape(-1, *[1] * (codes.ndim - 1))]

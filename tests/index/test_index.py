@@ -29,7 +29,7 @@ def decompressed_ranking(index, queries):
 
 def test_exact_is_maxsim_of_decompressed(index, queries):
     order, scores = decompressed_ranking(index, queries)
-    hits = index.search(queries, k=20, exact=True)
+    hits = index.search(queries, k=20, recall="exact")
     np.testing.assert_array_equal(hits.ids, order[:, :20])
     np.testing.assert_allclose(
         hits.scores, np.take_along_axis(scores, order[:, :20], axis=1), rtol=1e-5
@@ -38,7 +38,7 @@ def test_exact_is_maxsim_of_decompressed(index, queries):
 
 def test_plaid_with_everything_kept_is_exact(index, queries):
     wide = index.search(queries, k=20, ncells=10_000, ndocs=10_000, centroid_score_threshold=-2.0)
-    exact = index.search(queries, k=20, exact=True)
+    exact = index.search(queries, k=20, recall="exact")
     np.testing.assert_array_equal(wide.ids, exact.ids)
     np.testing.assert_allclose(wide.scores, exact.scores, rtol=1e-5)
 
@@ -46,7 +46,7 @@ def test_plaid_with_everything_kept_is_exact(index, queries):
 def test_plaid_agrees_with_exact(index, model, texts):
     """Random weights make no clusters, so one probe per token is too few; four are not."""
     queries = model.encode_queries(texts[:30])
-    plaid, exact = index.search(queries, ncells=4), index.search(queries, exact=True)
+    plaid, exact = index.search(queries, ncells=4), index.search(queries, recall="exact")
     overlap = [len(set(a) & set(b)) for a, b in zip(plaid.ids, exact.ids, strict=True)]
     assert np.mean(overlap) / 10 >= 0.9
     assert (plaid.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.9
@@ -85,7 +85,7 @@ def test_empty_documents_are_never_returned(tmp_path):
     index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 12, 16), lengths=lengths)
     assert index.metadata["num_empty_documents"] == 3
     for exact in (False, True):
-        hits = index.search(unit_rows(rng, 2, 5, 16), k=10, exact=exact)
+        hits = index.search(unit_rows(rng, 2, 5, 16), k=10, recall="exact" if exact else None)
         assert hits.ids.shape == (2, 3) and set(hits.ids.ravel()) == {1, 3, 4}
     assert index.document_embeddings(0).shape == (0, 16)
 
@@ -225,7 +225,7 @@ def test_columns(index, texts):
 
 
 def test_few_candidates_are_widened_not_scored_one_and_all(index, queries, monkeypatch):
-    exact = index.search(queries, k=60, exact=True)
+    exact = index.search(queries, k=60, recall="exact")
 
     def fail(*args):
         raise AssertionError("scored every document")
@@ -240,7 +240,7 @@ def test_one_long_document_among_short_ones(tmp_path):
     lengths = np.array([3] * 20 + [5000])
     index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 5060, 16), lengths=lengths)
     queries = unit_rows(rng, 2, 4, 16)
-    plaid, exact = (index.search(queries, k=21, exact=e) for e in (False, True))
+    plaid, exact = (index.search(queries, k=21, recall=r) for r in (None, "exact"))
     np.testing.assert_array_equal(plaid.ids, exact.ids)
 
 

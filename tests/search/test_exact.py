@@ -8,9 +8,9 @@ from colbert_jax.search.arrays import RawArrays
 from colbert_jax.search.exact import exact_search
 
 
-@pytest.fixture(params=[exact._TOKENS, 64], ids=["one block", "many blocks"])
+@pytest.fixture(params=[exact.TOKENS, 64], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(exact, "_TOKENS", request.param)
+    monkeypatch.setattr(exact, "TOKENS", request.param)
 
 
 def ranking(queries, documents, k):

@@ -1,15 +1,17 @@
 """PLAID against the answers of Stanford's own search on the same index."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from colbert_jax.config import SearchConfig
-from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search import plaid
+from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
 from colbert_jax.search.plaid import (
-    Capacity,
     candidates,
     centroid_scores,
     initial_capacity,
@@ -19,7 +21,8 @@ from colbert_jax.search.plaid import (
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "stanford_plaid.npz")
 QUERIES = GOLDEN["queries"]
-ROOMY = Capacity(4096, 32)
+ROOMY = 4096
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def offsets(lengths):
@@ -28,7 +31,7 @@ def offsets(lengths):
 
 @pytest.fixture(scope="module")
 def arrays():
-    return IndexArrays(
+    arrays = IndexArrays(
         jnp.asarray(GOLDEN["centroids"]),
         jnp.asarray(GOLDEN["bucket_weights"]),
         jnp.asarray(GOLDEN["codes"]),
@@ -37,6 +40,7 @@ def arrays():
         jnp.asarray(GOLDEN["ivf"]),
         offsets(GOLDEN["ivf_lengths"]),
     )
+    return with_inverse_norms(arrays)
 
 
 def settings(s: int) -> SearchConfig:
@@ -44,13 +48,15 @@ def settings(s: int) -> SearchConfig:
     return SearchConfig(int(ncells), float(threshold), int(ndocs))
 
 
-@pytest.mark.parametrize("s", range(4))
-@pytest.mark.parametrize("capacity", [ROOMY, Capacity(64, 24)], ids=["roomy", "widened"])
+def search(arrays, queries, s, capacity=ROOMY, **changes):
+    config = dataclasses.replace(settings(s), **changes)
+    return plaid_search(arrays, queries, config.ndocs // 4, config, capacity)
+
+
+@pytest.mark.parametrize(("s", "capacity"), [(0, ROOMY), (1, ROOMY), (2, 64), (3, ROOMY)])
 def test_equals_stanford(arrays, s, capacity):
-    config = settings(s)
-    k = config.ndocs // 4
-    ids, scores, enough = plaid_search(arrays, jnp.asarray(QUERIES), k, config, capacity)
-    assert enough.entries >= capacity.entries
+    ids, scores, enough = search(arrays, QUERIES, s, capacity)
+    assert enough == ROOMY or (64 < enough < ROOMY and enough.bit_count() == 1)
     for row, count in enumerate(GOLDEN[f"s{s}_counts"]):
         assert ids[row, :count].tolist() == GOLDEN[f"s{s}_pids"][row, :count].tolist()
         expected = GOLDEN[f"s{s}_scores"][row, :count]
@@ -60,36 +66,64 @@ def test_equals_stanford(arrays, s, capacity):
 
 @pytest.mark.parametrize("s", range(4))
 def test_candidates_equal_stanford(arrays, s):
-    for query, expected in zip(QUERIES, GOLDEN[f"s{s}_candidates"], strict=True):
-        scores = centroid_scores(arrays.centroids, query)
-        cells = probe(scores, jnp.asarray(query), settings(s).ncells)
-        ids, entries = candidates(arrays, cells, 4096)
-        assert int((ids < 400).sum()) == expected <= int(entries)
-        assert (np.diff(np.asarray(ids)) >= 0).all()
+    scores = centroid_scores(arrays.centroids, QUERIES)
+    cells = probe(scores, jnp.asarray(QUERIES), settings(s).ncells)
+    ids, entries = candidates(arrays, cells, ROOMY)
+    np.testing.assert_array_equal((ids < 400).sum(axis=1), GOLDEN[f"s{s}_candidates"])
+    assert (entries >= GOLDEN[f"s{s}_candidates"]).all()
 
 
 def test_padding_rows_and_queries_change_nothing(arrays):
-    plain = plaid_search(arrays, jnp.asarray(QUERIES), 10, settings(1), ROOMY)
+    plain = search(arrays, QUERIES, 1)
     padded = np.pad(QUERIES, [(0, 2), (0, 5), (0, 0)])
-    wide = plaid_search(arrays, jnp.asarray(padded), 10, settings(1), ROOMY)
+    wide = search(arrays, padded, 1)
     np.testing.assert_array_equal(plain[0], wide[0][:6])
     np.testing.assert_allclose(plain[1], wide[1][:6], rtol=1e-6)
     assert (wide[0][6:] == 400).all()  # a query without a token finds nothing
 
 
 def test_a_threshold_that_prunes_everything_still_answers(arrays):
-    config = SearchConfig(1, 2.0, 256)
-    ids, scores, _ = plaid_search(arrays, jnp.asarray(QUERIES[:1]), 5, config, ROOMY)
-    unpruned, _, _ = plaid_search(
-        arrays, jnp.asarray(QUERIES[:1]), 5, SearchConfig(1, -2.0, 256), ROOMY
-    )
+    """No more candidates than `ndocs`, so that pruning decides nothing."""
+    ids, scores, _ = search(arrays, QUERIES, 0, centroid_score_threshold=2.0)
+    unpruned, _, _ = search(arrays, QUERIES, 0, centroid_score_threshold=-2.0)
     np.testing.assert_array_equal(ids, unpruned)
-    assert np.isfinite(scores).all()
+    assert np.isfinite(scores[:, :4]).all()
+
+
+def test_queries_taken_in_turn_change_nothing(arrays, monkeypatch):
+    whole = search(arrays, QUERIES, 1)
+    monkeypatch.setattr(plaid, "_CPU", plaid.Memory(batch=1 << 18, block=1 << 9))
+    parts = search(arrays, QUERIES, 1)
+    np.testing.assert_array_equal(whole[0], parts[0])
+    np.testing.assert_allclose(whole[1], parts[1], rtol=1e-6)
+
+
+def test_nothing_is_compiled_twice(arrays):
+    """Other batch sizes up to the same power of two, other lengths, other thresholds."""
+    search(arrays, QUERIES, 1)
+    traced = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: traced.append(event) if "trace" in event else None
+    )
+    try:
+        for batch, rows, threshold in [(6, 8, 0.3), (5, 7, 0.45), (6, 3, 0.5)]:
+            queries = QUERIES[:batch, :rows]
+            search(arrays, queries, 1, centroid_score_threshold=threshold)
+        assert not traced
+        jax.jit(lambda x: x + 1)(1)
+        assert traced  # the listener does listen
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_missing_norms(arrays):
+    with pytest.raises(ValueError, match="call with_inverse_norms"):
+        search(arrays._replace(inverse_norms=None), QUERIES, 1)
 
 
 def test_initial_capacity_is_bounded_by_the_lists():
     lengths = np.array([5, 0, 3, 9])
-    assert initial_capacity(lengths, 32, 100, 4).entries == 64  # the least there is
+    assert initial_capacity(lengths, 100, 4) == 64  # the least there is
     large = np.full(1000, 50)
-    assert initial_capacity(large, 32, 32, 2).entries == 4096  # 64 probes x 50, not doubled
-    assert initial_capacity(large, 32, 2000, 9).entries == 65536  # all 50,000 entries
+    assert initial_capacity(large, 32, 2) == 4096  # 64 probes x 50, not doubled
+    assert initial_capacity(large, 2000, 9) == 65536  # all 50,000 entries

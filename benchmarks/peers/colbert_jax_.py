@@ -1,0 +1,58 @@
+"""This library, through its class Index."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from colbert_jax import Index, __version__
+from colbert_jax.batching import ladder_length
+
+BATCHES = True
+KNOB = "recall" in inspect.signature(Index.search).parameters
+
+
+def settings(k: int) -> list[dict[str, Any]]:
+    knob = [{"recall": name} for name in ("fast", "high", "exact")] if KNOB else []
+    sweep = [(1, 0.5, 256), (1, 0.5, 512), (1, 0.5, 1024), (2, 0.45, 1024), (2, 0.45, 4096)]
+    sweep += [(4, 0.4, 1024), (4, 0.4, 4096), (8, 0.35, 4096), (8, 0.3, 16384)]
+    return [{}, *knob] + [
+        {"ncells": ncells, "centroid_score_threshold": threshold, "ndocs": ndocs}
+        for ncells, threshold, ndocs in sweep
+        if ndocs >= 4 * k
+    ]
+
+
+def versions() -> dict[str, str]:
+    others = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"colbert-jax": __version__} | others | {"backend": jax.default_backend()}
+
+
+def build(folder: Path, values: np.ndarray, lengths: np.ndarray, nbits: int) -> None:
+    Index.build(folder, embeddings=values, lengths=lengths, nbits=nbits, progress=False)
+
+
+def open(folder: Path) -> Index:
+    return Index.open(folder)
+
+
+def prepare(queries: list[np.ndarray]) -> np.ndarray:
+    """[B, Lq, D] with rows of zeros behind each query, as `encode_queries` gives them."""
+    width = ladder_length(max(map(len, queries)))
+    block = np.zeros((len(queries), width, queries[0].shape[1]), np.float32)
+    for row, query in zip(block, queries, strict=True):
+        row[: len(query)] = query
+    return block
+
+
+def search(opened: Index, prepared: np.ndarray, k: int, settings: dict[str, Any]) -> Any:
+    return opened.search(prepared, k, **settings)
+
+
+def ids(found: Any) -> list[list[int]]:
+    return found.ids.tolist()

@@ -1,0 +1,326 @@
+"""Search over an index that is sharded by documents: each device searches its own, one answer.
+
+A device of a 1-D mesh holds a contiguous range of documents with all that belongs to them, in
+arrays of common sizes, and every centroid. It runs the program of one device (`search.plaid`) on
+its range; every cut, and the final ranking, is taken over the documents of all devices, so that the
+answer does not depend on how many there are. Several processes (`jax.distributed`) each read their
+own devices' ranges from disk, call search with the same queries and get the same full answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from colbert_jax.batching import ladder_length, next_power_of_two
+from colbert_jax.config import SearchConfig
+from colbert_jax.progress import progress_bar
+from colbert_jax.search import plaid
+from colbert_jax.search.arrays import (
+    Hits,
+    IndexArrays,
+    best_of,
+    concatenate_hits,
+    token_inverse_norms,
+)
+from colbert_jax.search.exact import QUERIES, TOKENS, score_documents
+
+_INT32 = np.iinfo(np.int32).max
+_LIST_BLOCK = 1 << 22  # entries of the inverted lists read at a time
+_REPLICATED = ("centroids", "bucket_weights")
+
+
+@dataclass(frozen=True)
+class ShardedArrays:
+    """An index on the devices of a mesh.
+
+    Attributes:
+      arrays: like those of one device, each array the devices' own one after the other; a device's
+        offsets, lists and document ids are its own. Centroids and weights are on every device.
+      bounds: int[S+1] on the host; device s holds documents bounds[s]..bounds[s+1]-1.
+      first: int32[S], sharded, the same without the last.
+      mesh: its one axis is the documents'.
+    """
+
+    arrays: IndexArrays
+    bounds: np.ndarray
+    first: jax.Array
+    mesh: Mesh
+
+    @property
+    def axis(self) -> str:
+        return self.mesh.axis_names[0]
+
+
+def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
+    """Place an index on a mesh, documents cut into ranges of about equally many tokens.
+
+    A process reads no more than its own devices' parts, and copies no more than one of them into
+    its memory at a time.
+
+    Args:
+      arrays: on the host, mapped from disk; offsets may be int64, without `inverse_norms`.
+      mesh: of one axis.
+
+    Raises:
+      ValueError: the mesh has several axes, or a device would hold more than 2^31 - 1 tokens.
+    """
+    check_mesh(mesh)
+    shards = mesh.devices.size
+    offsets = np.asarray(arrays.offsets, np.int64)
+    bounds = document_ranges(offsets, shards)
+    starts, stops = offsets[bounds[:-1]], offsets[bounds[1:]]
+    tokens, documents = int((stops - starts).max()), int(np.diff(bounds).max())
+    if tokens > _INT32:
+        raise ValueError(
+            f"{offsets[-1]} tokens on {shards} devices are {tokens} on one of them, which holds at "
+            f"most {_INT32}: use more devices"
+        )
+    # Ranges are read at the common size, with a few tokens of a neighbour that nothing points to.
+    starts = np.minimum(starts, offsets[-1] - tokens)
+
+    def own_offsets(s: int) -> np.ndarray:
+        own = offsets[bounds[s] : bounds[s + 1] + 1] - starts[s]
+        return np.pad(own, (0, documents + 1 - len(own)), mode="edge").astype(np.int32)
+
+    lists: Any = arrays.lists
+    list_offsets = np.asarray(arrays.list_offsets)
+    entries = int(max(_count_entries(lists, bounds).max(), 1))
+
+    def own_lists(s: int) -> tuple[np.ndarray, np.ndarray]:
+        own, own_starts = split_lists(lists, list_offsets, bounds[s], bounds[s + 1])
+        return np.pad(own, (0, entries - len(own))), own_starts
+
+    place = partial(_place, mesh)
+    replicated = NamedSharding(mesh, P())
+    placed = IndexArrays(
+        *(_replicate(replicated, np.asarray(getattr(arrays, name))) for name in _REPLICATED),
+        *place(lambda s: (arrays.codes[starts[s] : starts[s] + tokens],), 1),
+        *place(lambda s: (arrays.residuals[starts[s] : starts[s] + tokens],), 1),
+        *place(lambda s: (own_offsets(s),), 1),
+        *place(own_lists, 2),
+    )
+    placed = placed._replace(inverse_norms=_norms(placed, mesh=mesh))
+    (first,) = place(lambda s: (bounds[s : s + 1].astype(np.int32),), 1)
+    return ShardedArrays(placed, bounds, first, mesh)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError unless a mesh has one axis."""
+    if len(mesh.axis_names) != 1:
+        raise ValueError(
+            f"an index is sharded over a mesh of one axis, got axes {mesh.axis_names}: "
+            'jax.make_mesh((n,), ("data",))'
+        )
+
+
+def document_ranges(offsets: np.ndarray, shards: int) -> np.ndarray:
+    """int64[shards + 1], ascending: where to cut documents into ranges of about equal tokens."""
+    targets = offsets[-1] * np.arange(1, shards) // shards
+    cuts = np.searchsorted(offsets, targets, side="left")
+    return np.concatenate([[0], cuts, [len(offsets) - 1]]).astype(np.int64)
+
+
+def split_lists(
+    lists: np.ndarray, list_offsets: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of inverted lists that lies in documents start..stop-1, ids counted from `start`.
+
+    Returns:
+      int32[n] and its list offsets int32[K + 1].
+    """
+    parts, counts, total = [np.zeros(0, np.int32)], np.zeros(len(list_offsets), np.int64), 0
+    for at in range(0, len(lists), _LIST_BLOCK):
+        block = np.asarray(lists[at : at + _LIST_BLOCK])
+        own = (block >= start) & (block < stop)
+        before = np.concatenate([[0], np.cumsum(own)])
+        ends = (list_offsets > at) & (list_offsets <= at + len(block))
+        counts[ends] = total + before[list_offsets[ends] - at]
+        total += int(before[-1])
+        parts.append((block[own] - start).astype(np.int32))
+    return np.concatenate(parts), counts.astype(np.int32)
+
+
+def sharded_plaid_search(
+    sharded: ShardedArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    capacity: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """`plaid.plaid_search` over all devices. `capacity` is a device's."""
+    static = dict(
+        mesh=sharded.mesh,
+        ncells=int(settings.ncells or 1),
+        ndocs=int(settings.ndocs or 1),
+        k=k,
+        memory=plaid.memory_of(sharded.first),
+    )
+
+    def search(queries: np.ndarray, threshold: np.float32, capacity: int) -> plaid.SearchResult:
+        return _plaid(
+            sharded.arrays,
+            sharded.first,
+            _replicate(NamedSharding(sharded.mesh, P()), queries),
+            threshold,
+            capacity=capacity,
+            **static,
+        )
+
+    ids, scores, capacity = plaid.widening(search, queries, settings, capacity)
+    return np.minimum(ids, sharded.bounds[-1]).astype(np.int32), scores, capacity
+
+
+def sharded_exact_search(
+    sharded: ShardedArrays,
+    lengths: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    progress: bool | None = False,
+) -> Hits:
+    """`exact.exact_search` over all devices, each with its own documents in order of length.
+
+    Args:
+      lengths: int[N], tokens of each document, on the host.
+      queries: float32[B, Lq, D].
+      k: at most the number of documents that have a token.
+    """
+    if len(queries) > QUERIES:
+        parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
+        return concatenate_hits(
+            [sharded_exact_search(sharded, lengths, part, k, progress=progress) for part in parts]
+        )
+    mesh, bounds = sharded.mesh, sharded.bounds
+    batch, wanted = next_power_of_two(len(queries)), next_power_of_two(k)
+    padded = np.pad(queries, [(0, batch - len(queries)), (0, 0), (0, 0)]).astype(np.float32)
+    replicated = _replicate(NamedSharding(mesh, P()), padded)
+    own = [lengths[bounds[s] : bounds[s + 1]] for s in range(len(bounds) - 1)]
+    best = _place(mesh, lambda s: (np.full((batch, wanted), np.inf, np.float32),), 1) + _place(
+        mesh, lambda s: (np.full((batch, wanted), _INT32, np.int32),), 1
+    )
+    with progress_bar(int((lengths > 0).sum()), "exact scoring", "doc", progress) as bar:
+        for length, rows in _steps(own):
+            size = max(map(len, rows))
+            size = min(next_power_of_two(size), max(TOKENS // length, 1))
+            for at in range(0, max(map(len, rows)), size):
+                chosen = [row[at : at + size] for row in rows]
+                ids = _place(mesh, partial(_ids_of, chosen, size), 1)
+                best = _merge(
+                    sharded.arrays, sharded.first, replicated, *ids, *best, length=length, mesh=mesh
+                )
+                bar.update(sum(map(len, chosen)))
+    negated, ids = jax.device_get(_gather(*best, mesh=mesh))
+    return Hits(ids[: len(queries), :k], -negated[: len(queries), :k])
+
+
+def _steps(lengths: Sequence[np.ndarray]) -> list[tuple[int, list[np.ndarray]]]:
+    """Padded lengths, and for each the documents of every device that have it."""
+    padded = [np.array([ladder_length(int(n)) if n else 0 for n in own], int) for own in lengths]
+    steps = sorted({int(length) for own in padded for length in np.unique(own)} - {0})
+    return [(step, [np.flatnonzero(own == step) for own in padded]) for step in steps]
+
+
+def _ids_of(chosen: Sequence[np.ndarray], size: int, s: int) -> tuple[np.ndarray]:
+    padding = size - len(chosen[s])
+    return (np.pad(chosen[s], (0, padding), constant_values=_INT32).astype(np.int32),)
+
+
+def _replicate(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    """An array that every process has, on every device."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _place(mesh: Mesh, part: Callable[[int], tuple[Any, ...]], count: int) -> list[Any]:
+    """Arrays of which device s holds the s-th part, made for this process's devices in turn.
+
+    Args:
+      part: s -> `count` arrays, of the same shapes for every s.
+    """
+    (axis,) = mesh.axis_names
+    sharding = NamedSharding(mesh, P(axis))
+    columns: list[list[jax.Array]] = [[] for _ in range(count)]
+    for s, device in enumerate(mesh.devices.flat):
+        if device.process_index == jax.process_index():
+            for column, array in zip(columns, part(s), strict=True):
+                column.append(jax.block_until_ready(jax.device_put(array, device)))
+    shards = mesh.devices.size
+    return [
+        jax.make_array_from_single_device_arrays(
+            (shards * column[0].shape[0], *column[0].shape[1:]), sharding, column
+        )
+        for column in columns
+    ]
+
+
+def _count_entries(lists: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """int64[S], entries of the inverted lists in each range of documents."""
+    counts = np.zeros(len(bounds) - 1, np.int64)
+    for at in range(0, len(lists), _LIST_BLOCK):
+        owners = np.searchsorted(bounds, lists[at : at + _LIST_BLOCK], side="right") - 1
+        counts += np.bincount(owners, minlength=len(counts))
+    return counts
+
+
+def _specs(axis: str) -> Any:
+    return IndexArrays(
+        *(P() if name in _REPLICATED else P(axis) for name in IndexArrays._fields)  # type: ignore
+    )
+
+
+def _shard_map(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    # What an all_gather makes is the same everywhere, which the check can't know.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _norms(arrays, *, mesh):
+    (axis,) = mesh.axis_names
+    specs = _specs(axis)._replace(inverse_norms=None)
+    return _shard_map(token_inverse_norms, mesh, (specs,), P(axis))(arrays)
+
+
+@partial(jax.jit, static_argnames=("mesh", "ncells", "ndocs", "k", "capacity", "memory"))
+def _plaid(arrays, first, queries, threshold, *, mesh, **settings):
+    (axis,) = mesh.axis_names
+
+    def search(arrays, first, queries, threshold):
+        return plaid.search_batch(arrays, queries, threshold, first=first[0], axis=axis, **settings)
+
+    in_specs = (_specs(axis), P(axis), P(), P())
+    return _shard_map(search, mesh, in_specs, P())(arrays, first, queries, threshold)
+
+
+@partial(jax.jit, static_argnames=("length", "mesh"))
+def _merge(arrays, first, queries, ids, best_negated, best_ids, *, length, mesh):
+    """Each device's running top k with n more of its documents."""
+    (axis,) = mesh.axis_names
+
+    def merge(arrays, first, queries, ids, best_negated, best_ids):
+        scores = score_documents(arrays, queries, ids, length=length)
+        ids = jnp.where(ids < len(arrays.offsets) - 1, first[0] + ids, _INT32)
+        negated = jnp.concatenate([best_negated, -scores], axis=1)
+        everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
+        return best_of(negated, everyone, best_ids.shape[1])
+
+    specs = (_specs(axis), P(axis), P(), P(axis), P(axis), P(axis))
+    return _shard_map(merge, mesh, specs, (P(axis), P(axis)))(
+        arrays, first, queries, ids, best_negated, best_ids
+    )
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _gather(negated, ids, *, mesh):
+    (axis,) = mesh.axis_names
+    merge = partial(best_of, k=negated.shape[1], axis=axis)
+    return _shard_map(merge, mesh, (P(axis), P(axis)), (P(), P()))(negated, ids)
