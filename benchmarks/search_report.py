@@ -52,7 +52,7 @@ def _run(run: dict[str, Any], batches: list[int], ours: str) -> list[str]:
     head = ["system", "settings", "k", "overlap", "ms", "p95 ms"]
     head += [f"q/s, batch {batch}" for batch in batches] + ["CPU ms/query", "timed", "peak MB"]
     rows = []
-    for row in sorted(run["searches"], key=lambda row: row["k"]):
+    for row in _sorted(run["searches"]):
         times = row["batches"]
         one = times["1"]
         rows.append([row["system"], _settings(row), str(row["k"]), f"{row['overlap']:.4f}"])
@@ -65,30 +65,41 @@ def _run(run: dict[str, Any], batches: list[int], ours: str) -> list[str]:
         ]
     lines += _table(head, rows)
     lines += ["", "Rates in brackets: one query after the other, for want of batches."]
-    matched = match(run["searches"], ours, batches)
+    matched = match(_sorted(run["searches"]), ours, batches)
     if matched:
         lines += ["", f"### The fastest of {ours} at no less overlap", ""]
         head = ["peer", "its settings", "k", "batch", "overlap", "q/s"]
         head += [f"settings of {ours}", "overlap", "q/s", "ratio"]
         lines += _table(head, [_matched(*found) for found in matched])
+        lines += ["", f"Ratios in brackets: no setting of {ours} reaches the peer's overlap."]
     return lines
 
 
+def _sorted(searches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By k and system, the defaults of each before its other settings in order of overlap."""
+    names = list(dict.fromkeys(row["system"] for row in searches))
+    return sorted(
+        searches,
+        key=lambda row: (row["k"], names.index(row["system"]), not row["default"], row["overlap"]),
+    )
+
+
 def match(searches: list[dict[str, Any]], ours: str, batches: Iterable[int]) -> list[tuple]:
-    """(batch, peer's row, our row or None) for each row of a peer.
+    """(batch, peer's row, our row) for each row of a peer.
 
     Our row is the one of the same k with the most queries per second among those whose overlap is
-    not below the peer's.
+    not below the peer's; where there is none, the one with the highest overlap.
     """
     found = []
-    for k in sorted({row["k"] for row in searches}):
-        mine = [row for row in searches if row["system"] == ours and row["k"] == k]
-        for peer in (row for row in searches if row["system"] != ours and row["k"] == k):
-            for batch in map(str, batches):
-                enough = [row for row in mine if row["overlap"] >= peer["overlap"]]
-                if mine and batch in peer["batches"]:
-                    best = max(enough, key=partial(_speed, batch=batch), default=None)
-                    found.append((batch, peer, best))
+    for peer in searches:
+        mine = [row for row in searches if row["system"] == ours and row["k"] == peer["k"]]
+        if peer["system"] == ours or not mine:
+            continue
+        least = min(peer["overlap"], max(row["overlap"] for row in mine))
+        enough = [row for row in mine if row["overlap"] >= least]
+        for batch in map(str, batches):
+            if batch in peer["batches"]:
+                found.append((batch, peer, max(enough, key=partial(_speed, batch=batch))))
     return found
 
 
@@ -96,14 +107,12 @@ def _speed(row: dict[str, Any], batch: str) -> float:
     return row["batches"][batch]["queries_per_second"]
 
 
-def _matched(batch: str, peer: dict[str, Any], best: dict[str, Any] | None) -> list[str]:
+def _matched(batch: str, peer: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    speed, theirs = _speed(best, batch), _speed(peer, batch)
     row = [peer["system"], _settings(peer), str(peer["k"]), batch, f"{peer['overlap']:.4f}"]
-    row.append(_number(_speed(peer, batch), 1))
-    if best is None:
-        return [*row, "none reaches it", "", "", ""]
-    speed = _speed(best, batch)
-    ratio = f"{speed / _speed(peer, batch):.2f}"
-    return [*row, _settings(best), f"{best['overlap']:.4f}", _number(speed, 1), ratio]
+    row += [_number(theirs, 1), _settings(best), f"{best['overlap']:.4f}", _number(speed, 1)]
+    ratio = f"{speed / theirs:.2f}"
+    return [*row, ratio if best["overlap"] >= peer["overlap"] else f"({ratio})"]
 
 
 def _settings(row: dict[str, Any]) -> str:
@@ -168,7 +177,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         axis.set_title("one query at a time" if batch == "1" else f"batches of {batch}")
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel(f"overlap@{k} with exact scoring")
-    axes[0][0].legend(title="* defaults")
+    axes[0][0].legend(title="star: defaults")
     machine = results["about"]["machine"]
     figure.suptitle(
         f"{run['passages']:,} passages, {results['about']['nbits']} bits; "

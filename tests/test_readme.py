@@ -50,6 +50,10 @@ def test_all_blocks_are_covered():
         "python convert/checkpoint.py colbert-ir/colbertv2.0 flax-folder --to flax",
         "python convert/verify.py pylate-folder --python INTERPRETER",
         "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
+        "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
+        "--cache CACHE",
+        "python benchmarks/search.py CACHE --passages 10000 --queries 128 --seconds 3 "
+        "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
     ]
     makefile = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in makefile and "\ntest:" in makefile

@@ -130,7 +130,7 @@ def test_match(benchmark):
     searches = [fast, slow, right, peer, beyond, row("us", 100, 1.0, 1000)]
     assert benchmark["report"].match(searches, "us", [1]) == [
         ("1", peer, right),
-        ("1", beyond, None),
+        ("1", beyond, slow),  # what comes nearest
     ]
 
 
