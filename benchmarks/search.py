@@ -51,6 +51,7 @@ class System:
     name: str
     python: str
     about: dict[str, Any] = field(default_factory=dict)
+    started: Process | None = None  # has imported the peer and done nothing else
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache)))
-        systems, missing = find_systems(args, work)
+        systems, missing = find_systems(args, work, stack)
         results: dict[str, Any] = {"about": about(systems, missing, args), "runs": []}
         for passages in args.growth or [args.passages]:
             results["runs"].append(run(systems, passages, args, work))
@@ -149,35 +150,45 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def find_systems(args: argparse.Namespace, work: Path) -> tuple[list[System], dict[str, str]]:
-    """What can be measured, and why the others cannot."""
+def find_systems(
+    args: argparse.Namespace, work: Path, stack: contextlib.ExitStack
+) -> tuple[list[System], dict[str, str]]:
+    """What can be measured, each with a process that `stack` ends, and why the others cannot."""
     given = dict(peer.split("=", 1) for peer in args.peer)
     wanted = (OURS, "torch") if args.growth else tuple(ADAPTERS)
     systems, missing = [], {}
     for name in wanted:
         if name in args.without.split(","):
             missing[name] = "left out"
-            continue
-        if name != OURS and name not in given and importlib.util.find_spec(PACKAGES[name]) is None:
+        elif name != OURS and name not in given and not importlib.util.find_spec(PACKAGES[name]):
             missing[name] = "not installed"
-            continue
-        system = System(name, given.get(name, sys.executable))
+        else:
+            systems.append(System(name, given.get(name, sys.executable)))
+    for system in systems:
         try:
-            with _start(system, args, work) as process:
-                system.about = process.ask("about")
-        except (PeerError, OSError) as error:
-            if name in given or name == OURS:
-                raise SystemExit(f"{system.python} cannot run {name}: {error}") from None
+            system.started = stack.enter_context(_start(system, args, work))
+        except OSError as error:
+            raise SystemExit(f"{system.python} cannot run {system.name}: {error}") from None
+    for system in list(systems):
+        assert system.started
+        try:
+            system.about = system.started.ask("about")
+        except PeerError as error:
+            if system.name in given or system.name == OURS:
+                raise SystemExit(f"{system.python} cannot run {system.name}: {error}") from None
             print(error, file=sys.stderr)
-            missing[name] = "not usable here"
-            continue
-        systems.append(system)
+            missing[system.name] = "not usable here"
+            systems.remove(system)
     return systems, missing
 
 
 def _start(system: System, args: argparse.Namespace, work: Path) -> Process:
+    """A process that has done nothing yet."""
     log = work / f"{system.name}.log"
     adapter = ADAPTERS[system.name]
+    if system.started:
+        process, system.started = system.started, None
+        return process
     return Process(system.name, system.python, adapter, log, args.threads, args.device)
 
 

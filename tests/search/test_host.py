@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from search.reference import NearTie, exact_reference, plaid_reference, random_index, random_queries
+from plaid_reference import NearTie, exact_reference, plaid_reference, random_index, random_queries
 
 from colbert_jax.config import SearchConfig
 from colbert_jax.search import host, kernels

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from search.reference import (
+from plaid_reference import (
     NearTie,
     exact_reference,
     plaid_reference,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from search.reference import random_index
+from plaid_reference import random_index
 
 from colbert_jax import Index
 from colbert_jax.search import sharded
