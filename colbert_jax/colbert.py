@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+from colbert_jax.threads import num_threads
 
 if TYPE_CHECKING:
     from colbert_jax.index import Index
@@ -133,8 +133,7 @@ class ColBERT:
         replicated = NamedSharding(mesh, PartitionSpec())
 
         self._on_cpu = self.devices[0].platform == "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        share = (cores or 1) // len(self.devices) if self._on_cpu else 1
+        share = num_threads() // len(self.devices) if self._on_cpu else 1
         self._side_by_side = min(max(share, 2), _MOST_BATCHES)
         self._compiled: set[tuple[int, ...]] = set()
         self._compiling = threading.Lock()

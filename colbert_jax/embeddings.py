@@ -64,3 +64,10 @@ class DocumentEmbeddings:
 def offsets_from_lengths(lengths: np.ndarray) -> np.ndarray:
     """int64[N+1] from lengths [N]."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def document_ranges(offsets: np.ndarray, shards: int) -> np.ndarray:
+    """int64[shards + 1], ascending: where to cut documents into ranges of about equal tokens."""
+    targets = offsets[-1] * np.arange(1, shards) // shards
+    cuts = np.searchsorted(offsets, targets, side="left")
+    return np.concatenate([[0], cuts, [len(offsets) - 1]]).astype(np.int64)

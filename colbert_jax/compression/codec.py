@@ -119,7 +119,8 @@ def compress(
       ValueError: another kind of mesh, or devices of other processes.
     """
     if mesh is None and runtime.host_kernels():
-        return host.compress(host.groups_of(codec.centroids), codec.bucket_cutoffs, values)
+        groups = host.groups_of(codec.centroids)
+        return host.compress(groups, codec.bucket_cutoffs, reversed_bits(codec.nbits), values)
     mesh = data_mesh() if mesh is None else mesh
     check_mesh(mesh)
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
@@ -196,6 +197,12 @@ def pack(buckets: jax.Array, nbits: int) -> jax.Array:
     bits = (buckets[..., None] >> jnp.arange(nbits)) & 1
     bits = bits.reshape(*buckets.shape[:-1], -1, 8)
     return (bits << jnp.arange(7, -1, -1)).sum(axis=-1).astype(jnp.uint8)
+
+
+def reversed_bits(nbits: int) -> np.ndarray:
+    """int64[2^b], every bucket with its b bits in reverse, as they stand in a packed byte."""
+    bits = (np.arange(1 << nbits)[:, None] >> np.arange(nbits)) & 1
+    return (bits << np.arange(nbits - 1, -1, -1)).sum(axis=1)
 
 
 def unpack(packed: np.ndarray, nbits: int) -> np.ndarray:

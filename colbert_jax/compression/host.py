@@ -270,16 +270,19 @@ def _shares(weights: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def compress(
-    groups: CentroidGroups, cutoffs: Any, values: np.ndarray
+    groups: CentroidGroups, cutoffs: Any, reversed_bits: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int32[n] and packed residuals uint8[n, D * b / 8] of embeddings [n, D]."""
+    """Codes int32[n] and packed residuals uint8[n, D * b / 8] of embeddings [n, D].
+
+    Args:
+      cutoffs: float32[2^b - 1].
+      reversed_bits: int[2^b], see `codec.reversed_bits`.
+    """
     from colbert_jax.compression import kernels
 
     cutoffs = np.asarray(cutoffs)
     nbits = len(cutoffs).bit_length()
-    buckets = np.arange(1 << nbits)
-    reversed_bits = sum(((buckets >> bit) & 1) << (nbits - 1 - bit) for bit in range(nbits))
-    reversed_bits = np.asarray(reversed_bits, np.uint8)
+    reversed_bits = reversed_bits.astype(np.uint8)
     codes = np.empty(len(values), np.int32)
     packed = np.empty((len(values), values.shape[1] * nbits // 8), np.uint8)
 

@@ -6,33 +6,13 @@ Every function releases the GIL and works on a block of points of its own.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from colbert_jax.kernels import compiled, dots, insert
 
 _TILE = 32  # centroids that stay in the first-level cache
-_ZERO = np.float32(0)
-# No NaN comes in, sums may be taken in any order.
-_compiled = njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "arcp", "reassoc"})
 
 
-@_compiled
-def _dots(a, b, q0, q1, q2, q3, dots):
-    """The dot products of two points with four centroids into dots[0..7]: loads are shared."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
-    for d in range(len(a)):
-        x, y = a[d], b[d]
-        a0 += x * q0[d]
-        a1 += x * q1[d]
-        a2 += x * q2[d]
-        a3 += x * q3[d]
-        b0 += y * q0[d]
-        b1 += y * q1[d]
-        b2 += y * q2[d]
-        b3 += y * q3[d]
-    dots[0], dots[1], dots[2], dots[3] = a0, a1, a2, a3
-    dots[4], dots[5], dots[6], dots[7] = b0, b1, b2, b3
-
-
-@_compiled
+@compiled
 def _nearest_of(points, members, centroids, bias, rows, best, code):
     """Compare points with centroids; equal scores: the smaller centroid.
 
@@ -43,7 +23,6 @@ def _nearest_of(points, members, centroids, bias, rows, best, code):
       rows: int32[...], the centroids, ascending.
       best, code: float32[n] and int32[n], updated.
     """
-    dots = np.empty(8, np.float32)
     for start in range(0, len(rows), _TILE):
         stop = min(start + _TILE, len(rows))
         for m in range(0, len(members), 2):
@@ -54,20 +33,20 @@ def _nearest_of(points, members, centroids, bias, rows, best, code):
                 n = min(4, stop - r)
                 c0, c1 = rows[r], rows[r + min(1, n - 1)]
                 c2, c3 = rows[r + min(2, n - 1)], rows[r + min(3, n - 1)]
-                _dots(a, b, centroids[c0], centroids[c1], centroids[c2], centroids[c3], dots)
+                products = dots(a, b, centroids[c0], centroids[c1], centroids[c2], centroids[c3])
                 for t in range(n):
                     c = rows[r + t]
-                    score = dots[t] + bias[c]
+                    score = products[t] + bias[c]
                     if score > best_a or (score == best_a and c < code_a):
                         best_a, code_a = score, c
-                    score = dots[4 + t] + bias[c]
+                    score = products[4 + t] + bias[c]
                     if score > best_b or (score == best_b and c < code_b):
                         best_b, code_b = score, c
             best[i], code[i] = best_a, code_a
             best[j], code[j] = best_b, code_b
 
 
-@_compiled
+@compiled
 def nearest_all(points, centroids, bias, best, code):
     """The nearest of all centroids for every point."""
     members = np.arange(len(points)).astype(np.int32)
@@ -77,25 +56,15 @@ def nearest_all(points, centroids, bias, best, code):
     _nearest_of(points, members, centroids, bias, rows, best, code)
 
 
-@_compiled
+@compiled
 def _top(scores, count, found, values):
     """The `count` largest scores' places into `found`, the largest first."""
     filled = 0
     for g in range(len(scores)):
-        value = scores[g]
-        if filled == count and value <= values[count - 1]:
-            continue
-        place = filled if filled < count else count - 1
-        while place > 0 and values[place - 1] < value:
-            values[place] = values[place - 1]
-            found[place] = found[place - 1]
-            place -= 1
-        values[place] = value
-        found[place] = g
-        filled = min(filled + 1, count)
+        filled = insert(scores[g], g, count, filled, values, found)
 
 
-@_compiled
+@compiled
 def nearest_in_groups(
     points, coarse, coarse_bias, probes, members, starts, centroids, bias, best, code
 ):
@@ -113,16 +82,16 @@ def nearest_in_groups(
     groups = np.empty((n, probes), np.int32)
     counts = np.zeros(num_groups + 1, np.int32)
     first, second = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
-    values, dots = np.empty(probes, np.float32), np.empty(8, np.float32)
+    values = np.empty(probes, np.float32)
     last = num_groups - 1
     for i in range(0, n, 2):
         j = min(i + 1, n - 1)
         for g in range(0, num_groups, 4):
             g1, g2, g3 = min(g + 1, last), min(g + 2, last), min(g + 3, last)
-            _dots(points[i], points[j], coarse[g], coarse[g1], coarse[g2], coarse[g3], dots)
+            products = dots(points[i], points[j], coarse[g], coarse[g1], coarse[g2], coarse[g3])
             for t in range(min(4, num_groups - g)):
-                first[g + t] = dots[t] + coarse_bias[g + t]
-                second[g + t] = dots[4 + t] + coarse_bias[g + t]
+                first[g + t] = products[t] + coarse_bias[g + t]
+                second[g + t] = products[4 + t] + coarse_bias[g + t]
         _top(first, probes, groups[i], values)
         if j > i:
             _top(second, probes, groups[j], values)
@@ -146,7 +115,7 @@ def nearest_in_groups(
             _nearest_of(points, order[counts[g] : counts[g + 1]], centroids, bias, rows, best, code)
 
 
-@_compiled
+@compiled
 def add_to_clusters(points, code, start, stop, sums, counts):
     """Add the points of clusters start..stop-1 to their sums [K, D] and counts [K]."""
     for i in range(len(points)):
@@ -158,7 +127,7 @@ def add_to_clusters(points, code, start, stop, sums, counts):
                 target[d] += point[d]
 
 
-@_compiled
+@compiled
 def pack_residuals(points, code, centroids, cutoffs, reversed_bits, nbits, packed):
     """Bucket every residual value and pack the buckets; see `codec.compress`.
 

@@ -23,7 +23,6 @@ from colbert_jax.index.build import build_index
 from colbert_jax.index.sources import EmbeddingSource, PassageSource
 from colbert_jax.search.arrays import Hits, IndexArrays, check_k, with_inverse_norms
 from colbert_jax.search.exact import exact_search
-from colbert_jax.search.host import FILES as HOST_FILES
 from colbert_jax.search.host import HostArrays, host_arrays, host_exact, host_search
 from colbert_jax.search.plaid import initial_capacity, plaid_search
 from colbert_jax.search.sharded import (
@@ -69,7 +68,7 @@ class Index:
         if mesh is not None and sharded:
             self._shards = shard_arrays(self._mapped(), mesh)
         elif mesh is None and runtime.host_kernels():
-            self._host = host_arrays(**{name: arrays[name] for name in HOST_FILES})
+            self._host = host_arrays(self._mapped())
         elif metadata["num_tokens"] > _INT32:
             raise NotImplementedError(
                 f"{path}: {metadata['num_tokens']} tokens; one device holds at most {_INT32}: "

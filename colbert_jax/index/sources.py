@@ -12,7 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
+from colbert_jax.embeddings import (
+    DocumentEmbeddings,
+    document_ranges,
+    offsets_from_lengths,
+)
 from colbert_jax.index.format import Strings, StringWriter, delete_strings
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
@@ -171,10 +175,9 @@ def _spool(passages: Iterable[str], writer: StringWriter, show: bool | None) -> 
 
 
 def _share(offsets: np.ndarray, group: Group) -> tuple[int, int]:
-    """Where the running sum of tokens [N+1] passes this process's equal part of all."""
-    wanted = [int(offsets[-1]) * i // group.count for i in (group.index, group.index + 1)]
-    start, stop = np.searchsorted(offsets[:-1], wanted)
-    return int(start), len(offsets) - 1 if group.index == group.count - 1 else int(stop)
+    """This process's range of documents, by the running sum of tokens [N+1]."""
+    start, stop = document_ranges(offsets, group.count)[group.index : group.index + 2]
+    return int(start), int(stop)
 
 
 class Pids(NamedTuple):

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from colbert_jax.compression.codec import unpack_weights
+from colbert_jax.compression.codec import reversed_bits, unpack_weights
 
 KERNELS = ("xla", "pallas")
 
@@ -147,10 +146,7 @@ def field_weights(bucket_weights: jax.Array) -> jax.Array:
     A bucket is written with its least significant bit first, in a byte whose first bit is the most
     significant: read out of the byte, its bits are in reverse.
     """
-    nbits = _nbits(bucket_weights)
-    fields = np.arange(1 << nbits)
-    reverse = sum(((fields >> bit) & 1) << (nbits - 1 - bit) for bit in range(nbits))
-    return bucket_weights[reverse]
+    return bucket_weights[reversed_bits(_nbits(bucket_weights))]
 
 
 def inverse_norms(

@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from colbert_jax.compression.codec import unpack
 from colbert_jax.config import SearchConfig
+from colbert_jax.search.arrays import IndexArrays
 from colbert_jax.threads import num_threads, spread
 
 _WIDTH = 8  # query rows are padded to a multiple: whole vector registers
 _TOKENS = 64  # of a document, decompressed at a time
 _SMALL = 256  # candidates that are not worth a second thread
-
-
-# What `host_arrays` takes of an index's files.
-FILES = (
-    "centroids",
-    "bucket_weights",
-    "codes",
-    "residuals",
-    "offsets",
-    "lists",
-    "list_offsets",
-)
 
 
 class HostArrays(NamedTuple):
@@ -54,32 +43,24 @@ class HostArrays(NamedTuple):
     list_offsets: np.ndarray
 
 
-def host_arrays(
-    centroids: np.ndarray,
-    bucket_weights: np.ndarray,
-    codes: np.ndarray,
-    residuals: np.ndarray,
-    offsets: np.ndarray,
-    lists: np.ndarray,
-    list_offsets: np.ndarray,
-) -> HostArrays:
-    """Views of an index's arrays, of the one type that the kernels are compiled for."""
-    nbits = len(bucket_weights).bit_length() - 1
-    every_byte = unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)
-    table = np.ascontiguousarray(bucket_weights, np.float32)[every_byte]
+def host_arrays(arrays: IndexArrays) -> HostArrays:
+    """Views of an index's arrays on the host, of the one type that the kernels are compiled for."""
+    weights = np.ascontiguousarray(arrays.bucket_weights, np.float32)
+    nbits = len(weights).bit_length() - 1
+    table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
     word = np.uint64 if nbits < 8 else np.float32  # two weights at a time, where a byte has them
     return HostArrays(
-        _view(centroids, np.float32),
+        _view(arrays.centroids, np.float32),
         _view(table.view(word), word),
-        _view(codes, np.int32),
-        _view(residuals, np.uint8),
-        _view(offsets, np.int64),
-        _view(lists, np.int32),
-        _view(list_offsets, np.int64),
+        _view(arrays.codes, np.int32),
+        _view(arrays.residuals, np.uint8),
+        _view(arrays.offsets, np.int64),
+        _view(arrays.lists, np.int32),
+        _view(arrays.list_offsets, np.int64),
     )
 
 
-def _view(array: np.ndarray, dtype: type) -> np.ndarray:
+def _view(array: Any, dtype: type) -> np.ndarray:
     view = np.ascontiguousarray(array, dtype).view(np.ndarray)
     view.flags.writeable = False
     return view
@@ -227,7 +208,7 @@ def _search_one(
         small=16,
     )
     best = _sorted(ids[:count], exact[0], k)
-    found = np.isfinite(best[1])  # an empty document is in no list; this is for k above all others
+    found = np.isfinite(best[1])  # lists made elsewhere may name a document without a token
     return best[0][found], best[1][found]
 
 

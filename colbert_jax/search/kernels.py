@@ -11,24 +11,23 @@ integer maxima vectorise where float ones (NaN has to be thought of) do not. Not
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from colbert_jax.kernels import compiled, dots, insert
 
 BLOCK = 64  # centroids whose maxima are kept, so that few of them are looked at when probing
 LOWEST = np.int32(-(2**31))
 _PRUNED = np.float32(-9999.0)  # per query token, for a document without a token left
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
-# No NaN comes in, sums may be taken in any order.
-_compiled = njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "arcp", "reassoc"})
 
 
-@_compiled
+@compiled
 def as_key(bits):
     """The bits of a float32 as an int32 of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-@_compiled
+@compiled
 def score_centroids(
     centroids, query, num_rows, start, stop, scores, keys, block_best, centroid_best
 ):
@@ -42,23 +41,13 @@ def score_centroids(
       block_best: int32[K / BLOCK, W], filled.
       centroid_best: int32[K], filled.
     """
-    width, dim = query.shape
+    width = len(query)
     for first in range(start, stop, 2):
         second = min(first + 1, stop - 1)
         a, b = centroids[first], centroids[second]
         for q in range(0, width, 4):
             q0, q1, q2, q3 = query[q], query[q + 1], query[q + 2], query[q + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
-            for d in range(dim):
-                x, y = a[d], b[d]
-                a0 += x * q0[d]
-                a1 += x * q1[d]
-                a2 += x * q2[d]
-                a3 += x * q3[d]
-                b0 += y * q0[d]
-                b1 += y * q1[d]
-                b2 += y * q2[d]
-                b3 += y * q3[d]
+            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
             row = scores[second]
             row[q], row[q + 1], row[q + 2], row[q + 3] = b0, b1, b2, b3
             row = scores[first]
@@ -79,7 +68,7 @@ def score_centroids(
             centroid_best[c] = most
 
 
-@_compiled
+@compiled
 def probe(keys, block_best, num_rows, ncells, cells):
     """The best `ncells` centroids of each of the first `num_rows` query rows into cells [.., n].
 
@@ -88,26 +77,15 @@ def probe(keys, block_best, num_rows, ncells, cells):
     num_centroids = keys.shape[0]
     best = np.empty(ncells, np.int32)
     for q in range(num_rows):
-        found = cells[q]
         filled = 0
         for block in range(block_best.shape[0]):
             if filled == ncells and block_best[block, q] <= best[ncells - 1]:
                 continue
             for c in range(block * BLOCK, min((block + 1) * BLOCK, num_centroids)):
-                key = keys[c, q]
-                if filled == ncells and key <= best[ncells - 1]:
-                    continue
-                place = filled if filled < ncells else ncells - 1
-                while place > 0 and best[place - 1] < key:
-                    best[place] = best[place - 1]
-                    found[place] = found[place - 1]
-                    place -= 1
-                best[place] = key
-                found[place] = c
-                filled = min(filled + 1, ncells)
+                filled = insert(keys[c, q], c, ncells, filled, best, cells[q])
 
 
-@_compiled
+@compiled
 def candidates(cells, lists, list_offsets, marks, words, ids):
     """The distinct documents of the probed inverted lists, ascending, into ids; returns how many.
 
@@ -132,7 +110,7 @@ def candidates(cells, lists, list_offsets, marks, words, ids):
     return count
 
 
-@_compiled
+@compiled
 def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, scores):
     """Approximate scores of candidates start..stop-1: MaxSim over their tokens' centroids.
 
@@ -178,7 +156,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, s
         scores[j] = total
 
 
-@_compiled
+@compiled
 def keep_best(ids, scores, count, n):
     """Move the n best of `count` candidates to the front, ascending by id; returns how many.
 
@@ -200,7 +178,7 @@ def keep_best(ids, scores, count, n):
     return kept
 
 
-@_compiled
+@compiled
 def decompress(centroids, table, codes, residuals, first, n, tokens, words, scale):
     """Tokens first..first+n-1 into the first rows of `tokens`, and 1 / their lengths into `scale`.
 
@@ -233,34 +211,23 @@ def decompress(centroids, table, codes, residuals, first, n, tokens, words, scal
         scale[t] = np.float32(1) / max(np.sqrt(square), _TINY)
 
 
-@_compiled
+@compiled
 def update_best(tokens, scale, n, rows, best):
     """best[q] = max(best[q], the largest rows[q] . tokens[t] * scale[t] of the first n tokens)."""
-    dim = tokens.shape[1]
     for t in range(0, n, 2):
         u = min(t + 1, n - 1)
         a, b = tokens[t], tokens[u]
         sa, sb = scale[t], scale[u]
         for q in range(0, len(rows), 4):
             q0, q1, q2, q3 = rows[q], rows[q + 1], rows[q + 2], rows[q + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
-            for d in range(dim):
-                x, y = a[d], b[d]
-                a0 += x * q0[d]
-                a1 += x * q1[d]
-                a2 += x * q2[d]
-                a3 += x * q3[d]
-                b0 += y * q0[d]
-                b1 += y * q1[d]
-                b2 += y * q2[d]
-                b3 += y * q3[d]
+            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
             best[q] = max(best[q], max(a0 * sa, b0 * sb))
             best[q + 1] = max(best[q + 1], max(a1 * sa, b1 * sb))
             best[q + 2] = max(best[q + 2], max(a2 * sa, b2 * sb))
             best[q + 3] = max(best[q + 3], max(a3 * sa, b3 * sb))
 
 
-@_compiled
+@compiled
 def score_exactly(
     centroids, table, queries, codes, residuals, offsets, ids, start, stop, tokens, words, scores
 ):

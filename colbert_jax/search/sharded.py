@@ -21,7 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from colbert_jax.batching import ladder_length, next_power_of_two
+from colbert_jax.compression.sharding import replicate
 from colbert_jax.config import SearchConfig
+from colbert_jax.embeddings import document_ranges
 from colbert_jax.progress import progress_bar
 from colbert_jax.search import plaid
 from colbert_jax.search.arrays import (
@@ -100,9 +102,8 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
         return np.pad(own, (0, entries - len(own))), own_starts
 
     place = partial(_place, mesh)
-    replicated = NamedSharding(mesh, P())
     placed = IndexArrays(
-        *(_replicate(replicated, np.asarray(getattr(arrays, name))) for name in _REPLICATED),
+        *(replicate(mesh, getattr(arrays, name)) for name in _REPLICATED),
         *place(lambda s: (arrays.codes[starts[s] : starts[s] + tokens],), 1),
         *place(lambda s: (arrays.residuals[starts[s] : starts[s] + tokens],), 1),
         *place(lambda s: (own_offsets(s),), 1),
@@ -120,13 +121,6 @@ def check_mesh(mesh: Mesh) -> None:
             f"an index is sharded over a mesh of one axis, got axes {mesh.axis_names}: "
             'jax.make_mesh((n,), ("data",))'
         )
-
-
-def document_ranges(offsets: np.ndarray, shards: int) -> np.ndarray:
-    """int64[shards + 1], ascending: where to cut documents into ranges of about equal tokens."""
-    targets = offsets[-1] * np.arange(1, shards) // shards
-    cuts = np.searchsorted(offsets, targets, side="left")
-    return np.concatenate([[0], cuts, [len(offsets) - 1]]).astype(np.int64)
 
 
 def split_lists(
@@ -169,7 +163,7 @@ def sharded_plaid_search(
         return _plaid(
             sharded.arrays,
             sharded.first,
-            _replicate(NamedSharding(sharded.mesh, P()), queries),
+            replicate(sharded.mesh, queries),
             threshold,
             capacity=capacity,
             **static,
@@ -202,7 +196,7 @@ def sharded_exact_search(
     mesh, bounds = sharded.mesh, sharded.bounds
     batch, wanted = next_power_of_two(len(queries)), next_power_of_two(k)
     padded = np.pad(queries, [(0, batch - len(queries)), (0, 0), (0, 0)]).astype(np.float32)
-    replicated = _replicate(NamedSharding(mesh, P()), padded)
+    replicated = replicate(mesh, padded)
     own = [lengths[bounds[s] : bounds[s + 1]] for s in range(len(bounds) - 1)]
     best = _place(mesh, lambda s: (np.full((batch, wanted), np.inf, np.float32),), 1) + _place(
         mesh, lambda s: (np.full((batch, wanted), _INT32, np.int32),), 1
@@ -232,11 +226,6 @@ def _steps(lengths: Sequence[np.ndarray]) -> list[tuple[int, list[np.ndarray]]]:
 def _ids_of(chosen: Sequence[np.ndarray], size: int, s: int) -> tuple[np.ndarray]:
     padding = size - len(chosen[s])
     return (np.pad(chosen[s], (0, padding), constant_values=_INT32).astype(np.int32),)
-
-
-def _replicate(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
-    """An array that every process has, on every device."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _place(mesh: Mesh, part: Callable[[int], tuple[Any, ...]], count: int) -> list[Any]:

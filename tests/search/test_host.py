@@ -15,8 +15,7 @@ from colbert_jax.search.host import host_arrays, host_exact, host_search
 
 
 def on_host(arrays):
-    names = host.FILES
-    return host_arrays(**{name: np.asarray(getattr(arrays, name)) for name in names})
+    return host_arrays(arrays)
 
 
 def check(arrays, queries, k, ncells, threshold, ndocs):
