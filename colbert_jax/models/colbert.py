@@ -17,7 +17,7 @@ from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
 from colbert_jax.models.config import BackboneConfig, ModernBertConfig
 from colbert_jax.models.int8 import quantize_modules, quantize_params
-from colbert_jax.models.layers import matmul_precision
+from colbert_jax.models.layers import TrainMode, matmul_precision
 
 QUANTIZATIONS = (None, "int8")
 
@@ -123,23 +123,34 @@ class TokenEncoder(nnx.Module):
             [Dense(layer, std=std, dtype=dtype, rngs=rngs) for layer in config.head]
         )
 
-    def __call__(self, ids: jax.Array, attended: jax.Array, kept: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        ids: jax.Array,
+        attended: jax.Array,
+        kept: jax.Array,
+        train: TrainMode | None = None,
+    ) -> jax.Array:
         """
         Args:
           ids: int32[B, L].
           attended: int32[B], how many leading tokens take part in attention.
           kept: bool[B, L], the rows that are embeddings; the others come out as zeros.
+          train: dropout and recomputation in the backbone; None: not training.
 
         Returns:
           float32[B, L, D], rows of unit length.
         """
-        x = self.hidden(ids, attended)
+        x = self.hidden(ids, attended, train)
         x = x * kept[..., None]
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        # The root of what is at least 1e-24: its gradient is 0, not NaN, where a row is masked.
+        squares = jnp.sum(x * x, axis=-1, keepdims=True)
+        return x / jnp.sqrt(jnp.maximum(squares, 1e-24))
 
-    def hidden(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def hidden(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """float32[B, L, D]: what the head gives, before masking and normalisation."""
-        x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None])
+        x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None], train)
         for layer in self.head:
             x = layer(x)
         return x.astype(jnp.float32)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.models.config import DistilBertConfig
-from colbert_jax.models.layers import Embeddings, check_length, post_norm_layers
+from colbert_jax.models.layers import (
+    Embeddings,
+    TrainMode,
+    check_length,
+    post_norm_layers,
+    run_post_norm_layers,
+)
 
 
 class DistilBert(nnx.Module):
@@ -18,10 +24,10 @@ class DistilBert(nnx.Module):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.layers = post_norm_layers(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, jnp.arange(ids.shape[1]))
-        for layer in self.layers:
-            x = layer(x, attended)
-        return x
+        return run_post_norm_layers(self.layers, x, attended, train=train)

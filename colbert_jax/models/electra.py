@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.models.config import ElectraConfig
-from colbert_jax.models.layers import Embeddings, check_length, dense, post_norm_layers
+from colbert_jax.models.layers import (
+    Embeddings,
+    TrainMode,
+    check_length,
+    dense,
+    post_norm_layers,
+    run_post_norm_layers,
+)
 
 
 class Electra(nnx.Module):
@@ -24,12 +31,12 @@ class Electra(nnx.Module):
         )
         self.layers = post_norm_layers(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, jnp.arange(ids.shape[1]))
         if self.projection is not None:
             x = self.projection(x).astype(jnp.float32)
-        for layer in self.layers:
-            x = layer(x, attended)
-        return x
+        return run_post_norm_layers(self.layers, x, attended, train=train)

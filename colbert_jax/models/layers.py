@@ -6,6 +6,8 @@ softmax are always float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,6 +52,59 @@ def layer_norm(
     )
 
 
+@dataclass(frozen=True)
+class TrainMode:
+    """What differs while training: dropout, and layers computed again in the backward pass.
+
+    keys: [B], a random key for each row, so that what a row loses depends neither on the rest of
+      its batch nor on the device it is on.
+    dropout: share of the activations that become 0 (Srivastava et al., 2014); the others grow by
+      1 / (1 - dropout).
+    remat: keep the inputs of layers only; their insides are computed again when gradients are.
+    """
+
+    keys: jax.Array
+    dropout: float = 0.0
+    remat: bool = False
+
+    def at(self, place: int) -> TrainMode:
+        """The same with other random numbers, those of one place in the model."""
+        return TrainMode(_fold(self.keys, place), self.dropout, self.remat)
+
+
+@partial(jax.vmap, in_axes=(0, None))
+def _fold(key: jax.Array, place: int) -> jax.Array:
+    return jax.random.fold_in(key, place)
+
+
+def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Dropout of one row, whose key it is."""
+    # 16 random bits a value are cheaper than 32 and exact to 1e-5 of a rate.
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * (1 << 16))
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def dropped(x: jax.Array, train: TrainMode | None, place: int) -> jax.Array:
+    """Dropout of [B, ...] at a place of its own; `train` None: x."""
+    if train is None or not train.dropout:
+        return x
+    return jax.vmap(partial(drop, rate=train.dropout))(x, train.at(place).keys)
+
+
+def run_layers(
+    layers: nnx.List, call: Callable[..., jax.Array], x: jax.Array, train: TrainMode | None
+) -> jax.Array:
+    """One layer after the other: x = call(i, layer, x, train), each with random numbers of its own.
+
+    `train` None: not training.
+    """
+    for i, layer in enumerate(layers):
+        own = None if train is None else train.at(i + 1)
+        run = partial(call, i, layer, train=own)
+        x = jax.checkpoint(run)(x) if train is not None and train.remat else run(x)
+    return x
+
+
 def check_length(ids: jax.Array, longest: int) -> None:
     """Raises ValueError for sequences with more tokens than the model has positions."""
     if ids.shape[1] > longest:
@@ -63,7 +118,7 @@ def positions_after_padding(ids: jax.Array, padding: int) -> jax.Array:
 
 
 class Embeddings(nnx.Module):
-    """Word, position and, with `token_types` > 0, token type 0; normalised."""
+    """Word, position and, with `token_types` > 0, token type; normalised."""
 
     def __init__(
         self,
@@ -81,11 +136,16 @@ class Embeddings(nnx.Module):
         self.token_type = embed(token_types) if token_types else None
         self.norm = layer_norm(config, width, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """ids int32[B, L], positions int32[B, L] or [L] -> float32[B, L, width]."""
+    def __call__(
+        self, ids: jax.Array, positions: jax.Array, types: jax.Array | None = None
+    ) -> jax.Array:
+        """ids int32[B, L], positions int32[B, L] or [L] -> float32[B, L, width].
+
+        types: int32[B, L], the token types; None: 0.
+        """
         x = self.word(ids)
         if self.token_type is not None:
-            x = x + self.token_type.embedding[0]
+            x = x + (self.token_type.embedding[0] if types is None else self.token_type(types))
         return self.norm(x + self.position(positions))
 
 
@@ -96,15 +156,18 @@ def attention(
     bias: jax.Array,
     *,
     precision: jax.lax.Precision,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention of one sequence: [L, heads, head_dim].
 
     `bias`, float32 and broadcastable to [heads, L of the queries, L of the keys], is added to the
-    scores.
+    scores; `dropout` is of the weights.
     """
     einsum = partial(jnp.einsum, precision=precision)
     scores = einsum("qhd,khd->hqk", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5 + bias, axis=-1)
+    if dropout is not None:
+        weights = dropout(weights)
     return einsum("hqk,khd->qhd", weights.astype(value.dtype), value)
 
 
@@ -114,6 +177,7 @@ def attend(
     value: jax.Array,
     attended: jax.Array,
     position_bias: jax.Array | None = None,
+    train: TrainMode | None = None,
 ) -> jax.Array:
     """Attention within each sequence of a batch.
 
@@ -122,6 +186,7 @@ def attend(
       attended: bool[B, L], the tokens that others may attend to.
       position_bias: float32[heads or 1, L, L], added to the scores of every sequence; MASKED
         forbids a pair of positions. None: nothing is added.
+      train: dropout of the attention weights; None: not training.
 
     Returns:
       [B, L, heads * head_dim].
@@ -129,24 +194,25 @@ def attend(
     precision = matmul_precision(query.dtype)
     if position_bias is None:
         position_bias = jnp.zeros((1, 1, 1), jnp.float32)
+    rows = [query, key, value, attended]
+    rate = 0.0 if train is None else train.dropout
+    if train is not None and rate:
+        rows.append(train.at(0).keys)
 
-    def one(query, key, value, attended, position_bias):
+    def one(position_bias, query, key, value, attended, *random):
         bias = jnp.where(attended, position_bias, MASKED)
-        return attention(query, key, value, bias, precision=precision)
+        dropout = partial(drop, key=random[0], rate=rate) if random else None
+        return attention(query, key, value, bias, precision=precision, dropout=dropout)
 
-    def one_by_one(query, key, value, attended, position_bias):
-        rows = (query, key, value, attended)
-        return jax.lax.map(lambda row: one(row[0], row[1], row[2], row[3], position_bias), rows)
+    def one_by_one(position_bias, *rows):
+        return jax.lax.map(lambda row: one(position_bias, *row), rows)
 
     # On a CPU one sequence at a time keeps its attention matrices in cache: 2-4 times faster.
     y = jax.lax.platform_dependent(
-        query,
-        key,
-        value,
-        attended,
         position_bias,
+        *rows,
         cpu=one_by_one,
-        default=jax.vmap(one, in_axes=(0, 0, 0, 0, None)),
+        default=jax.vmap(one, in_axes=(None, *[0] * len(rows))),
     )
     return y.reshape(*y.shape[:2], -1)
 
@@ -159,13 +225,17 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
 
     def __call__(
-        self, x: jax.Array, attended: jax.Array, position_bias: jax.Array | None
+        self,
+        x: jax.Array,
+        attended: jax.Array,
+        position_bias: jax.Array | None,
+        train: TrainMode | None = None,
     ) -> jax.Array:
         def split(y: jax.Array) -> jax.Array:  # [B, L, H] -> [B, L, heads, head_dim]
             return y.reshape(*y.shape[:2], self.heads, self.head_dim)
 
         query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        return self.output(attend(query, key, value, attended, position_bias))
+        return self.output(attend(query, key, value, attended, position_bias, train))
 
 
 class PostNormLayer(nnx.Module):
@@ -182,13 +252,35 @@ class PostNormLayer(nnx.Module):
         self.activation = activation(config.hidden_act)
 
     def __call__(
-        self, x: jax.Array, attended: jax.Array, position_bias: jax.Array | None = None
+        self,
+        x: jax.Array,
+        attended: jax.Array,
+        position_bias: jax.Array | None = None,
+        train: TrainMode | None = None,
     ) -> jax.Array:
         """x [B, L, H], the rest as in `attend` -> float32[B, L, H]."""
-        x = self.attention_norm(x + self.attention(x, attended, position_bias))
-        return self.output_norm(x + self.output(self.activation(self.intermediate(x))))
+        y = self.attention(x, attended, position_bias, train)
+        x = self.attention_norm(x + dropped(y, train, 1))
+        y = self.output(self.activation(self.intermediate(x)))
+        return self.output_norm(x + dropped(y, train, 2))
 
 
 def post_norm_layers(config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
     layers = range(config.num_hidden_layers)
     return nnx.List([PostNormLayer(config, dtype=dtype, rngs=rngs) for _ in layers])
+
+
+def run_post_norm_layers(
+    layers: nnx.List,
+    x: jax.Array,
+    attended: jax.Array,
+    position_bias: jax.Array | None = None,
+    *,
+    train: TrainMode | None = None,
+) -> jax.Array:
+    """x [B, L, H], the rest as in `attend` -> float32[B, L, H]."""
+
+    def call(i: int, layer: PostNormLayer, x: jax.Array, train: TrainMode | None) -> jax.Array:
+        return layer(x, attended, position_bias, train)
+
+    return run_layers(layers, call, dropped(x, train, 0), train)

@@ -14,7 +14,15 @@ from flax import nnx
 
 from colbert_jax.models.activations import activation
 from colbert_jax.models.config import SLIDING, ModernBertConfig
-from colbert_jax.models.layers import MASKED, attend, dense, layer_norm
+from colbert_jax.models.layers import (
+    MASKED,
+    TrainMode,
+    attend,
+    dense,
+    dropped,
+    layer_norm,
+    run_layers,
+)
 
 
 class ModernBertEmbeddings(nnx.Module):
@@ -42,18 +50,19 @@ class ModernBertAttention(nnx.Module):
         attended: jax.Array,
         rotation: tuple[np.ndarray, np.ndarray],
         position_bias: jax.Array | None,
+        train: TrainMode | None = None,
     ) -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         query, key = rotate(query, rotation), rotate(key, rotation)
-        y = attend(query, key, value, attended, position_bias)
+        y = attend(query, key, value, attended, position_bias, train)
         # A token with nothing to attend to, within its window, gets zeros, as from transformers 5's
         # default attention (version 4 averages over everything, padding too).
         allowed = attended[:, None]
         if position_bias is not None:
             allowed = allowed & (position_bias > MASKED)
         seen = allowed.any(axis=-1)[..., None]
-        return self.output(jnp.where(seen, y, 0))
+        return dropped(self.output(jnp.where(seen, y, 0)), train, 1)
 
 
 class ModernBertMlp(nnx.Module):
@@ -66,9 +75,9 @@ class ModernBertMlp(nnx.Module):
         self.output = nnx.Linear(inner, width, **settings)
         self.activation = activation(config.hidden_act)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: TrainMode | None = None) -> jax.Array:
         gate, y = jnp.split(self.input(x), 2, axis=-1)
-        return self.output(self.activation(gate) * y)
+        return self.output(dropped(self.activation(gate) * y, train, 2))
 
 
 class ModernBertLayer(nnx.Module):
@@ -79,10 +88,10 @@ class ModernBertLayer(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = ModernBertMlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, attended, rotation, position_bias) -> jax.Array:
+    def __call__(self, x, attended, rotation, position_bias, train=None) -> jax.Array:
         y = x if self.attention_norm is None else self.attention_norm(x)
-        x = x + self.attention(y, attended, rotation, position_bias)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(y, attended, rotation, position_bias, train)
+        return x + self.mlp(self.mlp_norm(x), train)
 
 
 class ModernBert(nnx.Module):
@@ -101,7 +110,9 @@ class ModernBert(nnx.Module):
             config, config.hidden_size, use_bias=config.norm_bias, rngs=rngs
         )
 
-    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
         config, length = self.config, ids.shape[1]
         rotations = {
@@ -109,10 +120,13 @@ class ModernBert(nnx.Module):
             for kind in set(config.layer_types)
         }
         window = window_bias(length, config.local_attention // 2)
-        x = self.embeddings(ids)
-        for layer, kind in zip(self.layers, config.layer_types, strict=True):
-            x = layer(x, attended, rotations[kind], window if kind == SLIDING else None)
-        return self.final_norm(x)
+
+        def call(i: int, layer: ModernBertLayer, x: jax.Array, train: TrainMode | None):
+            kind = config.layer_types[i]
+            return layer(x, attended, rotations[kind], window if kind == SLIDING else None, train)
+
+        x = dropped(self.embeddings(ids), train, 0)
+        return self.final_norm(run_layers(self.layers, call, x, train))
 
 
 def window_bias(length: int, reach: int) -> jax.Array:

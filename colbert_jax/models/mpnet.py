@@ -15,9 +15,11 @@ from flax import nnx
 from colbert_jax.models.config import MPNetConfig
 from colbert_jax.models.layers import (
     Embeddings,
+    TrainMode,
     check_length,
     positions_after_padding,
     post_norm_layers,
+    run_post_norm_layers,
 )
 
 MAX_DISTANCE = 128
@@ -37,15 +39,15 @@ class MPNet(nnx.Module):
         )
         self.layers = post_norm_layers(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, positions_after_padding(ids, self.config.position_padding_id))
         buckets = jnp.asarray(relative_buckets(ids.shape[1], self.config.num_buckets))
         bias = self.relative_position(buckets).transpose(2, 0, 1)
-        for layer in self.layers:
-            x = layer(x, attended, bias)
-        return x
+        return run_post_norm_layers(self.layers, x, attended, bias, train=train)
 
 
 def relative_buckets(length: int, num_buckets: int) -> np.ndarray:

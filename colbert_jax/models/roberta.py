@@ -12,9 +12,11 @@ from flax import nnx
 from colbert_jax.models.config import RobertaConfig
 from colbert_jax.models.layers import (
     Embeddings,
+    TrainMode,
     check_length,
     positions_after_padding,
     post_norm_layers,
+    run_post_norm_layers,
 )
 
 
@@ -26,10 +28,10 @@ class Roberta(nnx.Module):
         self.embeddings = Embeddings(config, token_types=config.type_vocab_size, rngs=rngs)
         self.layers = post_norm_layers(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, attended: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, positions_after_padding(ids, self.config.pad_token_id))
-        for layer in self.layers:
-            x = layer(x, attended)
-        return x
+        return run_post_norm_layers(self.layers, x, attended, train=train)
