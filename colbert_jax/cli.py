@@ -28,6 +28,8 @@ from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.search.arrays import Hits, concatenate_hits
+from colbert_jax.training.arguments import add_arguments, given, make, merge, read_settings
+from colbert_jax.training.recipes import RECIPES
 
 _BATCH = 32  # queries searched in one call
 
@@ -181,6 +183,16 @@ def convert_index_(args: argparse.Namespace) -> None:
         print(f"its model is not remembered{made}: name it in searches with --checkpoint")
 
 
+def train(args: argparse.Namespace) -> None:
+    kind, run = RECIPES[args.recipe]
+    settings = read_settings(args.settings) if args.settings else {}
+    recipe = make(kind, merge(settings, given(args)), args.settings or "colbert-jax train")
+    trained = run(recipe, overwrite=args.overwrite)
+    print(f"{trained.model}: {trained.step} steps")
+    for name, value in (trained.dev or {}).items():
+        print(f"{name:<12}{value:.4f}")
+
+
 def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
@@ -294,6 +306,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", help="the model it was made with, for the index to remember")
     sub.add_argument("--collection", help="its passages in order, to be kept with --to flax")
     sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+
+    sub = command(train, "train a model, or go on where a run stopped")
+    recipes = sub.add_subparsers(title="recipes", required=True, metavar="RECIPE", dest="recipe")
+    for name, (kind, run) in RECIPES.items():
+        one = recipes.add_parser(name, help=run.__doc__, description=kind.__doc__)
+        one.add_argument("--settings", help="JSON with settings; flags change single ones")
+        one.add_argument("--overwrite", action="store_true", help="start anew")
+        add_arguments(one, kind)
 
     sub = command(demo, "index the standard library's documentation and ask it five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")

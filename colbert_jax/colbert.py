@@ -5,42 +5,34 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from colbert_jax import runtime
-from colbert_jax.batching import (
-    Batch,
-    ladder_length,
-    next_power_of_two,
-    pad_rows,
-    plan_batches,
-)
+from colbert_jax.batching import Batch, ladder_length, next_power_of_two, pad_rows
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.devices import BatchRunner, one_ahead
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
-from colbert_jax.models.colbert import check_quantization, make_encoder, quantize
+from colbert_jax.models.colbert import (
+    EncoderConfig,
+    check_quantization,
+    make_encoder,
+    quantize,
+)
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
-from colbert_jax.threads import num_threads
 
 if TYPE_CHECKING:
     from colbert_jax.index import Index
 
-# Tokens of one batch: on a CPU its activations stay in cache; elsewhere, large enough to fill the
-# device, small enough that the documents of a batch are about equally long.
-_TOKENS_PER_DEVICE = {"cpu": 1 << 10}
-_TOKENS_PER_ACCELERATOR = 1 << 14
 _DOCUMENT_SETTINGS = (
     "doc_maxlen",
     "doc_token_id",
@@ -53,7 +45,6 @@ _DOCUMENT_SETTINGS = (
 )
 _PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
 _WINDOW = 4096  # documents tokenised, sorted and batched together, for every device
-_MOST_BATCHES = 8  # side by side: more cores share the work of each
 
 
 class Explanation(NamedTuple):
@@ -127,37 +118,20 @@ class ColBERT:
         self._checkpoint = dataclasses.replace(checkpoint, params={}, query_params=None)
         self._positions = positions
         self.dim = encoder.dim
-        self.devices = list(devices or jax.local_devices())
-        mesh = jax.sharding.Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
-        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
-        replicated = NamedSharding(mesh, PartitionSpec())
-
-        self._on_cpu = self.devices[0].platform == "cpu"
-        share = num_threads() // len(self.devices) if self._on_cpu else 1
-        self._side_by_side = min(max(share, 2), _MOST_BATCHES)
-        self._compiled: set[tuple[int, ...]] = set()
-        self._compiling = threading.Lock()
-
+        self._runner = BatchRunner(devices, positions)
+        self.devices = self._runner.devices
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
         self._quantization = quantization
 
         def put(params: dict) -> dict:
-            # On a CPU the arrays are taken over without a copy.
-            return jax.device_put(quantize(params, quantization), replicated, may_alias=True)
+            return self._runner.put(quantize(params, quantization))
 
         self.params = put(checkpoint.params)
         self.query_params = self.params  # or an encoder of the queries' own
         if checkpoint.query_params is not None:
             self.query_params = put(checkpoint.query_params)
-        # Every device runs the program of one device on its share of the batch.
-        rows = PartitionSpec("data")
-        self.encode_ids = jax.jit(
-            jax.shard_map(
-                lambda params, *batch: make_encoder(encoder, params, dtype, quantization)(*batch),
-                mesh=mesh,
-                in_specs=(PartitionSpec(), rows, rows, rows),
-                out_specs=rows,
-            )
+        self.encode_ids = self._runner.program(
+            lambda params, *batch: make_encoder(encoder, params, dtype, quantization)(*batch), 3
         )
 
     @classmethod
@@ -260,12 +234,37 @@ class ColBERT:
             )
         return loaded
 
-    def save_pretrained(self, folder: str | Path, layout: str = "flax") -> None:
+    @property
+    def encoder(self) -> EncoderConfig:
+        """The architecture."""
+        return self._checkpoint.encoder
+
+    @property
+    def quantization(self) -> str | None:
+        return self._quantization
+
+    def set_params(self, params: dict) -> None:
+        """Give the model other parameters, those of queries and documents alike.
+
+        Args:
+          params: float32 arrays in the form of `self.params`.
+        """
+        here = jax.tree.leaves(self.params)[0].sharding
+        self.params = self.query_params = jax.device_put(params, here)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        layout: str = "flax",
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the model as a new folder.
 
         Args:
           layout: "flax" (this library's own: safetensors and one JSON), "stanford", "flmr",
             "pylate", "sentence-transformers" or "colbertv1": each is what its own library loads.
+          metadata: what else to remember, such as how it was trained.
 
         Raises:
           ValueError: an unknown layout, a setting that it cannot say, or quantised weights.
@@ -277,8 +276,10 @@ class ColBERT:
                 "the checkpoint without quantization to save it"
             )
         own = self.query_params is not self.params
+        known = {**self.config.metadata, **(metadata or {})}
         checkpoint = dataclasses.replace(
             self._checkpoint,
+            config=dataclasses.replace(self.config, metadata=known),
             params=jax.tree.map(np.asarray, self.params),
             query_params=jax.tree.map(np.asarray, self.query_params) if own else None,
         )
@@ -323,17 +324,8 @@ class ColBERT:
         self, windows: Iterable[list[str]], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
         """Encode lists of documents one after the other, tokenising the next one meanwhile."""
-        windows = iter(windows)
-        with ThreadPoolExecutor(1) as host:
-
-            def tokenize_next():
-                texts = next(windows, None)
-                return None if texts is None else self.tokenizer.documents(texts)
-
-            ahead = host.submit(tokenize_next)
-            while (token_ids := ahead.result()) is not None:
-                ahead = host.submit(tokenize_next)
-                yield self._encode(self.params, token_ids, self.tokenizer.kept, bar)
+        for token_ids in one_ahead(self.tokenizer.documents, windows):
+            yield self._encode(self.params, token_ids, self.tokenizer.kept, bar)
 
     def rank(
         self,
@@ -394,7 +386,7 @@ class ColBERT:
         values = np.empty((offsets[-1], self.dim), np.float32)
         pad = self.tokenizer.special.pad
 
-        def run(batch: Batch) -> int:
+        def run(batch: Batch) -> None:
             size, length = batch.size, batch.length
             block = pad_rows([ids[i] for i in batch.rows], size, length, pad)
             mask = pad_rows([kept[i] for i in batch.rows], size, length, False)
@@ -404,33 +396,10 @@ class ColBERT:
                 batch.rows, self._run_batch(params, block, count, mask), mask, strict=False
             ):
                 values[offsets[i] : offsets[i + 1]] = row[where]
-            return len(batch.rows)
 
-        devices = len(self.devices)
-        batches = plan_batches(
-            np.fromiter(map(len, ids), np.int64, len(ids)),
-            _TOKENS_PER_DEVICE.get(self.devices[0].platform, _TOKENS_PER_ACCELERATOR) * devices,
-            multiple=devices,
-            longest=self._positions,
-            parallel=self._side_by_side if self._on_cpu else 1,
-        )
-        # Programs that one thread starts run one after the other, those of two run side by side:
-        # on a CPU that keeps more of its cores busy than one program does, elsewhere the device
-        # computes one batch while the host fetches the last and prepares the next.
-        with ThreadPoolExecutor(self._side_by_side) as host:
-            for done in host.map(run, batches):
-                if bar is not None:
-                    bar.update(done)
+        self._runner.for_each(np.fromiter(map(len, ids), np.int64, len(ids)), run, bar)
         return DocumentEmbeddings(values, offsets)
 
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """What `TokenEncoder` gives for ids, attended and kept, on the host."""
-        shape = batch[0].shape
-        arguments = jax.device_put(batch, self._batch_sharding)
-        if shape in self._compiled:
-            embeddings = self.encode_ids(params, *arguments)
-        else:
-            with self._compiling:  # or two threads would compile the same program
-                embeddings = self.encode_ids(params, *arguments)
-                self._compiled.add(shape)
-        return np.asarray(embeddings)
+        return self._runner.run(self.encode_ids, params, *batch)

@@ -17,6 +17,7 @@ from typing import Any
 NBITS = (1, 2, 4, 8)
 BUCKETS = ("optimal", "quantile")
 RECALL = ("fast", "high", "exact")
+LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -206,4 +207,119 @@ class ColBERTConfig:
         _require(
             self.similarity in ("cosine", "l2"),
             f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained. The defaults are those that ColBERTv2 was trained with
+    (Santhanam et al., 2022, appendix F); names are Stanford ColBERT's where it has the setting.
+
+    What is learned from:
+      loss: "distillation" (KL divergence from a teacher's scores), "cross-entropy" (the first of
+        `nway` documents against the others; ColBERTv1's pairwise loss with two), "contrastive" (the
+        first against all documents of the batch) or "margin-mse" (`training.losses`).
+      nway: documents a query; None: as many as the examples have.
+      use_ib_negatives: add Stanford's cross-entropy against the other queries' documents.
+      distillation_alpha, student_temperature, teacher_temperature, normalize_teacher,
+        normalize_student: of "distillation"; the last two scale scores to 0..1 per query first.
+      temperature: of "contrastive".
+    Optimisation:
+      bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
+        also bound the in-batch negatives.
+      lr, head_lr: peak learning rates of the model and of its projection (None: lr).
+      warmup, maxsteps: the rates rise linearly for `warmup` steps and fall to 0 at `maxsteps`;
+        warmup None: they stay constant.
+      warmup_bert: steps at the start that train the projection only.
+      weight_decay, max_grad_norm: of AdamW; the gradient's norm is cut to the second.
+      dropout: in the backbone.
+      shuffle, seed: order of the examples, dropout.
+    Memory and speed (they change results by rounding only):
+      dtype: of the dense layers' computation; None: bfloat16 on accelerators, float32 on a CPU.
+        Parameters are float32 always.
+      remat: compute layers again in the backward pass instead of keeping their insides.
+      chunk: each device encodes so many texts at a time, and again in the backward pass
+        (GradCache), for batches whose activations do not fit; None: all at once.
+      fsdp: spread parameters and the optimiser's moments over the devices.
+      length_groups: documents of a batch are padded in so many groups of about equal length.
+    What is kept:
+      save_every: steps between two checkpoints, of which the last `keep` stay.
+      eval_every: steps between two evaluations on the dev collection; None: as `save_every`.
+      log_every: steps between two lines of metrics.
+    """
+
+    loss: str = "distillation"
+    nway: int | None = 64
+    use_ib_negatives: bool = True
+    distillation_alpha: float = 1.0
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    normalize_teacher: bool = False
+    normalize_student: bool = False
+    temperature: float = 1.0
+    bsize: int = 32
+    accumsteps: int = 1
+    lr: float = 1e-5
+    head_lr: float | None = None
+    warmup: int | None = 20_000
+    maxsteps: int = 400_000
+    warmup_bert: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 2.0
+    dropout: float = 0.1
+    shuffle: bool = True
+    seed: int = 12345
+    dtype: str | None = None
+    remat: bool = False
+    chunk: int | None = None
+    fsdp: bool = False
+    length_groups: int = 4
+    save_every: int = 2_000
+    keep: int = 2
+    eval_every: int | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        _require(self.loss in LOSSES, f"loss must be one of {LOSSES}, got {self.loss!r}")
+        at_least_one = ("nway", "bsize", "accumsteps", "maxsteps", "chunk", "length_groups")
+        for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+        for name in ("lr", "max_grad_norm", "temperature", "distillation_alpha"):
+            self._positive(name)
+        for name in ("head_lr", "student_temperature", "teacher_temperature"):
+            self._positive(name)
+        for name in ("warmup", "warmup_bert", "weight_decay"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        _require(
+            self.dtype in (None, "float32", "bfloat16"),
+            f"dtype must be None, 'float32' or 'bfloat16', got {self.dtype!r}",
+        )
+        _require(
+            self.bsize % self.accumsteps == 0,
+            f"bsize {self.bsize} is not a multiple of accumsteps {self.accumsteps}",
+        )
+        _require(
+            self.warmup is None or self.warmup <= self.maxsteps,
+            f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}",
+        )
+        compared = self.loss in ("distillation", "cross-entropy", "margin-mse")
+        _require(
+            not compared or self.nway is None or self.nway >= 2,
+            f"loss {self.loss!r} compares documents of a query: nway must be >= 2, got {self.nway}",
+        )
+        _require(
+            self.loss != "contrastive" or not self.use_ib_negatives,
+            "the contrastive loss has all documents of the batch as negatives already: "
+            "use_ib_negatives must be False",
+        )
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        _require(
+            value is None or (value > 0 and math.isfinite(value)),
+            f"{name} must be positive, got {value}",
         )

@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import jax
@@ -30,35 +31,58 @@ class Group:
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, name: str = ""):
         """`client` is the coordination service's, `name` what nobody else there uses."""
         self.index, self.count = index, count
-        self._client, self._name = client, name
-        self._steps = itertools.count()
+        self._client, self._name, self._failures = client, name, f"{name}/failed"
+        self._steps, self._lanes = itertools.count(), itertools.count()
 
     @property
     def is_first(self) -> bool:
         return self.index == 0
 
-    def exchange(self, what: str, value: Any = None, seconds: float | None = None) -> list[Any]:
+    def lane(self) -> Group:
+        """The same processes for the exchanges of one more thread in each.
+
+        Threads must not share a group, whose exchanges have to come in the same order everywhere; a
+        failure in one lane reaches all.
+        """
+        lane = Group(self.index, self.count, self._client, f"{self._name}/lane{next(self._lanes)}")
+        lane._failures = self._failures
+        return lane
+
+    def exchange(
+        self,
+        what: str,
+        value: Any = None,
+        seconds: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Any]:
         """Every process's value (JSON), by process; none goes on before all have come here.
 
         Args:
           what: what is waited for, for errors; the same in every process.
           seconds: give up after so long; None: wait as long as the other processes live.
+          cancelled: looked at every two seconds; waiting ends where it returns True.
 
         Raises:
           PeerError: another process has failed, or is doing something else.
           TimeoutError: another process did not come in time.
+          CancelledError: `cancelled`.
         """
         if self.count == 1:
             return [value]
-        place = f"{self._name}/{next(self._steps)}"
+        step = next(self._steps)
+        place = f"{self._name}/{step}"
         end = None if seconds is None else time.monotonic() + seconds
+
+        def wait(key: str, other: int) -> str:
+            return self._wait(f"{place}/{key}", what, other, end, cancelled)
+
         # The first process collects, the others wait for its answer: 2 n messages, not n^2.
         if not self.is_first:
             self._client.key_value_set(f"{place}/{self.index}", json.dumps([what, value]))
-            return json.loads(self._wait(f"{place}/all", what, 0, end))
+            return json.loads(wait("all", 0))
         values = [value]
         for other in range(1, self.count):
-            came, theirs = json.loads(self._wait(f"{place}/{other}", what, other, end))
+            came, theirs = json.loads(wait(str(other), other))
             if came != what:
                 error = PeerError(
                     f"process 0 is at {what!r}, process {other} at {came!r}: every process must "
@@ -68,13 +92,15 @@ class Group:
                 raise error
             values.append(theirs)
         self._client.key_value_set(f"{place}/all", json.dumps(values))
+        if step:  # who comes to a step has read all of the one before
+            self._client.key_value_delete(f"{self._name}/{step - 1}")
         return values
 
     def check(self) -> None:
         """Raise PeerError if another process has failed; returns at once."""
         if self.count == 1:
             return
-        for key, error in self._client.key_value_dir_get(f"{self._name}/failed/"):
+        for key, error in self._client.key_value_dir_get(f"{self._failures}/"):
             other = int(key.rsplit("/", 1)[1])
             if other != self.index:
                 raise PeerError(f"process {other} failed: {error}")
@@ -84,9 +110,16 @@ class Group:
         if self.count > 1:
             text = f"{type(error).__name__}: {error}"
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._client.key_value_set(f"{self._name}/failed/{self.index}", text, True)
+                self._client.key_value_set(f"{self._failures}/{self.index}", text, True)
 
-    def _wait(self, key: str, what: str, other: int, end: float | None) -> str:
+    def _wait(
+        self,
+        key: str,
+        what: str,
+        other: int,
+        end: float | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> str:
         while True:
             try:
                 return self._client.blocking_key_value_get(key, int(1000 * _POLL))
@@ -94,6 +127,8 @@ class Group:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
             self.check()
+            if cancelled is not None and cancelled():
+                raise CancelledError(f"nobody waits for {what!r} any more")
             if end is not None and time.monotonic() > end:
                 raise TimeoutError(
                     f"process {other} did not come to {what!r}: under jax.distributed every "

@@ -168,6 +168,21 @@ def write_flmr(
     return folder
 
 
+def write_cross_encoder(folder: Path, config: dict | None = None, seed: int = 0) -> Path:
+    """A cross-encoder in the layout of ms-marco-MiniLM: BERT's sequence classifier, one class."""
+    write_plain(folder, config, seed)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    rng = np.random.default_rng(seed + 1)
+    tensors = bert_tensors(settings, seed, "bert.")
+    tensors["classifier.weight"] = rng.normal(0, 0.2, (1, settings["hidden_size"]))
+    tensors["classifier.bias"] = rng.normal(0, 0.2, 1)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def passages(n: int, seed: int = 0, longest: int = 30) -> list[str]:
     """Random sentences over the small vocabulary."""
     rng = np.random.default_rng(seed)

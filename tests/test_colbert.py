@@ -7,7 +7,7 @@ import support
 
 from colbert_jax import ColBERT, maxsim
 from colbert_jax.batching import plan_batches
-from colbert_jax.colbert import _TOKENS_PER_DEVICE
+from colbert_jax.devices import TOKENS_PER_DEVICE
 
 
 def test_documents_do_not_depend_on_company_or_order(model, texts):
@@ -44,7 +44,7 @@ def test_one_program_a_shape_and_none_the_second_time(stanford_folder, texts):
     texts = [text * (1 + i % 3) for i, text in enumerate(texts)]
     lengths = model.tokenizer.documents(texts).attended
     planned = plan_batches(
-        lengths, _TOKENS_PER_DEVICE["cpu"], longest=96, parallel=model._side_by_side
+        lengths, TOKENS_PER_DEVICE["cpu"], longest=96, parallel=model._runner.side_by_side
     )
     shapes = {(batch.size, batch.length) for batch in planned}
     assert 3 <= len(shapes) <= 8

@@ -6,19 +6,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from jax.sharding import AxisType
 
+from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
-from colbert_jax.config import SearchConfig
+from colbert_jax.config import SearchConfig, TrainingConfig
+from colbert_jax.models.colbert import EncoderConfig, param_shapes
+from colbert_jax.models.config import config_from_huggingface
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
+from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.step import make_gradients
 
 F32, I32 = jnp.float32, jnp.int32
 
 
 def shaped(*shape, dtype=F32):
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def training_step(mesh=None):
+    """Gradients of a batch: distillation with in-batch negatives, dropout, layers recomputed."""
+    backbone = config_from_huggingface(support.TINY | {"vocab_size": 100})
+    encoder = EncoderConfig.projecting(backbone, 16)
+    config = TrainingConfig(nway=4, bsize=8, remat=True)
+    params: dict = {}
+    for path, shape in param_shapes(encoder).items():
+        set_path(params, path, shaped(*shape))
+
+    def rows(n, length):
+        return Rows(
+            shaped(n, length, dtype=I32), shaped(n, dtype=I32), shaped(n, length, dtype=bool)
+        )
+
+    batch = Batch(rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4))
+    gradients = make_gradients(encoder, config, "bfloat16", mesh)
+    function = partial(gradients, trained=("backbone", "head"))
+    return function, params, batch, shaped(dtype=I32), shaped(dtype=I32)
 
 
 def programs(index):
@@ -84,6 +110,8 @@ def programs(index):
             codec.decompress,
             *(codec_shapes, shaped(512, dtype=I32), shaped(512, 4, dtype=jnp.uint8)),
         ),
+        "training step": training_step(),
+        "sharded training step": training_step(mesh),
     }
 
 
@@ -99,6 +127,8 @@ NAMES = [
     "k-means",
     "compress",
     "decompress",
+    "training step",
+    "sharded training step",
 ]
 
 

@@ -1,37 +1,13 @@
-"""Groups of processes over a stand-in for the coordination service; threads are the processes."""
+"""Groups of processes over a stand-in for the coordination service."""
 
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
-import jax
 import pytest
+from coordination import Service
 
 from colbert_jax import processes
 from colbert_jax.processes import Group, PeerError
-
-
-class Service:
-    """Keys and values as `jax.distributed`'s client keeps them."""
-
-    def __init__(self):
-        self.values, self.changed = {}, threading.Condition()
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        with self.changed:
-            assert allow_overwrite or key not in self.values
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def blocking_key_value_get(self, key, milliseconds):
-        with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
-                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: nothing came")
-            return self.values[key]
-
-    def key_value_dir_get(self, folder):
-        with self.changed:
-            return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +90,44 @@ def test_one_that_never_comes():
     first, _, third = together(work)
     assert isinstance(first, TimeoutError) and "process 1 did not come to 'the start'" in str(first)
     assert isinstance(third, TimeoutError)
+
+
+def test_values_are_deleted_when_all_have_read_them():
+    service = Service()
+    groups = [Group(i, 3, service, "job") for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for n in range(5):
+            together = list(pool.map(lambda group, n=n: group.exchange("x", n), groups))
+            assert together == [[n] * 3] * 3
+    assert {key.split("/")[1] for key in service.values} == {"4"}
+
+
+def test_lanes_of_several_threads_do_not_meet():
+    def work(group):
+        lanes = [group.lane(), group.lane()]
+        with ThreadPoolExecutor(2) as pool:
+            said = [f"{name} of {group.index}" for name in ("first", "second")]
+            # Process 1's threads come in the other order.
+            turn = -1 if group.index == 1 else 1
+            pairs = list(zip(lanes, said, strict=True))[::turn]
+            return list(pool.map(lambda pair: pair[0].exchange("x", pair[1]), pairs))[::turn]
+
+    lists = [[f"{name} of {i}" for i in range(3)] for name in ("first", "second")]
+    assert together(work) == [lists] * 3
+
+
+def test_a_failure_reaches_the_other_lanes():
+    service = Service()
+    first, second = (Group(i, 2, service, "job") for i in range(2))
+    lane, _ = first.lane(), second.lane()
+    second.fail(OSError("gone"))
+    with pytest.raises(PeerError, match="process 1 failed: OSError: gone"):
+        lane.exchange("x")
+
+
+def test_waiting_ends_when_cancelled():
+    with pytest.raises(CancelledError, match="nobody waits for 'x'"):
+        Group(0, 2, Service(), "job").exchange("x", cancelled=lambda: True)
 
 
 def test_alone():

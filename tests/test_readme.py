@@ -1,10 +1,12 @@
 """Every command and snippet of the README, word for word; a tiny model stands behind the hub id."""
 
+import json
 import re
 import runpy
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 import support
 
@@ -32,15 +34,31 @@ def elsewhere(tmp_path, monkeypatch):
         lambda name, **kwargs: folders.get(str(name)) or original(name, **kwargs),
     )
     monkeypatch.chdir(tmp_path)
+    # The programs of eight devices, and fast ones, take long to compile.
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    monkeypatch.setattr(jax, "local_devices", lambda *_: first)
+    jax.config.update("jax_disable_most_optimizations", True)
     Path("passages.tsv").write_text(
         "".join(f"{n}\t{t}\n" for n, t in enumerate(support.passages(30)))
     )
     Path("queries.tsv").write_text("q1\theat flow\nq2\trunning cats\n")
     Path("qrels.tsv").write_text("q1\t0\t3\t1\nq2\t0\t4\t2\n")
+    Path("triples.jsonl").write_text('["q1", 3, 4]\n["q2", 4, 5]\n')
+    scored = [
+        [q, *([pid, -float(pid)] for pid in range(n, n + 4))] for n, q in ((3, "q1"), (4, "q2"))
+    ]
+    Path("examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
+    (settings,) = [text for kind, text in BLOCKS if kind == "json"]
+    short = json.loads(settings)
+    short["text"]["doc_maxlen"] = 48  # the tiny model has 96 positions
+    Path("short.json").write_text(json.dumps(short))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_all_blocks_are_covered():
-    assert {kind for kind, _ in BLOCKS} == {"", "python", "text"}
+    assert {kind for kind, _ in BLOCKS} == {"", "json", "python", "text"}
     others = [c for c in COMMANDS if not c.startswith("colbert-jax ")]
     assert others == [
         "make demo",

@@ -88,7 +88,7 @@ def read(
     tokenizer = checkpoint.tokenizer
     if transformer.get("do_lower_case"):
         tokenizer = dataclasses.replace(tokenizer, tokenizer=_lowercasing(tokenizer.tokenizer))
-    longest = _longest(checkpoint, modules, transformer)
+    longest = longest_text(checkpoint, modules, transformer)
     try:
         text = read_text(settings, transformer, mask, tokenizer, longest)
     except ValueError as error:
@@ -183,7 +183,9 @@ def read_single_vector(
     return dataclasses.replace(checkpoint, encoder=encoder, params=params)
 
 
-def _longest(checkpoint: Checkpoint, modules: Sequence[Module], transformer: dict[str, Any]) -> int:
+def longest_text(
+    checkpoint: Checkpoint, modules: Sequence[Module], transformer: dict[str, Any]
+) -> int:
     """What texts are cut to where no length is set: the tokenizer's, at most the positions."""
     positions = checkpoint.encoder.backbone.max_length
     given = transformer.get("max_seq_length")

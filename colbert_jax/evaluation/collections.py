@@ -2,13 +2,17 @@
 
 Collections: TSV `pid, text[, title]` (Stanford ColBERT; a title is joined as "title | text"), JSONL
 with an id and a text (BEIR's `_id`, `title`, `text` among others), or plain text, a passage a line.
+Any file may be gzipped, its name then ending in .gz.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _ID_KEYS = ("_id", "id", "pid", "docid", "doc_id")
 _TEXT_KEYS = ("text", "contents", "passage", "body")
@@ -22,17 +26,36 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
       ValueError: a line that can't be read, with its number; an empty collection.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(
-            f"{path}: a collection's name ends in one of {', '.join(filter(None, _READERS))}"
-        )
-    empty = True
-    for passage in reader(path):
-        empty = False
-        yield passage
-    if empty:
+    parse = passage_parser(path)
+    count = 0
+    for number, line in _lines(path):
+        if number == 1 and parse is parse_tsv and is_header(line):
+            continue
+        if parse is None:
+            yield str(count), line
+        else:
+            try:
+                passage = parse(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            yield passage
+        count += 1
+    if not count:
         raise ValueError(f"{path}: the collection is empty")
+
+
+def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
+    """What reads (pid, text) from a line of a collection; None: the line is the text.
+
+    Raises:
+      ValueError: the file's name tells no format.
+    """
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    if suffix not in _PARSERS:
+        raise ValueError(
+            f"{path}: a collection's name ends in one of {', '.join(filter(None, _PARSERS))}"
+        )
+    return _PARSERS[suffix]
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
@@ -75,41 +98,46 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _tsv(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in _lines(path):
-        fields = line.split("\t")
-        if len(fields) < 2:
-            raise ValueError(f"{path}, line {number}: expected 'pid<TAB>text', got {line[:80]!r}")
-        if number == 1 and fields[0].lower() in _HEADERS:
-            continue
-        pid, text, *rest = fields
-        yield pid, _join(rest[0] if rest else "", text)
+def is_header(line: str) -> bool:
+    """Whether the first line of a TSV collection names its columns."""
+    pid, tab, _ = line.partition("\t")
+    return bool(tab) and pid.lower() in _HEADERS
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        text = next((record[key] for key in _TEXT_KEYS if key in record), None)
-        pid = next((record[key] for key in _ID_KEYS if key in record), None)
-        if not isinstance(text, str) or pid is None:
-            raise ValueError(
-                f"{path}, line {number}: expected an id ({', '.join(_ID_KEYS)}) and a text "
-                f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(record) or 'none'}"
-            )
-        yield str(pid), _join(str(record.get("title") or ""), text)
+def parse_tsv(line: str) -> tuple[str, str]:
+    """pid and text of `pid, text[, title]`. Raises ValueError, without the place."""
+    fields = line.split("\t", 3)
+    if len(fields) < 2:
+        raise ValueError(f"expected 'pid<TAB>text', got {line[:80]!r}")
+    pid, text, *rest = fields
+    return pid, _join(rest[0] if rest else "", text)
 
 
-def _plain(path: Path) -> Iterator[tuple[str, str]]:
-    for number, (_, line) in enumerate(_lines(path)):
-        yield str(number), line
+def parse_json(line: str) -> tuple[str, str]:
+    """pid and text of a JSON object. Raises ValueError, without the place."""
+    record = json_object(line)
+    text = next((record[key] for key in _TEXT_KEYS if key in record), None)
+    pid = next((record[key] for key in _ID_KEYS if key in record), None)
+    if not isinstance(text, str) or pid is None:
+        raise ValueError(
+            f"expected an id ({', '.join(_ID_KEYS)}) and a text "
+            f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(record) or 'none'}"
+        )
+    return str(pid), _join(str(record.get("title") or ""), text)
 
 
-_READERS = {".tsv": _tsv, ".jsonl": _jsonl, ".txt": _plain, "": _plain}
+def json_object(line: str) -> dict[str, Any]:
+    """The JSON object on a line. Raises ValueError, without the place."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    return record
+
+
+_PARSERS = {".tsv": parse_tsv, ".jsonl": parse_json, ".txt": None, "": None}
 
 
 def _join(title: str, text: str) -> str:
@@ -118,14 +146,31 @@ def _join(title: str, text: str) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank, strictly UTF-8, with or without a byte-order mark."""
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not UTF-8 (byte {error.start + 1} of the line, "
-                    f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
-                ) from None
-            if line.strip():
-                yield number, line
+    number = 0
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as stream:
+        try:
+            for number, raw in enumerate(stream, 1):
+                try:
+                    line = decode(raw, first=number == 1)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+                if line.strip():
+                    yield number, line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: damaged after line {number}: {error}") from None
+
+
+def decode(raw: bytes, *, first: bool = False) -> str:
+    """A line's text without its end; `first`: without the byte-order mark too.
+
+    Raises:
+      ValueError: not UTF-8; without the place.
+    """
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 (byte {error.start + 1} of the line, "
+            f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
+        ) from None

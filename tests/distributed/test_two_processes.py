@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from support import passages, unit_rows
 
-from colbert_jax import Index
+from colbert_jax import ColBERT, Index
 from colbert_jax.compression.sharding import data_mesh
-from colbert_jax.config import IndexConfig
+from colbert_jax.config import IndexConfig, TrainingConfig
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.build import build_index
+from colbert_jax.training import stanford_examples, train
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
@@ -34,6 +35,7 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
     lengths[-1] = 3
     np.save(folder / "values.npy", unit_rows(rng, lengths.sum(), 16))
     np.save(folder / "lengths.npy", lengths)
+    write_examples(folder)
     with socket.socket() as reserved:
         # Bound and not listening: kept from everybody but the coordinator, which shares ports.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -59,7 +61,7 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
                     )
                 )
         try:
-            codes = [process.wait(timeout=120) for process in processes]
+            codes = [process.wait(timeout=300) for process in processes]
         except subprocess.TimeoutExpired:
             codes = None
         finally:
@@ -68,6 +70,19 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
                 process.wait()
     assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
     return folder
+
+
+def write_examples(folder: Path) -> None:
+    """The files that the guide trains on."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for qid in range(20):
+        pids = rng.choice(50, 4, replace=False).tolist()
+        lines.append(json.dumps([qid, *([pid, float(-n)] for n, pid in enumerate(pids))]))
+    (folder / "examples.jsonl").write_text("\n".join(lines))
+    for name, texts in (("queries", passages(20, 2, 8)), ("collection", passages(50, 3))):
+        rows = (f"{i}\t{text}\n" for i, text in enumerate(texts))
+        (folder / f"{name}.tsv").write_text("".join(rows))
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +167,30 @@ def test_faults_of_one_process(folder, reports):
         assert first[name].startswith("PeerError('process 1 failed: "), first[name]
     assert "FileExistsError" in first["taken"] and "process 0 failed" in second["taken"]
     assert not first["left behind"]
+
+
+def run_losses(folder: Path) -> np.ndarray:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["loss"] for line in lines])
+
+
+def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
+    assert [report["trained"] for report in reports] == ["6", "6"]
+    names = (folder / f"{name}.tsv" for name in ("queries", "collection"))
+    examples = stanford_examples(folder / "examples.jsonl", *names)
+    run = json.loads((folder / "runs" / "whole" / "run.json").read_text())
+    config = TrainingConfig(**run["training"])
+    model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
+    train(model, examples, tmp_path, config, devices=jax.devices()[:1])
+    np.testing.assert_allclose(
+        run_losses(folder / "runs" / "whole"), run_losses(tmp_path), rtol=1e-3
+    )
+
+
+def test_sigterm_to_one_process_saves_in_both(folder, reports):
+    assert [report["stopped"] for report in reports] == ["terminated", "terminated"]
+    assert [report["resumed run"] for report in reports] == ["6", "6"]
+    whole, resumed = (folder / "runs" / name for name in ("whole", "stopped"))
+    np.testing.assert_array_equal(run_losses(whole), run_losses(resumed))
+    weights = (path / "last" / "model.safetensors" for path in (whole, resumed))
+    assert next(weights).read_bytes() == next(weights).read_bytes()

@@ -5,8 +5,11 @@ brought about in process 1, and what both processes see is written to `report.N.
 """
 
 import contextlib
+import dataclasses
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +27,8 @@ from colbert_jax.config import IndexConfig  # noqa: E402
 from colbert_jax.index import build, sources  # noqa: E402
 from colbert_jax.index import format as fmt  # noqa: E402
 from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
+from colbert_jax.training import trainer  # noqa: E402
+from colbert_jax.training.metrics import Metrics  # noqa: E402
 
 report: dict = {}
 
@@ -56,6 +61,37 @@ def fail(*args, **kwargs):
     raise OSError("no space left")
 
 
+class Terminated(Exception):
+    pass
+
+
+def end(*_):
+    raise Terminated
+
+
+def train(names: dict, folder: str, stop: int | None = None) -> str:
+    """Train as the guide does, without dropout; process 1 gets SIGTERM after `stop` steps."""
+    signal.signal(signal.SIGTERM, end)
+    write = Metrics.write
+
+    def stopping(self, step, values):
+        write(self, step, values)
+        if step == stop and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Metrics.write = stopping
+    changes = dict(dropout=0.0, log_every=1, length_groups=1)
+    config = dataclasses.replace(names["config"], **changes)
+    model = names["ColBERT"].from_pretrained("checkpoint")
+    try:
+        trained = trainer.train(model, names["examples"], folder, config)
+    except Terminated:
+        return "terminated"
+    finally:
+        Metrics.write = write
+    return str(trained.step)
+
+
 def main() -> None:
     enable_compilation_cache()
     hub.resolve = lambda name, **kwargs: Path("checkpoint")
@@ -68,6 +104,11 @@ def main() -> None:
     me = jax.process_index()
     report["guide"] = [len(names["index"]), names["index"].texts[3]]
     report["hits"] = [part.tolist() for part in names["hits"]]
+
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time
+    report["trained"] = train(names, "runs/whole")
+    report["stopped"] = train(names, "runs/stopped", stop=2)
+    report["resumed run"] = train(names, "runs/stopped")
 
     values = np.load("values.npy", mmap_mode="r")
     data = {"values": values, "lengths": np.load("lengths.npy")}

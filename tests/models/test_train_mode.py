@@ -24,6 +24,13 @@ SIZES = dict(
 RENAMED = dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", params=[kind for kind in MODEL_TYPES if kind != "xlm-roberta"])
 def backbone(request):
     """A forward pass with a gradient: (train) -> (output, gradient of its weighted sum)."""

@@ -1,0 +1,28 @@
+"""Training: examples, losses, the loop, teachers, mining, the papers' recipes."""
+
+from colbert_jax.config import TrainingConfig
+from colbert_jax.training.dev import DevCollection
+from colbert_jax.training.examples import (
+    Example,
+    concatenate,
+    dataset_examples,
+    pair_examples,
+    stanford_examples,
+)
+from colbert_jax.training.mining import mine
+from colbert_jax.training.teacher import load_teacher
+from colbert_jax.training.trainer import Trained, train
+
+__all__ = [
+    "DevCollection",
+    "Example",
+    "Trained",
+    "TrainingConfig",
+    "concatenate",
+    "dataset_examples",
+    "load_teacher",
+    "mine",
+    "pair_examples",
+    "stanford_examples",
+    "train",
+]

@@ -1,0 +1,37 @@
+"""The arrays of one training step, as the host prepares them and the device takes them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Rows(NamedTuple):
+    """Token ids of texts, padded: what `models.colbert.TokenEncoder` takes.
+
+    ids: int32[N, L].
+    attended: int32[N], how many leading tokens take part in attention.
+    kept: bool[N, L], the tokens that become embeddings.
+    """
+
+    ids: Any
+    attended: Any
+    kept: Any
+
+
+class Batch(NamedTuple):
+    """B queries with W documents each, the first of them the positive.
+
+    Documents are grouped by length, so that short ones are not padded to the longest: `documents`
+    holds the groups, longest first, and row `order[b * W + w]` of the groups laid end to end is
+    document w of query b.
+
+    queries: B rows.
+    documents: groups of as many rows each, B * W in all.
+    order: int32[B * W].
+    scores: float32[B, W], the teacher's; None: without.
+    """
+
+    queries: Rows
+    documents: tuple[Rows, ...]
+    order: Any
+    scores: Any

@@ -1,0 +1,59 @@
+"""Retrieval quality on a small collection while a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from colbert_jax.colbert import ColBERT
+from colbert_jax.evaluation import (
+    evaluate_ranking,
+    read_collection,
+    read_qrels,
+    read_queries,
+)
+from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
+from colbert_jax.search.arrays import RawArrays
+from colbert_jax.search.exact import exact_search
+
+
+@dataclass(frozen=True)
+class DevCollection:
+    """Passages, queries and judgements to evaluate on; exact scoring, no index.
+
+    passages, queries: texts by id. qrels: query id -> passage id -> gain.
+    """
+
+    passages: Mapping[str, str]
+    queries: Mapping[str, str]
+    qrels: Mapping[str, Mapping[str, int]]
+
+    def __post_init__(self) -> None:
+        require_ir_measures()
+        if not self.queries:
+            raise ValueError("the dev collection has no query with a judgement")
+
+    @classmethod
+    def read(cls, collection: str | Path, queries: str | Path, qrels: str | Path) -> DevCollection:
+        """From files; queries without a judgement are left out."""
+        judged = read_qrels(qrels)
+        asked = {qid: text for qid, text in read_queries(queries).items() if qid in judged}
+        if not asked:
+            raise ValueError(f"no query of {queries} has a judgement in {qrels}")
+        return cls(dict(read_collection(collection)), asked, {q: judged[q] for q in asked})
+
+    def evaluate(self, model: ColBERT) -> dict[str, float]:
+        """nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
+        pids = list(self.passages)
+        documents = model.encode_documents(list(self.passages.values()), progress=False)
+        raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
+        encoded = model.encode_queries(list(self.queries.values()))
+        k = min(DEPTH, int((documents.lengths > 0).sum()))
+        hits = exact_search(raw, documents.lengths, encoded, k)
+        ranking = {
+            qid: [pids[i] for i in ids] for qid, ids in zip(self.queries, hits.ids, strict=True)
+        }
+        return evaluate_ranking(ranking, self.qrels)

@@ -1,0 +1,331 @@
+"""Batches for training, read, tokenised and padded by a host thread ahead of the device.
+
+Which examples a step trains on depends on the seed and the step alone: not on the processes, the
+devices, or where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colbert_jax.batching import pad_rows
+from colbert_jax.processes import Group
+from colbert_jax.text import TextTokenizer, TokenIds
+from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.examples import Example, Source
+
+# Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
+_LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)
+_LEAST_ROWS = 8  # of a length group on a device
+
+
+class Step(NamedTuple):
+    """What one optimiser step trains on.
+
+    number: of the step, from 0.
+    batches: one for each micro-batch, this process's rows as NumPy arrays.
+    stop: some process asked to stop; the same in all of them.
+    examples: int64[B / processes], the numbers of this process's examples, batch by batch.
+    """
+
+    number: int
+    batches: list[Batch]
+    stop: bool
+    examples: np.ndarray
+
+
+class Loader:
+    """An endless iterator of `Step`s, from step `start` on.
+
+    Each epoch takes every example once; a step may end one epoch and begin the next. In a
+    micro-batch process p of P has the p-th of P equal runs of queries.
+
+    Documents are sorted by length in each process and cut into groups of one size, each padded to
+    its own length. The processes agree on the lengths of every step, so the arrays of a step have
+    the same shapes everywhere and `Batch.order` counts rows of the groups of all processes: in each
+    group those of process 0 come first.
+
+    Set `stop_requested` to ask every process to stop: the flag travels with the steps prepared from
+    then on, so it comes up to `ahead` steps later, in all processes with the same step.
+
+    Close it, or use it as a context manager: that ends its thread.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: TextTokenizer,
+        *,
+        bsize: int,
+        seed: int,
+        nway: int | None = None,
+        accumsteps: int = 1,
+        shuffle: bool = True,
+        start: int = 0,
+        devices: int = 1,
+        group: Group | None = None,
+        length_groups: int = 4,
+        ahead: int = 2,
+        longest: int | None = None,
+    ):
+        """
+        Args:
+          bsize: queries of a step, in all its micro-batches and processes.
+          seed: of the order; any whole number >= 0.
+          nway: documents of a query; None: all the source has.
+          accumsteps: micro-batches of a step.
+          shuffle: False: the source's own order, the same in each epoch.
+          start: the first step to give.
+          devices: of this process, among which its rows are divided.
+          group: the processes of the job; every one of them makes a loader.
+          length_groups: groups of documents by length; fewer where they can't be equal or would
+            leave a device less than 8 rows.
+          ahead: steps that may be prepared before they are asked for.
+          longest: the model's number of positions.
+
+        Raises:
+          ValueError: numbers that do not fit each other, by name.
+        """
+        group = Group() if group is None else group
+        for name, value, least in (
+            ("bsize", bsize, 1),
+            ("accumsteps", accumsteps, 1),
+            ("seed", seed, 0),
+            ("start", start, 0),
+            ("devices", devices, 1),
+            ("length_groups", length_groups, 1),
+            ("ahead", ahead, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        parts = accumsteps * group.count * devices
+        if bsize % parts:
+            raise ValueError(
+                f"bsize {bsize} must be a multiple of {parts}: accumsteps {accumsteps} x "
+                f"{group.count} processes x {devices} devices each"
+            )
+        self._nway = source.nway if nway is None else nway
+        if not 1 <= self._nway <= source.nway:
+            raise ValueError(
+                f"nway must be between 1 and {source.nway}, the documents of every example, got "
+                f"{nway}"
+            )
+        text = tokenizer.config
+        for name in ("query_maxlen", "doc_maxlen"):
+            if longest is not None and getattr(text, name) > longest:
+                raise ValueError(
+                    f"{name} {getattr(text, name)} is more than the model's {longest} positions"
+                )
+        self._source, self._tokenizer, self._group = source, tokenizer, group.lane()
+        self._shape = (accumsteps, group.count, bsize // (accumsteps * group.count))
+        rows = self._shape[2] * self._nway
+        self._num_groups = _num_groups(rows, devices, length_groups)
+        self._order = _Order(len(source), seed, shuffle)
+        self.stop_requested = False
+        self._slots = threading.Semaphore(ahead)
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(start,), name="colbert_jax loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        """Raises what went wrong while preparing the step; StopIteration once closed."""
+        if self._error is not None:
+            raise self._error
+        if self._closed.is_set():
+            raise StopIteration
+        step = self._ready.get()
+        if isinstance(step, BaseException):
+            self._error = step
+            self._group.fail(step)
+            raise step
+        self._slots.release()
+        if self._group.count == 1:
+            step = step._replace(stop=self.stop_requested)
+        return step
+
+    def close(self) -> None:
+        """End the thread; may be called twice."""
+        self._closed.set()
+        self._slots.release()
+        self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _run(self, start: int) -> None:
+        try:
+            for number in itertools.count(start):
+                self._slots.acquire()
+                if self._closed.is_set():
+                    return
+                self._ready.put(self._prepare(number, number == start))
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _prepare(self, number: int, is_first: bool) -> Step:
+        count, processes, share = self._shape
+        bsize = count * processes * share
+        whole = self._order.examples(number * bsize, (number + 1) * bsize)
+        mine = whole.reshape(self._shape)[:, self._group.index]
+        drafts = [self._draft([self._source[int(i)] for i in numbers]) for numbers in mine]
+        said = {
+            "lengths": [draft.lengths for draft in drafts],
+            "stop": self.stop_requested,
+            "run": [self._source.fingerprint, *self._shape, self._nway] if is_first else None,
+        }
+        heard = self._group.exchange(f"training step {number}", said, cancelled=self._closed.is_set)
+        for other, theirs in enumerate(heard):
+            if theirs["run"] != heard[0]["run"]:
+                raise ValueError(
+                    f"process {other} reads other training data, or the same with other settings, "
+                    "than process 0"
+                )
+        lengths = np.max([theirs["lengths"] for theirs in heard], axis=0)
+        return Step(
+            number,
+            [self._finish(*pair) for pair in zip(drafts, lengths.tolist(), strict=True)],
+            any(theirs["stop"] for theirs in heard),
+            mine.reshape(-1),
+        )
+
+    def _draft(self, examples: list[Example]) -> _Draft:
+        queries = self._tokenizer.queries([example.query for example in examples])
+        texts = [text for example in examples for text in example.documents[: self._nway]]
+        documents = self._tokenizer.documents(texts)
+        by_length = np.argsort(-documents.attended, kind="stable")
+        groups = by_length.reshape(self._num_groups, -1)
+        lengths = [max(map(len, queries.ids)), *documents.attended[groups[:, 0]].tolist()]
+        scores = None
+        if self._source.scored:
+            scores = np.array([example.scores[: self._nway] for example in examples], np.float32)  # type: ignore[index]
+        return _Draft(queries, documents, groups, lengths, scores)
+
+    def _finish(self, draft: _Draft, lengths: list[int]) -> Batch:
+        text, tokenizer = self._tokenizer.config, self._tokenizer
+        queries = _rows(
+            draft.queries.ids,
+            draft.queries.attended,
+            self._query_length(lengths[0]),
+            tokenizer.special.pad,
+            tokenizer.kept_in_query,
+        )
+        documents = tuple(
+            _rows(
+                [draft.documents.ids[i] for i in group],
+                draft.documents.attended[group],
+                padded_length(length, text.doc_maxlen),
+                tokenizer.special.pad,
+                tokenizer.kept,
+            )
+            for group, length in zip(draft.groups, lengths[1:], strict=True)
+        )
+        return Batch(queries, documents, self._global_order(draft.groups), draft.scores)
+
+    def _query_length(self, length: int) -> int:
+        text = self._tokenizer.config
+        if text.query_expansion and text.query_minlen in (None, text.query_maxlen):
+            return text.query_maxlen
+        return padded_length(length, text.query_maxlen)
+
+    def _global_order(self, groups: np.ndarray) -> np.ndarray:
+        """int32[B * W / processes]: row of each local document in all processes' groups."""
+        num_groups, rows = groups.shape
+        before = np.arange(num_groups)[:, None] * self._group.count + self._group.index
+        order = np.empty(groups.size, np.int32)
+        order[groups] = before * rows + np.arange(rows)
+        return order
+
+
+class _Draft(NamedTuple):
+    """A micro-batch before the processes have agreed on lengths.
+
+    groups: int64[G, rows], documents by length, longest first.
+    lengths: the longest query, then the longest document of each group.
+    scores: float32[B, W] or None.
+    """
+
+    queries: TokenIds
+    documents: TokenIds
+    groups: np.ndarray
+    lengths: list[int]
+    scores: np.ndarray | None
+
+
+class _Order:
+    """The endless sequence of example numbers; keeps the permutations it has used last."""
+
+    def __init__(self, count: int, seed: int, shuffle: bool):
+        self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def examples(self, start: int, stop: int) -> np.ndarray:
+        """int64: the numbers at positions start to stop."""
+        epochs, places = np.divmod(np.arange(start, stop), self._count)
+        if not self._shuffle:
+            return places
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            numbers[chosen] = self._epoch(epoch)[places[chosen]]
+        return numbers
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = permutation(self._count, self._seed, epoch)
+        return self._epochs[epoch]
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int[count]: the order of the examples in an epoch.
+
+    The ranks of a counter-based generator's raw words, which NumPy keeps as they are from version
+    to version, as it does not for `Generator.permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    order = np.argsort(words, kind="stable")
+    return order.astype(np.int32) if count < 1 << 31 else order
+
+
+def padded_length(length: int, longest: int) -> int:
+    """The step of training's ladder for a row, doubling beyond its end, at most `longest`."""
+    step = next((step for step in _LADDER if step >= length), _LADDER[-1])
+    while step < length:
+        step *= 2
+    return min(step, longest)
+
+
+def _num_groups(rows: int, devices: int, most: int) -> int:
+    """How many equal groups `rows` are cut into."""
+    fitting = [
+        n
+        for n in range(2, most + 1)
+        if rows % (n * devices) == 0 and rows // (n * devices) >= _LEAST_ROWS
+    ]
+    return max(fitting, default=1)
+
+
+def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any) -> Rows:
+    """Padded to [N, length]; padding is not kept."""
+    kept = [keep(row) for row in ids]
+    return Rows(
+        pad_rows(ids, len(ids), length, pad),
+        np.asarray(attended, np.int32),
+        pad_rows(kept, len(ids), length, False),
+    )

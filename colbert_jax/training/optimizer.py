@@ -1,0 +1,66 @@
+"""AdamW with linear warm-up and decay, in two parts: the backbone and the head.
+
+Each part has moments and a step count of its own, so that a backbone that was frozen for a while
+starts as torch's does when it first gets a gradient. The gradient's norm is cut over both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from colbert_jax.config import TrainingConfig
+
+EPSILON = 1e-8  # torch's default
+
+
+def schedule(config: TrainingConfig, peak: float) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of a step, counted from 0: linear up from 0, linear down to 0 at `maxsteps`."""
+    if config.warmup is None:
+        return optax.constant_schedule(peak)
+    up = optax.linear_schedule(0.0, peak, max(config.warmup, 1))
+    down = optax.linear_schedule(peak, 0.0, max(config.maxsteps - config.warmup, 1))
+    return optax.join_schedules([up, down], [config.warmup]) if config.warmup else down
+
+
+def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, 2019) for a learning rate of 1."""
+    return optax.chain(
+        optax.scale_by_adam(eps=EPSILON), optax.add_decayed_weights(config.weight_decay)
+    )
+
+
+def init_moments(config: TrainingConfig, params: dict) -> dict:
+    """The optimiser's state: one for each part of the parameters."""
+    return {part: _adamw(config).init(values) for part, values in params.items()}
+
+
+def apply_gradients(
+    config: TrainingConfig, params: dict, moments: dict, gradients: dict, step: jax.Array
+) -> tuple[dict, dict, dict[str, jax.Array]]:
+    """One step of the optimiser.
+
+    Args:
+      params, moments: by part, "backbone" and "head".
+      gradients: of the parts that are trained in this step.
+      step: int32[], from 0.
+
+    Returns:
+      new parameters, new moments, and what to log: the gradient's norm before it was cut, and the
+      learning rates.
+    """
+    norm = optax.tree.norm(gradients)
+    factor = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-12))
+    gradients = jax.tree.map(lambda g: g * factor, gradients)
+    params, moments, rates = dict(params), dict(moments), {}
+    for part, gradient in gradients.items():
+        peak = config.lr if part != "head" else config.head_lr or config.lr
+        rate = schedule(config, peak)(step)
+        updates, moments[part] = _adamw(config).update(gradient, moments[part], params[part])
+        updates = jax.tree.map(lambda u, rate=rate: -rate * u, updates)
+        params[part] = optax.apply_updates(params[part], updates)
+        rates["lr" if part == "backbone" else "head_lr"] = rate
+    return params, moments, {"grad_norm": norm} | rates

@@ -1,0 +1,284 @@
+"""The recipes of the papers: which data, which loss, which settings, in which order.
+
+Each recipe is a dataclass of settings, with the papers' values as defaults, and a function that
+runs it. `train/` holds a script for each, `colbert-jax train` runs the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colbert_jax.checkpoints import detect_layout, hub
+from colbert_jax.colbert import ColBERT
+from colbert_jax.config import TextConfig, TrainingConfig
+from colbert_jax.evaluation import read_qrels
+from colbert_jax.training.arguments import to_json
+from colbert_jax.training.dev import DevCollection
+from colbert_jax.training.examples import (
+    Source,
+    concatenate,
+    pair_examples,
+    stanford_examples,
+)
+from colbert_jax.training.mining import mine
+from colbert_jax.training.teacher import load_teacher
+from colbert_jax.training.trainer import Trained, train
+
+SETTINGS = "settings.json"
+# ColBERTv1's, and those of ColBERTv2's first and last distillation.
+PAIRWISE = TrainingConfig(
+    loss="cross-entropy",
+    nway=2,
+    use_ib_negatives=False,
+    lr=3e-6,
+    warmup=None,
+    maxsteps=200_000,
+)
+FIRST = TrainingConfig(nway=32, maxsteps=150_000)
+LAST = TrainingConfig(nway=64, maxsteps=400_000)
+
+
+@dataclass(frozen=True)
+class TextChanges:
+    """Text settings to change (`TextConfig`); what is left out stays the checkpoint's own.
+
+    A plain encoder, which has none, gets Stanford's: markers, [MASK] expansion of queries,
+    documents of 180 tokens without punctuation.
+    """
+
+    query_maxlen: int | None = None
+    doc_maxlen: int | None = None
+    markers: bool | None = None
+    query_expansion: bool | None = None
+    attend_to_mask_tokens: bool | None = None
+    mask_punctuation: bool | None = None
+
+    def over(self, base: TextConfig | None) -> dict[str, Any]:
+        """Arguments of `ColBERT.from_pretrained`; `base` None: a late-interaction checkpoint."""
+        changes = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
+        settings = {} if base is None else dataclasses.asdict(base)
+        if not changes.pop("markers", True):
+            changes |= {"query_token_id": None, "doc_token_id": None}
+        return settings | changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe has.
+
+    checkpoint: folder or hub id of what training starts from.
+    folder: where the run is kept; the trained model is in it.
+    dim: width of a plain encoder's new projection; None: 128.
+    dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
+      to choose the best model by; all three or none.
+    """
+
+    checkpoint: str
+    folder: str
+    dim: int | None = None
+    text: TextChanges = TextChanges()
+    dev_collection: str | None = None
+    dev_queries: str | None = None
+    dev_qrels: str | None = None
+
+    def __post_init__(self) -> None:
+        dev = (self.dev_collection, self.dev_queries, self.dev_qrels)
+        if any(dev) and not all(dev):
+            raise ValueError(
+                "dev_collection, dev_queries and dev_qrels belong together: give all three or none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColBERTv1(Recipe):
+    """ColBERT (Khattab and Zaharia, 2020): cross-entropy over pairs of passages.
+
+    triples: with `queries` and `collection`: JSONL or TSV of ids (qid, pid+, pid-). Without these
+      two: texts, a TSV (query, positive, negative) or JSONL with the fields `query`, `positive` and
+      `negatives`.
+    """
+
+    checkpoint: str = "bert-base-uncased"
+    triples: str
+    queries: str | None = None
+    collection: str | None = None
+    training: TrainingConfig = PAIRWISE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Recipe):
+    """The last step of ColBERTv2 (Santhanam et al., 2022, 3.2): n-way examples with a teacher's
+    scores, JSONL of `[qid, [pid, score], ...]`, the positive first.
+    """
+
+    checkpoint: str = "colbert-ir/colbertv1.9"
+    examples: str
+    queries: str
+    collection: str
+    training: TrainingConfig = LAST
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisedSupervision(Recipe):
+    """All of ColBERTv2's training (Santhanam et al., 2022, 3.2 and appendix F), from queries and
+    a collection: a warm start on triples or pairs, then rounds of mining and distillation.
+
+    A round indexes the collection with the model so far, retrieves `k` passages a query, has the
+    teacher score them, draws examples from the first `depth`, and distils. All rounds but the last
+    train with the settings `first`, the last one with `training`.
+
+    queries, collection: what is mined.
+    teacher: cross-encoder or bi-encoder, folder or hub id; it reads `teacher_maxlen` tokens.
+    positives: judgements (`qid 0 pid gain`); None: the teacher's best passage is the positive.
+    examples: examples that have scores already, of the same queries and collection, to distil from
+      beside the mined ones.
+    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`); both
+      None: the checkpoint is warm already.
+    """
+
+    checkpoint: str = "bert-base-uncased"
+    queries: str
+    collection: str
+    teacher: str = "cross-encoder/ms-marco-MiniLM-L-6-v2"
+    teacher_maxlen: int | None = 180
+    positives: str | None = None
+    examples: str | None = None
+    warm_triples: str | None = None
+    warm_pairs: str | None = None
+    rounds: int = 2
+    k: int = 500
+    depth: int | None = None
+    nbits: int = 2
+    warm: TrainingConfig = PAIRWISE
+    first: TrainingConfig = FIRST
+    training: TrainingConfig = LAST
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rounds", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.warm_triples is not None and self.warm_pairs is not None:
+            raise ValueError("give warm_triples or warm_pairs, not both")
+
+
+def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
+    """The recipe's starting model; `checkpoint`: another one, made by an earlier stage."""
+    if checkpoint is not None:
+        return ColBERT.from_pretrained(checkpoint, **recipe.text.over(None))
+    path, _ = hub.resolve_checkpoint(recipe.checkpoint)
+    plain = detect_layout(path) in ("huggingface", "single-vector")
+    text = recipe.text.over(TextConfig(doc_maxlen=180) if plain else None)
+    dim = recipe.dim or 128 if plain else recipe.dim
+    return ColBERT.from_pretrained(recipe.checkpoint, dim=dim, **text)
+
+
+def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
+    """Train on triples."""
+    dev = _dev(recipe)
+    if recipe.queries is not None and recipe.collection is not None:
+        files = (recipe.triples, recipe.queries, recipe.collection)
+        examples = _triples(*files, recipe.training)
+    else:
+        examples = _pairs(recipe.triples, recipe.training)
+    folder = _folder(recipe)
+    return train(
+        load_model(recipe), examples, folder, recipe.training, dev=dev, overwrite=overwrite
+    )
+
+
+def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
+    """Train on n-way examples with scores."""
+    dev = _dev(recipe)
+    config = recipe.training
+    scored = config.loss in ("distillation", "margin-mse")
+    examples = stanford_examples(
+        recipe.examples, recipe.queries, recipe.collection, nway=config.nway, scores=scored
+    )
+    folder = _folder(recipe)
+    return train(load_model(recipe), examples, folder, config, dev=dev, overwrite=overwrite)
+
+
+def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False) -> Trained:
+    """Warm start, then rounds of index, retrieve, score, distil. What is done already is kept."""
+    dev = _dev(recipe)
+    positives = None
+    if recipe.positives is not None:
+        judged = read_qrels(recipe.positives)
+        positives = {
+            qid: {pid for pid, gain in pids.items() if gain > 0} for qid, pids in judged.items()
+        }
+    warm = None
+    if recipe.warm_triples is not None:
+        warm = _triples(recipe.warm_triples, recipe.queries, recipe.collection, recipe.warm)
+    elif recipe.warm_pairs is not None:
+        warm = _pairs(recipe.warm_pairs, recipe.warm)
+    folder = _folder(recipe)
+    model = load_model(recipe)
+    trained = None
+    if warm is not None:
+        trained = train(model, warm, folder / "warm", recipe.warm, dev=dev, overwrite=overwrite)
+        model = load_model(recipe, trained.model)
+    for number in range(1, recipe.rounds + 1):
+        place = folder / f"round{number}"
+        config = recipe.training if number == recipe.rounds else recipe.first
+        mined = mine(
+            model,
+            recipe.collection,
+            recipe.queries,
+            place,
+            load_teacher(recipe.teacher, maxlen=recipe.teacher_maxlen),
+            nway=config.nway or 64,
+            k=recipe.k,
+            depth=recipe.depth,
+            nbits=recipe.nbits,
+            positives=positives,
+            seed=config.seed,
+            overwrite=overwrite,
+        )
+        sources = [
+            stanford_examples(file, recipe.queries, recipe.collection, nway=config.nway)
+            for file in (mined.path, recipe.examples)
+            if file is not None
+        ]
+        source = concatenate(sources)
+        trained = train(model, source, place / "run", config, dev=dev, overwrite=overwrite)
+        model = load_model(recipe, trained.model)
+    assert trained is not None
+    return trained
+
+
+RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
+    "colbertv1": (ColBERTv1, colbertv1),
+    "distill": (Distillation, distill),
+    "denoised-supervision": (DenoisedSupervision, denoised_supervision),
+}
+
+
+def _pairs(file: str, config: TrainingConfig) -> Source:
+    """Texts: a query, a positive, and negatives where the settings ask for more documents."""
+    negatives = "negatives" if (config.nway or 1) > 1 else None
+    return pair_examples(file, negatives=negatives, nway=config.nway)
+
+
+def _triples(file: str, queries: str, collection: str, config: TrainingConfig) -> Source:
+    return stanford_examples(file, queries, collection, nway=config.nway, scores=False)
+
+
+def _dev(recipe: Recipe) -> DevCollection | None:
+    if recipe.dev_collection is None:
+        return None
+    assert recipe.dev_queries is not None and recipe.dev_qrels is not None
+    return DevCollection.read(recipe.dev_collection, recipe.dev_queries, recipe.dev_qrels)
+
+
+def _folder(recipe: Recipe) -> Path:
+    """The recipe's folder, with its settings in it."""
+    folder = Path(recipe.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(to_json(recipe), "utf-8")
+    return folder

@@ -1,0 +1,177 @@
+"""Files that are written in blocks, so that a killed run goes on behind its last whole block."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from colbert_jax.files import read_object
+from colbert_jax.index.format import write_json
+
+
+class BlockFile:
+    """A file that grows block by block and takes its name when it is whole.
+
+    Until then it is `<output>.partial`; `<output>.partial.json` holds what it is made from and how
+    far it is, and is replaced in one step after each block. `<output>.meta`, beside the finished
+    file, holds what it was made from. To be used as a context manager.
+
+    Attributes:
+      finished: the file is there and was made from the same; nothing is left to do.
+      counts: what `append` was told of the blocks that are there, added up.
+    """
+
+    def __init__(self, output: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False):
+        """
+        Args:
+          output: the file to make.
+          settings: what it is made from, JSON; equal settings, equal bytes.
+          overwrite: make it anew where it is there, or left unfinished from other settings.
+
+        Raises:
+          FileExistsError: it is there, or left unfinished, from other settings.
+          RuntimeError: another process is writing it.
+        """
+        self.output = Path(output)
+        self._partial = _beside(self.output, ".partial")
+        self._state = _beside(self.output, ".partial.json")
+        self._meta = _beside(self.output, ".meta")
+        self._settings = json.loads(json.dumps(settings))
+        self._bytes, self.counts = 0, dict[str, int]()
+        self._stream: FileIO | None = None
+        self._complete_renaming()
+        self.finished = self.output.exists() and not overwrite
+        if self.finished:
+            if self._meta.is_file():
+                meta = read_object(self._meta)
+                check_settings(meta.get("settings"), self._settings, self.output, "was made")
+                self.counts = meta.get("counts", {})
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._partial.open("ab", buffering=0)
+        try:
+            _lock(self._stream, self.output)
+            self._resume(overwrite)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> BlockFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._stream is None:
+            return
+        self._stream.close()
+        if error is not None and not self._bytes:  # bad input: leave nothing behind
+            self._state.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
+
+    def append(self, data: bytes, **counts: int) -> None:
+        """Write a block, for good.
+
+        Args:
+          **counts: whole numbers to add to `counts`; from them a resumed run knows where to go on.
+
+        Raises:
+          OSError: naming the file; the blocks before stay and are gone on with.
+        """
+        assert self._stream is not None
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._stream.write(left) :]
+            os.fsync(self._stream.fileno())
+            for name, count in counts.items():
+                self.counts[name] = self.counts.get(name, 0) + count
+            self._bytes += len(data)
+            self._commit()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; what was written before stays, the same call goes on from it",
+                str(self._partial),
+            ) from error
+
+    def publish(self) -> None:
+        """Give the whole file its name."""
+        assert self._stream is not None
+        self._stream.close()
+        os.replace(self._partial, self.output)
+        os.replace(self._state, self._meta)
+        self.finished = True
+
+    def _complete_renaming(self) -> None:
+        """Do what a kill between the two renamings has left undone."""
+        if self._state.is_file() and not self._partial.exists() and self.output.exists():
+            os.replace(self._state, self._meta)
+
+    def _resume(self, overwrite: bool) -> None:
+        """Go on behind the last whole block; what was written behind it is cut off."""
+        assert self._stream is not None
+        state: dict[str, Any] = {}
+        if self._state.is_file():
+            with contextlib.suppress(ValueError):  # a damaged state means no state
+                state = read_object(self._state)
+        size = self._partial.stat().st_size
+        if state and state.get("bytes", 0) <= size:
+            if state.get("settings") == self._settings:
+                self._bytes, self.counts = state["bytes"], state["counts"]
+            elif not overwrite:
+                what = "was left unfinished by a run"
+                check_settings(state.get("settings"), self._settings, self._partial, what)
+        self._stream.truncate(self._bytes)
+        self._commit()
+
+    def _commit(self) -> None:
+        state = {"settings": self._settings, "bytes": self._bytes, "counts": self.counts}
+        write_json(self._state, state)
+
+
+def check_settings(found: Any, wanted: Mapping[str, Any], file: Path, what: str) -> None:
+    """Raises FileExistsError, naming `file` and what differs, where `found` is not `wanted`."""
+    found, wanted = found if isinstance(found, dict) else {}, dict(wanted)
+    different = [
+        f"{name}: {_short(found.get(name))}, not {_short(wanted.get(name))}"
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise FileExistsError(
+            f"{file}: {what} with other settings ({'; '.join(different)}); name another output, or "
+            "pass overwrite=True to make it anew"
+        )
+
+
+def _beside(file: Path, suffix: str) -> Path:
+    return file.with_name(file.name + suffix)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _lock(stream: FileIO, output: Path) -> None:
+    """Hold a file until it is closed; without locks, as on Windows, trust that nobody else is."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"{output}: another process is writing it") from None
+    except OSError:  # a file system without locks
+        return

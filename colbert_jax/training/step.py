@@ -1,0 +1,194 @@
+"""One training step: loss of a batch, its gradients, the optimiser's update.
+
+The loss is written for the whole batch, on however many devices its rows are: XLA exchanges what
+the devices need of each other, so a result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from colbert_jax.config import TrainingConfig
+from colbert_jax.models.colbert import EncoderConfig, make_encoder
+from colbert_jax.models.layers import TrainMode
+from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
+from colbert_jax.training import losses
+from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.optimizer import apply_gradients, init_moments
+
+State = dict[str, Any]  # params, moments, step
+
+
+def init_state(config: TrainingConfig, params: dict) -> State:
+    """Parameters, the optimiser's moments, and the number of steps done."""
+    moments = init_moments(config, params)
+    return {"params": params, "moments": moments, "step": jnp.zeros((), jnp.int32)}
+
+
+def make_loss(
+    encoder: EncoderConfig, config: TrainingConfig, dtype: Any, mesh: Mesh | None = None
+) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """The loss of a batch as a function of (params, batch, key).
+
+    Args:
+      dtype: of the dense layers' computation.
+      mesh: of the devices that the batch is spread over; None: one device.
+
+    Returns:
+      a function giving the loss, float32[], and its parts by name.
+    """
+
+    def embed_rows(params: dict, rows: Rows, keys: jax.Array) -> jax.Array:
+        def run(params: dict, part: tuple[Rows, jax.Array]) -> jax.Array:
+            rows, keys = part
+            train = TrainMode(keys, config.dropout, config.remat)
+            return make_encoder(encoder, params, dtype)(*rows, train=train)
+
+        if config.chunk is None or config.chunk >= len(rows.ids):
+            return run(params, (rows, keys))
+        return losses.encode_chunked(run, params, (rows, keys), config.chunk)
+
+    embed = embed_rows
+    if mesh is not None and mesh.devices.size > 1:
+        # Every device runs the program of one device on its rows.
+        each = PartitionSpec("data")
+        embed = jax.shard_map(
+            embed_rows, mesh=mesh, in_specs=(PartitionSpec(), each, each), out_specs=each
+        )
+
+    def encode(params: dict, groups: tuple[Rows, ...], keys: jax.Array):
+        """float32[N, L, D] and bool[N, L] of groups laid end to end; L is the longest group's."""
+        longest = max(rows.ids.shape[1] for rows in groups)
+        parts, masks, start = [], [], 0
+        for rows in groups:
+            x = embed(params, rows, keys[start : start + len(rows.ids)])
+            start += len(rows.ids)
+            fill = longest - rows.ids.shape[1]
+            parts.append(jnp.pad(x, [(0, 0), (0, fill), (0, 0)]))
+            masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
+        return jnp.concatenate(parts), jnp.concatenate(masks)
+
+    def loss(params: dict, batch: Batch, key: jax.Array):
+        keys = jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
+        queries, _ = encode(params, (batch.queries,), keys)
+        # A document's random numbers go with it, whichever group it is in.
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(batch.order))
+        documents, mask = encode(params, batch.documents, keys[jnp.argsort(batch.order)])
+        documents, mask = documents[batch.order], mask[batch.order]
+        return score_loss(config, queries, documents, mask, batch.scores, mesh)
+
+    return loss
+
+
+def score_loss(
+    config: TrainingConfig,
+    queries: jax.Array,
+    documents: jax.Array,
+    mask: jax.Array,
+    teacher: jax.Array | None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss as a function of token embeddings.
+
+    Args:
+      queries: float32[B, Lq, D].
+      documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
+      teacher: float32[B, W]; None where the loss does not need it.
+
+    Returns:
+      the loss, float32[], and its parts by name.
+    """
+    batch, ways = queries.shape[0], documents.shape[0] // queries.shape[0]
+    every = config.use_ib_negatives or config.loss == "contrastive"
+    if every:
+        pairs = all_pairs_scores(queries, documents, mask, mesh=mesh)
+        own = pairs.reshape(batch, batch, ways)[jnp.arange(batch), jnp.arange(batch)]
+    else:
+        split = (batch, ways, *documents.shape[1:])
+        own = nway_scores(queries, documents.reshape(split), mask.reshape(split[:3]), mesh=mesh)
+    if config.loss == "distillation":
+        assert teacher is not None
+        main = losses.distillation(
+            own,
+            teacher,
+            alpha=config.distillation_alpha,
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
+            normalize_teacher=config.normalize_teacher,
+            normalize_student=config.normalize_student,
+        )
+    elif config.loss == "margin-mse":
+        assert teacher is not None
+        main = losses.margin_mse(own, teacher)
+    elif config.loss == "cross-entropy":
+        main = losses.cross_entropy(own)
+    else:
+        positives = jnp.arange(batch) * ways
+        main = losses.contrastive(pairs, positives, temperature=config.temperature)
+    parts = {config.loss: main, "positive_score": own[:, 0].mean()}
+    if ways > 1:
+        parts["negative_score"] = own[:, 1:].mean()
+    total = main
+    if config.use_ib_negatives:
+        parts["in_batch"] = losses.in_batch_negatives(pairs, ways)
+        total = total + parts["in_batch"]
+    return total, parts
+
+
+def make_gradients(
+    encoder: EncoderConfig,
+    config: TrainingConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+) -> Callable[..., tuple[dict, dict[str, jax.Array]]]:
+    """Gradients of a micro-batch: a jitted function of (params, batch, step, number, trained).
+
+    `number` counts the micro-batches of a step, `trained` is a tuple of the parts of the parameters
+    that the gradients are wanted of; the others are left out of the computation. Gradients and the
+    parts of the loss come divided by `accumsteps`, to be added up. `shardings` are the parameters'
+    and become the gradients'.
+    """
+    loss = make_loss(encoder, config, dtype, mesh)
+
+    @partial(jax.jit, static_argnames="trained")
+    def gradients(params: dict, batch: Batch, step, number, trained: tuple[str, ...]):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(key, number)
+
+        def of(part: dict):
+            return loss(params | part, batch, key)
+
+        moving = {name: params[name] for name in trained}
+        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(moving)
+        if shardings is not None:
+            wanted = {name: shardings[name] for name in trained}
+            grads = jax.lax.with_sharding_constraint(grads, wanted)
+        return jax.tree.map(lambda x: x / config.accumsteps, (grads, {"loss": total} | parts))
+
+    return gradients
+
+
+def make_update(
+    config: TrainingConfig, shardings: Any = None
+) -> Callable[[State, dict], tuple[State, dict]]:
+    """The optimiser's step: a jitted function of (state, gradients) that takes over the state.
+
+    `shardings` are the state's.
+    """
+    keep = {} if shardings is None else {"out_shardings": (shardings, None)}
+
+    @partial(jax.jit, donate_argnums=0, **keep)
+    def update(state: State, gradients: dict) -> tuple[State, dict]:
+        params, moments, logged = apply_gradients(
+            config, state["params"], state["moments"], gradients, state["step"]
+        )
+        return {"params": params, "moments": moments, "step": state["step"] + 1}, logged
+
+    return update

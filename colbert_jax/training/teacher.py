@@ -1,0 +1,338 @@
+"""Teachers: models that score a query and a document, for a student to be distilled from.
+
+A cross-encoder reads both together, as ColBERTv2's teacher did (Santhanam et al., 2022, section
+3.2). A bi-encoder compares a vector of each: a weaker teacher, where no cross-encoder can be had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from colbert_jax import runtime
+from colbert_jax.batching import Batch, pad_rows
+from colbert_jax.checkpoints import Checkpoint, bi_encoder, cross_encoder, detect_layout, hub
+from colbert_jax.checkpoints.bi_encoder import SingleVector
+from colbert_jax.devices import BatchRunner, one_ahead
+from colbert_jax.models.cross_encoder import pair_scores
+from colbert_jax.models.pooling import sentence_embeddings
+from colbert_jax.progress import progress_bar
+from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+
+_WINDOW = 4096  # texts tokenised, sorted and batched together, for every device
+
+
+def load_teacher(
+    name_or_path: str | Path,
+    *,
+    maxlen: int | None = None,
+    dtype: Any = None,
+    devices: Sequence[jax.Device] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> CrossEncoder | BiEncoder:
+    """Load a teacher from a folder or the hub; its files tell which kind it is.
+
+    A `config.json` that names a sequence classifier is a cross-encoder. A single-vector model of
+    sentence-transformers is a bi-encoder, and so is a plain encoder, with mean pooling.
+
+    Args:
+      name_or_path: a folder or a Hugging Face hub id.
+      maxlen: tokens that a text, or a pair of a cross-encoder, is cut to; None: what the files
+        say, else all positions. Stanford's scorer has 180.
+      dtype: of the dense layers; None: bfloat16 on accelerators, float32 on a CPU.
+      devices: None: all local ones.
+      revision, token: for the hub.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    folder = hub.resolve(name_or_path, revision=revision, token=token)
+    if cross_encoder.detect(folder):
+        return CrossEncoder(cross_encoder.read(folder), maxlen=maxlen, dtype=dtype, devices=devices)
+    layout = detect_layout(folder)
+    if layout == "single-vector":
+        checkpoint, kind = bi_encoder.read(folder)
+    elif layout == "huggingface":
+        checkpoint, kind = bi_encoder.read_plain(folder)
+    else:
+        raise ValueError(
+            f"{folder}: a late-interaction checkpoint ({layout} layout); a teacher is a "
+            "cross-encoder (config.json names a ...ForSequenceClassification) or a single-vector "
+            "model"
+        )
+    return BiEncoder(checkpoint, kind, maxlen=maxlen, dtype=dtype, devices=devices)
+
+
+class BiEncoder:
+    """A single-vector model: a pair's score is the similarity of its two vectors.
+
+    Attributes:
+      dim: width of the vectors, H.
+      fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kind: SingleVector,
+        *,
+        maxlen: int | None = None,
+        dtype: Any = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Arguments: what `checkpoints.bi_encoder.read` returned, the rest as of `load_teacher`."""
+        encoder = checkpoint.encoder
+        maxlen = checkpoint.config.text.doc_maxlen if maxlen is None else maxlen
+        _check_maxlen(maxlen, checkpoint)
+        text = dataclasses.replace(checkpoint.config.text, query_maxlen=maxlen, doc_maxlen=maxlen)
+        self._tokenizer = _tokenizer(checkpoint, text)
+        self._kind, self.dim = kind, encoder.dim
+        dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
+        self._runner = BatchRunner(devices, encoder.backbone.max_length)
+        self._params = self._runner.put(checkpoint.params)
+        self._program = self._runner.program(
+            lambda params, ids, attended: sentence_embeddings(
+                encoder,
+                params,
+                ids,
+                attended,
+                pooling=kind.pooling,
+                normalized=kind.normalized,
+                dtype=dtype,
+            ),
+            2,
+        )
+        known = [
+            "bi-encoder",
+            dataclasses.asdict(text),
+            dataclasses.asdict(kind),
+            str(dtype),
+            self._tokenizer.fingerprint,
+        ]
+        self.fingerprint = _fingerprint(checkpoint, known)
+
+    def encode_queries(
+        self, queries: str | Sequence[str], *, progress: bool | None = False
+    ) -> np.ndarray:
+        """float32[N, H]; of unit length where the model's own modules say so."""
+        return self._encode(as_texts(queries, "query"), True, "queries", progress)
+
+    def encode_documents(
+        self, documents: str | Sequence[str], *, progress: bool | None = None
+    ) -> np.ndarray:
+        """float32[N, H], as of `encode_queries`; `progress` None: a bar on a terminal."""
+        return self._encode(as_texts(documents, "document"), False, "documents", progress)
+
+    def score(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        *,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of pairs: queries[i] with documents[i]. Each distinct text is embedded once.
+
+        Returns:
+          float32[N].
+
+        Raises:
+          ValueError, TypeError: lists of different lengths, or what is no text.
+        """
+        queries, documents = _pairs(queries, documents)
+        distinct_queries, distinct_documents = _distinct(queries), _distinct(documents)
+        q = self.encode_queries(list(distinct_queries), progress=progress)
+        d = self.encode_documents(list(distinct_documents), progress=progress)
+        rows_q = np.fromiter((distinct_queries[t] for t in queries), np.int64, len(queries))
+        rows_d = np.fromiter((distinct_documents[t] for t in documents), np.int64, len(queries))
+        return self.similarity(q, d, rows_q, rows_d)
+
+    def similarity(
+        self, queries: np.ndarray, documents: np.ndarray, rows_q: np.ndarray, rows_d: np.ndarray
+    ) -> np.ndarray:
+        """float32[N]: scores of the pairs (rows_q[i], rows_d[i]) of vectors [., H]."""
+        scores = np.empty(len(rows_q), np.float32)
+        for start in range(0, len(scores), _WINDOW):
+            part = slice(start, start + _WINDOW)
+            q, d = queries[rows_q[part]], documents[rows_d[part]]
+            if self._kind.similarity == "cosine" and not self._kind.normalized:
+                q, d = _unit(q), _unit(d)
+            scores[part] = np.einsum("nh,nh->n", q, d)
+        return scores
+
+    def _encode(
+        self, texts: list[str], is_query: bool, name: str, progress: bool | None
+    ) -> np.ndarray:
+        tokenize = self._tokenizer.queries if is_query else self._tokenizer.documents
+        parts = [np.zeros((0, self.dim), np.float32)]
+        with progress_bar(len(texts), f"teacher: {name}", "text", progress) as bar:
+            for token_ids in one_ahead(tokenize, _windows(texts, self._runner)):
+                parts.append(self._embed(token_ids, bar))
+        return np.concatenate(parts)
+
+    def _embed(self, token_ids: TokenIds, bar: Any) -> np.ndarray:
+        rows, lengths = token_ids
+        pad = self._tokenizer.special.pad
+        values = np.empty((len(rows), self.dim), np.float32)
+
+        def work(batch: Batch) -> None:
+            ids = pad_rows([rows[i] for i in batch.rows], batch.size, batch.length, pad)
+            attended = _padded(lengths[batch.rows], batch.size)
+            result = self._runner.run(self._program, self._params, ids, attended)
+            values[batch.rows] = result[: len(batch.rows)]
+
+        self._runner.for_each(lengths, work, bar)
+        return values
+
+
+class CrossEncoder:
+    """A model that reads query and document together; a pair's score is its raw logit.
+
+    Attributes:
+      fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        maxlen: int | None = None,
+        dtype: Any = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Arguments: what `checkpoints.cross_encoder.read` returned, and as of `load_teacher`."""
+        encoder = checkpoint.encoder
+        self.maxlen = checkpoint.config.text.doc_maxlen if maxlen is None else maxlen
+        _check_maxlen(self.maxlen, checkpoint)
+        self._texts = _tokenizer(checkpoint, checkpoint.config.text)  # for its checks
+        self._tokenizer = checkpoint.tokenizer.tokenizer
+        cross_encoder.check_pairs(checkpoint)
+        self._tokenizer.enable_truncation(
+            self.maxlen,
+            strategy="longest_first",
+            direction=checkpoint.tokenizer.truncation_side,
+        )
+        dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
+        self._runner = BatchRunner(devices, encoder.backbone.max_length)
+        self._params = self._runner.put(checkpoint.params)
+        self._program = self._runner.program(
+            lambda params, *batch: pair_scores(encoder, params, *batch, dtype=dtype), 3
+        )
+        known = ["cross-encoder", self.maxlen, str(dtype), self._texts.fingerprint]
+        self.fingerprint = _fingerprint(checkpoint, known)
+
+    def score(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        *,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of pairs: queries[i] with documents[i]; as of `BiEncoder.score`."""
+        queries, documents = _pairs(queries, documents)
+        parts = [np.zeros(0, np.float32)]
+        pairs = list(zip(queries, documents, strict=True))
+        with progress_bar(len(pairs), "teacher", "pair", progress) as bar:
+            for tokens in one_ahead(self._tokenize, _windows(pairs, self._runner)):
+                parts.append(self._score(*tokens, bar))
+        return np.concatenate(parts)
+
+    def _tokenize(self, pairs: list[tuple[str, str]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of each pair the ids of `[CLS] query [SEP] document [SEP]`, and the token types."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(pairs)
+        except (TypeError, UnicodeEncodeError):
+            queries, documents = zip(*pairs, strict=True)
+            self._texts.queries(queries)  # raise an error that names the text
+            self._texts.documents(documents)
+            raise
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return ids, [np.array(encoding.type_ids, np.int32) for encoding in encodings]
+
+    def _score(self, rows: list[np.ndarray], types: list[np.ndarray], bar: Any) -> np.ndarray:
+        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+        scores = np.empty(len(rows), np.float32)
+
+        def work(batch: Batch) -> None:
+            size, length = batch.size, batch.length
+            result = self._runner.run(
+                self._program,
+                self._params,
+                pad_rows([rows[i] for i in batch.rows], size, length, self._texts.special.pad),
+                _padded(lengths[batch.rows], size),
+                pad_rows([types[i] for i in batch.rows], size, length),
+            )
+            scores[batch.rows] = result[: len(batch.rows)]
+
+        self._runner.for_each(lengths, work, bar)
+        return scores
+
+
+def _check_maxlen(maxlen: int, checkpoint: Checkpoint) -> None:
+    positions = checkpoint.encoder.backbone.max_length
+    if isinstance(maxlen, bool) or not isinstance(maxlen, int) or not 3 <= maxlen <= positions:
+        raise ValueError(
+            f"maxlen must be a whole number from 3 to {positions}, the positions of "
+            f"{checkpoint.folder}, got {maxlen!r}"
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint, text: Any) -> TextTokenizer:
+    try:
+        tokenizer = TextTokenizer(checkpoint.tokenizer, text)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.folder}: {error}") from None
+    vocabulary = checkpoint.encoder.backbone.vocab_size
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the encoder "
+            f"only {vocabulary}"
+        )
+    return tokenizer
+
+
+def _fingerprint(checkpoint: Checkpoint, known: list[Any]) -> str:
+    settings = [*known, dataclasses.asdict(checkpoint.encoder)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path, array in jax.tree.leaves_with_path(checkpoint.params):
+        digest.update(f"{path}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array.reshape(-1)[:1024]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _pairs(queries: Sequence[str], documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    if isinstance(queries, str) or isinstance(documents, str):
+        raise TypeError("score takes two lists of texts, got one string")
+    queries, documents = as_texts(queries, "query"), as_texts(documents, "document")
+    if len(queries) != len(documents):
+        raise ValueError(
+            f"score takes pairs, got {len(queries)} queries and {len(documents)} documents"
+        )
+    return queries, documents
+
+
+def _distinct(texts: Iterable[str]) -> dict[str, int]:
+    """Text -> its number, in the order of first appearance."""
+    return {text: i for i, text in enumerate(dict.fromkeys(texts))}
+
+
+def _windows(items: list[Any], runner: BatchRunner) -> Iterable[list[Any]]:
+    window = _WINDOW * len(runner.devices)
+    return (items[i : i + window] for i in range(0, len(items), window))
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """int32[size]: the values and zeros."""
+    return np.pad(values.astype(np.int32), (0, size - len(values)))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

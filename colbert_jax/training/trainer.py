@@ -1,0 +1,339 @@
+"""The training loop: examples in, a folder with checkpoints, metrics and the trained model out.
+
+A run's folder holds `run.json` (what the run is), `checkpoints/` (to go on from), `metrics.jsonl`
+and `tensorboard/`, `last/` (the model at the end) and `best/` (the model that did best on the dev
+collection). Run the same command again and it goes on from its last checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from colbert_jax import processes, runtime
+from colbert_jax.colbert import ColBERT
+from colbert_jax.config import TrainingConfig
+from colbert_jax.progress import progress_bar
+from colbert_jax.training.batch import Batch
+from colbert_jax.training.dev import DevCollection
+from colbert_jax.training.examples import Source
+from colbert_jax.training.loader import Loader
+from colbert_jax.training.metrics import Metrics
+from colbert_jax.training.state import (
+    FOLDER,
+    Checkpoints,
+    check_run,
+    parameter_sharding,
+)
+from colbert_jax.training.step import init_state, make_gradients, make_update
+
+BEST = "nDCG@10"  # what "best" means
+
+
+class Trained(NamedTuple):
+    """What a run left behind.
+
+    model: folder of the trained model; the best one where there is a dev collection.
+    step: steps done. dev: the best model's measures on the dev collection, if there is one.
+    """
+
+    model: Path
+    step: int
+    dev: dict[str, float] | None
+
+
+def train(
+    model: ColBERT,
+    examples: Source,
+    folder: str | Path,
+    config: TrainingConfig | None = None,
+    *,
+    dev: DevCollection | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Trained:
+    """Train a model, or go on where a run in `folder` stopped.
+
+    The model's parameters are replaced by the trained ones. SIGTERM saves a checkpoint before the
+    process ends. Under `jax.distributed` every process makes this call; `folder` must be on storage
+    that all of them see.
+
+    Args:
+      model: what training starts from.
+      examples: see `training.examples`.
+      folder: of the run.
+      config: None: the defaults, those of ColBERTv2.
+      dev: a small collection to evaluate on every `eval_every` steps.
+      devices: None: all of the job.
+      overwrite: remove a run that is in `folder` first.
+      progress: None: a bar on a terminal.
+
+    Raises:
+      ValueError: settings and examples that do not fit together, or another run in `folder`.
+      OSError: a checkpoint could not be written.
+      FloatingPointError: the loss is not a number any more.
+    """
+    config = TrainingConfig() if config is None else config
+    folder = Path(folder)
+    encoder = model.encoder
+    devices = list(jax.devices() if devices is None else devices)
+    nway = _check(model, examples, config, len(devices))
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+
+    with processes.group("training") as group, ExitStack() as stack:
+        if overwrite and group.is_first and folder.exists():
+            _remove_run(folder)
+        group.exchange("folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "training": dataclasses.asdict(dataclasses.replace(config, nway=nway)),
+            "encoder": dataclasses.asdict(encoder),
+            "text": dataclasses.asdict(model.config.text),
+            "start": model.fingerprint(),
+            "examples": examples.fingerprint,
+        }
+        check_run(folder, about, group)
+
+        # State: parameters and moments, on all devices or spread over them.
+        shapes = jax.eval_shape(lambda params: init_state(config, params), model.params)
+        shardings = parameter_sharding(mesh, shapes, fsdp=config.fsdp)
+        checkpoints = stack.enter_context(Checkpoints(folder, config))
+        if checkpoints.latest is None:
+            start = jax.tree.map(np.asarray, model.params)
+            make = jax.jit(lambda params: init_state(config, params), out_shardings=shardings)
+            state = make(jax.device_put(start, shardings["params"]))
+        else:
+            like = jax.tree.map(
+                lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+                shapes,
+                shardings,
+            )
+            state = checkpoints.restore(like)
+        first = int(state["step"])
+
+        gradients = make_gradients(encoder, config, dtype, mesh, shardings["params"])
+        update = make_update(config, shardings)
+        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+        put = _batch_putter(mesh)
+        parts = tuple(part for part, values in state["params"].items() if jax.tree.leaves(values))
+
+        metrics = stack.enter_context(Metrics(folder, first, write=group.is_first))
+        best = _Best(folder, metrics.history())
+        local = sum(device.process_index == jax.process_index() for device in devices)
+        loader = Loader(
+            examples,
+            model.tokenizer,
+            bsize=config.bsize,
+            nway=nway,
+            accumsteps=config.accumsteps,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            start=first,
+            devices=local,
+            group=group,
+            length_groups=config.length_groups,
+            longest=encoder.backbone.max_length,
+        )
+        bar = progress_bar(config.maxsteps, "training", "step", progress)
+        bar.update(first)
+        done, clock = first, _Clock()
+        with loader, bar, _terminated() as terminated:
+            for step in loader if first < config.maxsteps else ():
+                trained = ("head",) if step.number < config.warmup_bert else parts
+                total = None
+                for number, batch in enumerate(step.batches):
+                    part = gradients(
+                        state["params"],
+                        put(batch),
+                        np.int32(step.number),
+                        np.int32(number),
+                        trained=trained,
+                    )
+                    total = part if total is None else add(total, part)
+                assert total is not None
+                grads, logged = total
+                state, more = update(state, grads)
+                done = step.number + 1
+                bar.update()
+                loader.stop_requested = terminated.is_set()
+                stop = step.stop or (group.count == 1 and terminated.is_set())
+
+                last = done == config.maxsteps or stop
+                saving = done % config.save_every == 0 or last
+                evaluating = dev is not None and (
+                    done % (config.eval_every or config.save_every) == 0 or done == config.maxsteps
+                )
+                if done % config.log_every == 0 or saving or evaluating:
+                    values = {name: float(x) for name, x in (logged | more).items()}
+                    _check_finite(values, done, checkpoints)
+                    values["examples_per_second"] = clock.rate(done, config.bsize)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                    metrics.write(done, values)
+                if saving:
+                    checkpoints.save(done, state)
+                if evaluating and not stop:
+                    assert dev is not None
+                    _take(model, state["params"], mesh)
+                    measured = dev.evaluate(model)
+                    metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
+                    if best.improves(measured) and group.is_first:
+                        _save(model, folder / "best", config, done)
+                    clock.pause(done)
+                if last:
+                    break
+            checkpoints.wait()
+        if terminated.is_set() or done < config.maxsteps:
+            # Saved; now end as the signal asks, with its exit status.
+            signal.raise_signal(signal.SIGTERM)
+        _take(model, state["params"], mesh)
+        if group.is_first:
+            _save(model, folder / "last", config, done)
+        group.exchange("saved")
+        chosen = folder / ("best" if (folder / "best").exists() else "last")
+        return Trained(chosen, done, best.measured)
+
+
+def _check(model: ColBERT, examples: Source, config: TrainingConfig, devices: int) -> int:
+    """What must fit together; returns the number of documents a query."""
+    parts = config.accumsteps * devices
+    if config.bsize % parts:
+        raise ValueError(
+            f"bsize {config.bsize} must be a multiple of {parts}: accumsteps {config.accumsteps} x "
+            f"{devices} devices"
+        )
+    nway = examples.nway if config.nway is None else config.nway
+    if nway > examples.nway:
+        raise ValueError(f"nway is {nway}, but the examples have {examples.nway} documents a query")
+    if config.loss in ("distillation", "margin-mse") and not examples.scored:
+        raise ValueError(
+            f"the loss {config.loss!r} learns from a teacher's scores, and the examples have none: "
+            "score them (training.mining) or choose another loss"
+        )
+    if config.loss in ("distillation", "margin-mse", "cross-entropy") and nway < 2:
+        raise ValueError(f"the loss {config.loss!r} needs at least 2 documents a query, not {nway}")
+    if model.query_params is not model.params:
+        raise ValueError("a model with an encoder of its own for queries cannot be trained")
+    if model.quantization is not None:
+        raise ValueError(
+            f"the weights were quantised to {model.quantization} when they were loaded; load the "
+            "checkpoint without quantization to train it"
+        )
+    if config.warmup_bert and not model.encoder.head:
+        raise ValueError(
+            f"warmup_bert is {config.warmup_bert}, but the model has no projection to train "
+            "meanwhile: load it with dim="
+        )
+    return nway
+
+
+def _batch_putter(mesh: Mesh):
+    """A function that puts a batch, of which this process has its rows, onto the devices."""
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def put(batch: Batch) -> Batch:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    return put
+
+
+def _take(model: ColBERT, params: dict, mesh: Mesh) -> None:
+    """Give the model the parameters of this moment."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(params)
+    model.set_params(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered))
+
+
+def _save(model: ColBERT, folder: Path, config: TrainingConfig, step: int) -> None:
+    """Write the model; what was there before goes when the new one is complete."""
+    new, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    model.save_pretrained(new, metadata=dataclasses.asdict(config) | {"steps": step})
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in (FOLDER, "tensorboard", "best", "last", "best.new", "best.old", "last.new"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("run.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    raise FloatingPointError(
+        f"at step {step} the loss is {values['loss']} and the gradient's norm "
+        f"{values['grad_norm']}; the last checkpoint is of step {checkpoints.latest}. Lower lr, or "
+        "look at the examples' scores"
+    )
+
+
+class _Best:
+    """The best measures on the dev collection so far."""
+
+    def __init__(self, folder: Path, history: list[dict[str, Any]]):
+        self.measured: dict[str, float] | None = None
+        for values in history if (folder / "best").exists() else ():
+            found = {k[4:]: v for k, v in values.items() if k.startswith("dev/")}
+            if found:
+                self.improves(found)
+
+    def improves(self, measured: dict[str, float]) -> bool:
+        """Whether these are better than all before; remembers them if so."""
+        if self.measured is not None and measured[BEST] <= self.measured[BEST]:
+            return False
+        self.measured = measured
+        return True
+
+
+class _Clock:
+    """Examples a second since the last time it was asked."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+        self._step: int | None = None
+
+    def rate(self, step: int, bsize: int) -> float:
+        now = time.perf_counter()
+        done = 0 if self._step is None else step - self._step
+        seconds = now - self._time
+        self._time, self._step = now, step
+        return done * bsize / seconds
+
+    def pause(self, step: int) -> None:
+        """What has passed since the last time does not count."""
+        self._time, self._step = time.perf_counter(), step
+
+
+@contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """Set when SIGTERM has come, which then does not end the process."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

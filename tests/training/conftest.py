@@ -1,0 +1,17 @@
+import jax
+import pytest
+import support
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compiling is most of the time that training tests take; the programs run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory):
+    """A Stanford checkpoint of one layer."""
+    return support.write_stanford(tmp_path_factory.mktemp("shallow"), {"num_hidden_layers": 1})

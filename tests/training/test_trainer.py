@@ -1,0 +1,416 @@
+"""The training loop on a tiny model: resuming, devices, memory settings, what is kept, errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import support
+
+from colbert_jax import ColBERT
+from colbert_jax.config import TrainingConfig
+from colbert_jax.training import trainer
+from colbert_jax.training.dev import DevCollection
+from colbert_jax.training.examples import stanford_examples
+from colbert_jax.training.state import Checkpoints
+from colbert_jax.training.trainer import train
+
+SMALL = TrainingConfig(
+    nway=4, bsize=8, lr=1e-3, warmup=2, maxsteps=6, save_every=2, log_every=1, length_groups=2
+)
+
+
+def changed(**changes) -> TrainingConfig:
+    import dataclasses
+
+    return dataclasses.replace(SMALL, **changes)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """21 four-way examples with scores, over 60 passages."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = support.passages(60, seed=1)
+    rng = np.random.default_rng(2)
+    lines = []
+    for qid in range(21):
+        pids = rng.choice(60, 4, replace=False)
+        scores = np.sort(rng.normal(0, 3, 4))[::-1]
+        lines.append([qid, *([int(p), float(s)] for p, s in zip(pids, scores, strict=True))])
+    (folder / "collection.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(texts)))
+    queries = support.passages(21, seed=3, longest=8)
+    (folder / "queries.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(queries)))
+    (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    qrels = "".join(f"{line[0]} 0 {line[1][0]} 1\n" for line in lines)
+    (folder / "qrels.tsv").write_text(qrels)
+    names = ("examples.jsonl", "queries.tsv", "collection.tsv", "qrels.tsv")
+    return {name.split(".")[0]: folder / name for name in names}
+
+
+@pytest.fixture(scope="module")
+def source(files):
+    return stanford_examples(files["examples"], files["queries"], files["collection"])
+
+
+@pytest.fixture
+def start(shallow_folder):
+    """A fresh model each time: training replaces its parameters."""
+
+    def load(**arguments) -> ColBERT:
+        devices = jax.devices()[:1]
+        return ColBERT.from_pretrained(
+            shallow_folder, dtype="float32", devices=devices, **arguments
+        )
+
+    return load
+
+
+def run(start, source, folder, config=SMALL, devices=1, **arguments) -> list[dict]:
+    """Train; returns the metrics."""
+    model = start()
+    train(model, source, folder, config, devices=jax.devices()[:devices], **arguments)
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict]) -> np.ndarray:
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "last" / "model.safetensors").read_bytes()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shallow_folder, source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=jax.devices()[:1])
+    train(model, source, folder, SMALL, devices=jax.devices()[:1])
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_interrupted_run_goes_on_bit_for_bit(
+    steps, start, source, uninterrupted, tmp_path, monkeypatch
+):
+    """Stopped after any step, with dropout and a shuffled order: the same weights in the end."""
+    original, count = trainer.make_update, 0
+
+    def stopping(*args):
+        update = original(*args)
+
+        def counted(*args):
+            nonlocal count
+            if count == steps:
+                raise Stop
+            count += 1
+            return update(*args)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_update", stopping)
+        with pytest.raises(Stop):
+            run(start, source, tmp_path)
+    lines = run(start, source, tmp_path)
+    assert weights(tmp_path) == weights(uninterrupted)
+    np.testing.assert_array_equal(losses(lines), losses(metrics(uninterrupted)))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_finished_run_is_left_alone(start, source, uninterrupted):
+    before = weights(uninterrupted)
+    model = start()
+    trained = train(model, source, uninterrupted, SMALL, devices=jax.devices()[:1])
+    assert trained.step == 6 and trained.model == uninterrupted / "last"
+    assert weights(uninterrupted) == before
+    loaded = ColBERT.from_pretrained(trained.model, dtype="float32", devices=jax.devices()[:1])
+    np.testing.assert_array_equal(
+        model.encode_queries(["heat flow"]), loaded.encode_queries(["heat flow"])
+    )
+
+
+SCRIPT = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_disable_most_optimizations", True)
+from colbert_jax import ColBERT
+from colbert_jax.config import TrainingConfig
+from colbert_jax.runtime import enable_compilation_cache
+from colbert_jax.training.examples import stanford_examples
+from colbert_jax.training.trainer import train
+enable_compilation_cache()
+checkpoint, examples, queries, collection, folder, maxsteps = sys.argv[1:]
+config = TrainingConfig(nway=4, bsize=8, lr=1e-3, warmup=2, maxsteps=int(maxsteps), save_every=7,
+                        log_every=1, length_groups=2)
+model = ColBERT.from_pretrained(checkpoint, dtype="float32")
+train(model, stanford_examples(examples, queries, collection), folder, config)
+"""
+
+
+def start_process(shallow_folder, files, folder, maxsteps=30) -> subprocess.Popen:
+    names = [files[name] for name in ("examples", "queries", "collection")]
+    command = [sys.executable, "-c", SCRIPT, shallow_folder, *names, folder, str(maxsteps)]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and any(
+            line["step"] >= step for line in complete_lines(folder)
+        ):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+def complete_lines(folder: Path) -> list[dict]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_killed_and_terminated_processes(shallow_folder, files, tmp_path):
+    """SIGKILL anywhere, then SIGTERM, which saves; the end is the same to the byte."""
+    whole = start_process(shallow_folder, files, tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.communicate()[0]
+    folder = tmp_path / "cut"
+    killed = start_process(shallow_folder, files, folder)
+    wait_for_step(folder, 10, killed)
+    killed.kill()
+    killed.wait()
+    terminated = start_process(shallow_folder, files, folder)
+    wait_for_step(folder, 17, terminated)
+    terminated.send_signal(signal.SIGTERM)
+    assert terminated.wait(300) == -signal.SIGTERM, terminated.communicate()[0]
+    saved = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert saved == complete_lines(folder)[-1]["step"] and saved >= 17
+    last = start_process(shallow_folder, files, folder)
+    assert last.wait(300) == 0, last.communicate()[0]
+    assert weights(folder) == weights(tmp_path / "whole")
+    for process in (whole, killed, terminated, last):
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def one_group(shallow_folder, source, tmp_path_factory) -> np.ndarray:
+    """Losses of a run on one device, its documents padded to one length."""
+    folder = tmp_path_factory.mktemp("run") / "one"
+    model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=jax.devices()[:1])
+    train(model, source, folder, changed(length_groups=1), devices=jax.devices()[:1])
+    return losses(metrics(folder))
+
+
+def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices, monkeypatch):
+    """Two devices; then the run goes on with eight and its parameters spread over them (FSDP)."""
+    config = changed(length_groups=1)
+    np.testing.assert_allclose(
+        losses(run(start, source, tmp_path, config, devices=2)), one_group, rtol=2e-4
+    )
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    monkeypatch.setattr("colbert_jax.training.state._SMALLEST_SHARDED", 256)
+    config = changed(length_groups=1, fsdp=True)
+    np.testing.assert_allclose(
+        losses(run(start, source, tmp_path, config, devices=8)), one_group, rtol=2e-4
+    )
+
+
+def test_own_documents_on_two_devices(start, source, tmp_path, eight_devices):
+    config = changed(loss="margin-mse", use_ib_negatives=False, maxsteps=2, length_groups=1)
+    one, two = (losses(run(start, source, tmp_path / str(n), config, devices=n)) for n in (1, 2))
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "cross-entropy"])
+def test_every_loss_falls(loss, start, source, tmp_path):
+    config = changed(loss=loss, use_ib_negatives=False, dropout=0.0, maxsteps=8, length_groups=1)
+    lines = run(start, source, tmp_path, config)
+    assert losses(lines)[-3:].mean() < losses(lines)[:3].mean()
+
+
+def test_memory_settings_change_nothing_else(start, source, uninterrupted, tmp_path):
+    """Recomputed layers; chunks of 5, of which the 16 documents of a group leave a rest."""
+    lines = run(start, source, tmp_path, changed(remat=True, chunk=5))
+    np.testing.assert_allclose(losses(lines), losses(metrics(uninterrupted)), rtol=1e-4)
+
+
+def test_micro_batches(start, source, tmp_path):
+    """Without in-batch negatives and dropout, cutting a batch up changes nothing."""
+    config = changed(use_ib_negatives=False, dropout=0.0, length_groups=1)
+    whole = losses(run(start, source, tmp_path / "whole", config))
+    config = changed(use_ib_negatives=False, dropout=0.0, length_groups=1, accumsteps=4)
+    np.testing.assert_allclose(
+        losses(run(start, source, tmp_path / "cut", config)), whole, rtol=1e-4
+    )
+
+
+def test_frozen_backbone(start, source, tmp_path):
+    before = jax.tree.map(np.asarray, start().params)
+    model = start()
+    config = changed(warmup_bert=6)
+    train(model, source, tmp_path, config, devices=jax.devices()[:1])
+    same = jax.tree.map(
+        lambda a, b: np.array_equal(a, np.asarray(b)), before["backbone"], model.params["backbone"]
+    )
+    assert all(jax.tree.leaves(same))
+    head = jax.tree.leaves(model.params["head"])[0]
+    assert not np.array_equal(jax.tree.leaves(before["head"])[0], np.asarray(head))
+    assert "lr" not in metrics(tmp_path)[0] and "head_lr" in metrics(tmp_path)[0]
+
+
+def test_learns_and_keeps_the_best(start, source, files, tmp_path):
+    """The dev collection is the training data: its quality must rise."""
+    dev = DevCollection.read(files["collection"], files["queries"], files["qrels"])
+    before = dev.evaluate(start())["nDCG@10"]
+    config = changed(loss="cross-entropy", maxsteps=20, eval_every=4, dropout=0.0, save_every=20)
+    model = start()
+    trained = train(model, source, tmp_path, config, dev=dev, devices=jax.devices()[:1])
+    curve = [line["dev/nDCG@10"] for line in metrics(tmp_path) if "dev/nDCG@10" in line]
+    assert len(curve) == 5
+    assert trained.model == tmp_path / "best"
+    assert trained.dev["nDCG@10"] == max(curve) > before + 0.2
+    best = ColBERT.from_pretrained(trained.model, dtype="float32", devices=jax.devices()[:1])
+    assert dev.evaluate(best)["nDCG@10"] == pytest.approx(max(curve))
+    assert best.config.metadata["steps"] in range(4, 21, 4)
+    assert losses(metrics(tmp_path))[-1] < losses(metrics(tmp_path))[0]
+
+
+def test_last_checkpoints_are_kept(uninterrupted):
+    kept = sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir())
+    assert kept == [4, 6]
+    assert not (uninterrupted / "best").exists()
+
+
+def test_tensorboard(uninterrupted):
+    pytest.importorskip("tensorboardX")
+    assert sum(file.stat().st_size for file in (uninterrupted / "tensorboard").iterdir()) > 500
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (changed(nway=5), "nway is 5, but the examples have 4 documents"),
+        (changed(bsize=9), "bsize 9 must be a multiple of 2"),
+    ],
+)
+def test_settings_that_do_not_fit_the_examples(config, message, start, source, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(start(), source, tmp_path / "run", config, devices=jax.devices()[:2])
+
+
+def test_scores_are_needed(start, files, tmp_path):
+    names = (files["examples"], files["queries"], files["collection"])
+    source = stanford_examples(*names, scores=False)
+    with pytest.raises(ValueError, match="the examples have none: score them"):
+        train(start(), source, tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder(start, source, uninterrupted, plain_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    before = weights(folder)
+    with pytest.raises(ValueError, match=r"another run.*training.lr was 0.001, is now 0.01"):
+        train(start(), source, folder, changed(lr=1e-2), devices=jax.devices()[:1])
+    other = ColBERT.from_pretrained(plain_folder, dim=8, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"encoder.head.*choose another folder"):
+        train(other, source, folder, SMALL, devices=jax.devices()[:1])
+    assert weights(folder) == before
+    # What is logged and kept may change.
+    train(start(), source, folder, changed(log_every=3), devices=jax.devices()[:1])
+
+
+def test_overwrite_removes_the_run_and_nothing_else(start, source, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "notes.txt").write_text("mine")
+    lines = run(start, source, folder, changed(maxsteps=2, lr=1e-2), overwrite=True)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for file in (folder / "checkpoints" / "6").rglob("*"):
+        if file.is_file() and "ocdbt" in str(file):
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoints/6: this checkpoint cannot be restored"):
+        train(start(), source, folder, SMALL, devices=jax.devices()[:1])
+    # As the message says: without it the run goes on from the one before.
+    shutil.rmtree(folder / "checkpoints" / "6")
+    run(start, source, folder)
+    assert weights(folder) == weights(uninterrupted)
+
+
+def test_full_disk(start, source, uninterrupted, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OSError, match="the disk has 0 MB left"):
+            run(start, source, tmp_path)
+    run(start, source, tmp_path)
+    assert weights(tmp_path) == weights(uninterrupted)
+
+
+def test_failing_writes(start, source, uninterrupted, tmp_path):
+    """The file system refuses to write on; what was saved before is whole."""
+    resource = pytest.importorskip("resource")
+    run_script = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from colbert_jax.training.state import Checkpoints\n"
+        "from colbert_jax.config import TrainingConfig\n"
+        "import numpy as np, jax, sys\n"
+        "from pathlib import Path\n"
+        "kept = Checkpoints(Path(sys.argv[1]), TrainingConfig())\n"
+        "state = {'step': jax.numpy.zeros((), int), 'x': jax.numpy.ones(100)}\n"
+        "kept.save(1, state); kept.wait()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "big = {'step': state['step'], 'x': jax.random.normal(jax.random.key(0), 100000)}\n"
+        "try:\n"
+        "    kept.save(2, big); kept.wait()\n"
+        "except OSError as error:\n"
+        "    print('OSError', error)\n"
+    )
+    assert resource
+    done = subprocess.run(
+        [sys.executable, "-c", run_script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert "OSError" in done.stdout and "could not be written" in done.stdout, done.stderr[-2000:]
+    with Checkpoints(tmp_path, SMALL) as left:
+        assert left.latest == 1
+
+
+def test_loss_that_is_no_number(start, source, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"at step \d the loss is .*nan"):
+        run(start, source, tmp_path, changed(lr=1e30, warmup=None, maxsteps=6))
+
+
+def test_quantised_and_two_encoder_models(start, source, tmp_path):
+    with pytest.raises(ValueError, match="quantised to int8"):
+        train(start(quantization="int8"), source, tmp_path / "run", SMALL)
+    folder = support.write_flmr(tmp_path / "flmr", separate=True)
+    model = ColBERT.from_pretrained(folder, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="encoder of its own for queries"):
+        train(model, source, tmp_path / "run", SMALL)
