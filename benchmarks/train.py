@@ -94,7 +94,7 @@ class Ours:
         dtype = compute_dtype() if config.dtype is None else config.dtype
         self._source, self._config, self._tokenizer = source, config, model.tokenizer
         self._batch: Any = None
-        self._state = init_state(config, jax.tree.map(jnp.array, model.params))
+        self._state: dict[str, Any] = init_state(config, jax.tree.map(jnp.array, model.params))
         self._gradients = make_gradients(model.encoder, config, dtype)
         self._update = make_update(config)
 
@@ -114,7 +114,7 @@ class Ours:
 
     def step(self, number: int, _: Batch) -> None:
         gradients, logged = self._backward(number)
-        self._state, _ = self._update(self._state, gradients)
+        self._state = self._update(self._state, gradients)[0]
         jax.block_until_ready((self._state, logged))
 
 
@@ -129,7 +129,9 @@ class Torch:
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
         self._backbone = AutoModel.from_pretrained(checkpoint).to(self._device).train()
         kernel = np.asarray(model.params["head"][0]["linear"]["kernel"])
-        self._linear = torch.nn.Linear(kernel.shape[0], kernel.shape[1], bias=False).to(self._device)
+        self._linear = torch.nn.Linear(kernel.shape[0], kernel.shape[1], bias=False).to(
+            self._device
+        )
         self._parameters = [*self._backbone.parameters(), *self._linear.parameters()]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=config.lr, weight_decay=0.0)
 

@@ -162,7 +162,7 @@ train(model, stanford_examples(examples, queries, collection), folder, config)
 """
 
 
-def start_process(shallow_folder, files, folder, maxsteps=30) -> subprocess.Popen:
+def start_process(shallow_folder, files, folder, maxsteps=24) -> subprocess.Popen:
     names = [files[name] for name in ("examples", "queries", "collection")]
     command = [sys.executable, "-c", SCRIPT, shallow_folder, *names, folder, str(maxsteps)]
     return subprocess.Popen(
@@ -189,20 +189,20 @@ def complete_lines(folder: Path) -> list[dict]:
 def test_killed_and_terminated_processes(shallow_folder, files, tmp_path):
     """SIGKILL anywhere, then SIGTERM, which saves; the end is the same to the byte."""
     whole = start_process(shallow_folder, files, tmp_path / "whole")
-    assert whole.wait(300) == 0, whole.communicate()[0]
     folder = tmp_path / "cut"
     killed = start_process(shallow_folder, files, folder)
     wait_for_step(folder, 10, killed)
     killed.kill()
     killed.wait()
     terminated = start_process(shallow_folder, files, folder)
-    wait_for_step(folder, 17, terminated)
+    wait_for_step(folder, 16, terminated)
     terminated.send_signal(signal.SIGTERM)
     assert terminated.wait(300) == -signal.SIGTERM, terminated.communicate()[0]
     saved = max(int(path.name) for path in (folder / "checkpoints").iterdir())
-    assert saved == complete_lines(folder)[-1]["step"] and saved >= 17
+    assert saved == complete_lines(folder)[-1]["step"] and saved >= 16
     last = start_process(shallow_folder, files, folder)
     assert last.wait(300) == 0, last.communicate()[0]
+    assert whole.wait(300) == 0, whole.communicate()[0]
     assert weights(folder) == weights(tmp_path / "whole")
     for process in (whole, killed, terminated, last):
         process.stdout.close()
@@ -345,6 +345,8 @@ def test_overwrite_removes_the_run_and_nothing_else(start, source, uninterrupted
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+# tensorstore's own futures, which nobody asks after the first of them has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
