@@ -197,13 +197,15 @@ def train(
                 if last:
                     break
             checkpoints.wait()
-        if terminated.is_set() or done < config.maxsteps:
-            # Saved; now end as the signal asks, with its exit status.
+        if done < config.maxsteps:
+            # Saved, in all processes; now end as the signal asks, with its exit status.
             signal.raise_signal(signal.SIGTERM)
         _take(model, state["params"], mesh)
         if group.is_first:
             _save(model, folder / "last", config, done)
         group.exchange("saved")
+        if terminated.is_set():  # it came too late to stop this run
+            signal.raise_signal(signal.SIGTERM)
         chosen = folder / ("best" if (folder / "best").exists() else "last")
         return Trained(chosen, done, best.measured)
 

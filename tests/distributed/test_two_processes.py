@@ -175,22 +175,16 @@ def run_losses(folder: Path) -> np.ndarray:
 
 
 def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
-    assert [report["trained"] for report in reports] == ["6", "6"]
+    """SIGTERM to one process saves in both; they go on, and have the losses of one process."""
+    assert [report["stopped"] for report in reports] == ["terminated", "terminated"]
+    assert [report["resumed run"] for report in reports] == ["12", "12"]
     names = (folder / f"{name}.tsv" for name in ("queries", "collection"))
     examples = stanford_examples(folder / "examples.jsonl", *names)
-    run = json.loads((folder / "runs" / "whole" / "run.json").read_text())
+    run = json.loads((folder / "runs" / "stopped" / "run.json").read_text())
     config = TrainingConfig(**run["training"])
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
     train(model, examples, tmp_path, config, devices=jax.devices()[:1])
-    np.testing.assert_allclose(
-        run_losses(folder / "runs" / "whole"), run_losses(tmp_path), rtol=1e-3
-    )
-
-
-def test_sigterm_to_one_process_saves_in_both(folder, reports):
-    assert [report["stopped"] for report in reports] == ["terminated", "terminated"]
-    assert [report["resumed run"] for report in reports] == ["6", "6"]
-    whole, resumed = (folder / "runs" / name for name in ("whole", "stopped"))
-    np.testing.assert_array_equal(run_losses(whole), run_losses(resumed))
-    weights = (path / "last" / "model.safetensors" for path in (whole, resumed))
-    assert next(weights).read_bytes() == next(weights).read_bytes()
+    two, one = run_losses(folder / "runs" / "stopped"), run_losses(tmp_path)
+    assert len(two) == 12
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+    assert (folder / "runs" / "colbert" / "last").is_dir()

