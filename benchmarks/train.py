@@ -76,7 +76,8 @@ def main() -> None:
         "versions": {n: version(n) for n in ("jax", "flax", "torch", "transformers")},
         "command": "python benchmarks/train.py DATA --checkpoint CHECKPOINT "
         f"--bsize {args.bsize} --nway {args.nway} --steps {args.steps} "
-        f"--doc-maxlen {args.doc_maxlen} --device {args.device}",
+        f"--doc-maxlen {args.doc_maxlen} --length-groups {args.length_groups} "
+        f"--device {args.device}",
         "queries_per_second": rates,
         "ratio": rates["colbert_jax"] / rates["torch"],
         "seconds": seconds,
