@@ -16,12 +16,12 @@ LADDER = (
 _WORTH_SPLITTING = 512  # tokens that two programs side by side do faster than one
 
 
-def ladder_length(length: int, longest: int | None = None) -> int:
+def ladder_length(length: int, longest: int | None = None, ladder: Sequence[int] = LADDER) -> int:
     """The padded length for a row: the next step of the ladder, doubling beyond its end.
 
     `longest` caps the result (a model's number of positions); it must not be below `length`.
     """
-    step = next((step for step in LADDER if step >= length), LADDER[-1])
+    step = next((step for step in ladder if step >= length), ladder[-1])
     while step < length:
         step *= 2
     return step if longest is None else min(step, longest)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +14,7 @@ import numpy as np
 from colbert_jax import runtime
 from colbert_jax.batching import Batch, ladder_length, next_power_of_two, pad_rows
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
+from colbert_jax.checkpoints.common import fingerprint
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.devices import BatchRunner, one_ahead
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
@@ -44,7 +43,6 @@ _DOCUMENT_SETTINGS = (
     "lowercase",
 )
 _PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
-_WINDOW = 4096  # documents tokenised, sorted and batched together, for every device
 
 
 class Explanation(NamedTuple):
@@ -105,15 +103,7 @@ class ColBERT:
                 )
         self.load = load or {"name_or_path": str(checkpoint.folder.resolve())}
         self.config: ColBERTConfig = config
-        try:
-            self.tokenizer = TextTokenizer(checkpoint.tokenizer, config.text)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.folder}: {error}") from None
-        if self.tokenizer.vocab_size > encoder.backbone.vocab_size:
-            raise ValueError(
-                f"{checkpoint.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the "
-                f"encoder only {encoder.backbone.vocab_size}"
-            )
+        self.tokenizer: TextTokenizer = checkpoint.text_tokenizer()
         # Its parameters live on the devices from here on.
         self._checkpoint = dataclasses.replace(checkpoint, params={}, query_params=None)
         self._positions = positions
@@ -298,10 +288,8 @@ class ColBERT:
         token_ids = self.tokenizer.queries(as_texts(queries, "query"))
         with progress_bar(len(token_ids.ids), "queries", "query", progress) as bar:
             rows = self._encode(self.query_params, token_ids, self.tokenizer.kept_in_query, bar)
-        text = self.config.text
-        if text.query_expansion and text.query_minlen in (None, text.query_maxlen):
-            width = text.query_maxlen
-        else:
+        width = self.config.text.fixed_query_length
+        if width is None:
             width = ladder_length(int(rows.lengths.max(initial=1)), self._positions)
         return rows.padded(width)[0]
 
@@ -310,10 +298,8 @@ class ColBERT:
     ) -> DocumentEmbeddings:
         """Token embeddings of documents, in their order; `progress` None: a bar on a terminal."""
         texts = as_texts(documents, "document")
-        window = _WINDOW * len(self.devices)
-        windows = (texts[i : i + window] for i in range(0, len(texts), window))
         with progress_bar(len(texts), "encoding", "doc", progress) as bar:
-            parts = list(self.encode_windows(windows, bar))
+            parts = list(self.encode_windows(self._runner.windows(texts), bar))
         if len(parts) == 1:
             return parts[0]
         values = [part.values for part in parts] or [np.zeros((0, self.dim), np.float32)]
@@ -366,17 +352,11 @@ class ColBERT:
     def fingerprint(self) -> str:
         """A short hash of settings and weights: equal for models that embed equally.
 
-        It covers the first values of every tensor, so it tells checkpoints apart without reading
-        all of them. How queries are made is left out: an index does not depend on it.
+        How queries are made is left out: an index does not depend on it.
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
-        known = [text, encoder, self.tokenizer.fingerprint]
-        digest = hashlib.sha256(json.dumps(known).encode())
-        for path, array in jax.tree.leaves_with_path(self.params):
-            digest.update(f"{path}{array.shape}".encode())
-            digest.update(np.asarray(array.reshape(-1)[:1024]).tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint([text, encoder, self.tokenizer.fingerprint], self.params)
 
     def _encode(self, params: dict, token_ids: TokenIds, keep, bar) -> DocumentEmbeddings:
         """Embeddings of the rows, in their order. `keep` tells from a row's ids which it keeps."""

@@ -98,6 +98,12 @@ class TextConfig:
             f"query_minlen must be between 1 and query_maxlen {self.query_maxlen}, got {floor}",
         )
 
+    @property
+    def fixed_query_length(self) -> int | None:
+        """Tokens of every query, where expansion makes all alike; else None."""
+        alike = self.query_expansion and self.query_minlen in (None, self.query_maxlen)
+        return self.query_maxlen if alike else None
+
     @classmethod
     def untrained(cls, **changes: Any) -> TextConfig:
         """Defaults for an encoder that was not trained for late interaction.
@@ -286,10 +292,13 @@ class TrainingConfig:
         for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
-        for name in ("lr", "max_grad_norm", "temperature", "distillation_alpha"):
-            self._positive(name)
-        for name in ("head_lr", "student_temperature", "teacher_temperature"):
-            self._positive(name)
+        positive = ("lr", "head_lr", "max_grad_norm", "distillation_alpha", "temperature")
+        for name in (*positive, "student_temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            _require(
+                value is None or (value > 0 and math.isfinite(value)),
+                f"{name} must be positive, got {value}",
+            )
         for name in ("warmup", "warmup_bert", "weight_decay"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
@@ -315,11 +324,4 @@ class TrainingConfig:
             self.loss != "contrastive" or not self.use_ib_negatives,
             "the contrastive loss has all documents of the batch as negatives already: "
             "use_ib_negatives must be False",
-        )
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        _require(
-            value is None or (value > 0 and math.isfinite(value)),
-            f"{name} must be positive, got {value}",
         )

@@ -19,6 +19,7 @@ from colbert_jax.threads import num_threads
 # device, small enough that the documents of a batch are about equally long.
 TOKENS_PER_DEVICE = {"cpu": 1 << 10}
 _TOKENS_PER_ACCELERATOR = 1 << 14
+WINDOW = 4096  # rows tokenised, sorted and batched together, for every device
 _MOST_BATCHES = 8  # side by side: more cores share the work of each
 
 Item = TypeVar("Item")
@@ -44,6 +45,11 @@ class BatchRunner:
         self.side_by_side = min(max(share, 2), _MOST_BATCHES)
         self._compiled: set[tuple[int, ...]] = set()
         self._compiling = threading.Lock()
+
+    def windows(self, items: list[Item]) -> Iterator[list[Item]]:
+        """The items in parts that are worth a sorting of their own."""
+        size = WINDOW * len(self.devices)
+        return (items[i : i + size] for i in range(0, len(items), size))
 
     def put(self, params: dict) -> dict:
         """Parameters on every device; on a CPU the arrays are taken over without a copy."""

@@ -53,3 +53,9 @@ def check_types(file: Path, fields: Mapping[str, Any], kinds: Mapping[str, Any])
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def short_json(value: Any, most: int) -> str:
+    """JSON of at most so many characters, for errors."""
+    text = json.dumps(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

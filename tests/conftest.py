@@ -53,6 +53,22 @@ def model(stanford_folder) -> ColBERT:
 
 
 @pytest.fixture
+def one_device(monkeypatch) -> None:
+    """All that asks for devices gets one: the programs of eight take long to compile."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    monkeypatch.setattr(jax, "local_devices", lambda *_: first)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests whose programs compile for seconds and run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def eight_devices() -> list[jax.Device]:
     if len(jax.devices()) < 8:
         pytest.skip(f"needs 8 devices, {len(jax.devices())} are here")

@@ -32,6 +32,16 @@ TINY = dict(
     pad_token_id=0,
 )
 
+# Of a backbone alone.
+SIZES = dict(
+    vocab_size=53,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=48,
+)
+
 METADATA = dict(
     query_token_id="[unused0]",
     doc_token_id="[unused1]",

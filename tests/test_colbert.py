@@ -33,7 +33,7 @@ def test_eight_devices_change_nothing(model, stanford_folder, texts, eight_devic
 
 def test_windows_are_seamless(model, texts, monkeypatch):
     whole = model.encode_documents(texts)
-    monkeypatch.setattr("colbert_jax.colbert._WINDOW", 17)
+    monkeypatch.setattr("colbert_jax.devices.WINDOW", 17)
     pieces = model.encode_documents(texts)
     assert (whole.offsets == pieces.offsets).all()
     np.testing.assert_allclose(whole.values, pieces.values, atol=2e-6)

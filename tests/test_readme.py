@@ -6,7 +6,6 @@ import runpy
 import shlex
 from pathlib import Path
 
-import jax
 import pytest
 import support
 
@@ -21,7 +20,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, one_device, quick_compilation):
     """A working folder with the files that the commands name, and a checkpoint for every hub id."""
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
@@ -34,11 +33,6 @@ def elsewhere(tmp_path, monkeypatch):
         lambda name, **kwargs: folders.get(str(name)) or original(name, **kwargs),
     )
     monkeypatch.chdir(tmp_path)
-    # The programs of eight devices, and fast ones, take long to compile.
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
-    monkeypatch.setattr(jax, "local_devices", lambda *_: first)
-    jax.config.update("jax_disable_most_optimizations", True)
     Path("passages.tsv").write_text(
         "".join(f"{n}\t{t}\n" for n, t in enumerate(support.passages(30)))
     )
@@ -53,8 +47,6 @@ def elsewhere(tmp_path, monkeypatch):
     short = json.loads(settings)
     short["text"]["doc_maxlen"] = 48  # the tiny model has 96 positions
     Path("short.json").write_text(json.dumps(short))
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_all_blocks_are_covered():

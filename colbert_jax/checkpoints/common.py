@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import string
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -59,6 +62,33 @@ class Checkpoint:
 
     def with_text_config(self, text: TextConfig) -> Checkpoint:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Texts to token ids. Raises ValueError where the tokenizer does not fit the encoder."""
+        try:
+            tokenizer = TextTokenizer(self.tokenizer, self.config.text)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+        vocabulary = self.encoder.backbone.vocab_size
+        if tokenizer.vocab_size > vocabulary:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the encoder only "
+                f"{vocabulary}"
+            )
+        return tokenizer
+
+
+def fingerprint(known: list[Any], params: dict) -> str:
+    """A short hash of settings (JSON) and weights.
+
+    It covers the first values of every tensor, so it tells checkpoints apart without reading all of
+    them.
+    """
+    digest = hashlib.sha256(json.dumps(known).encode())
+    for path, array in jax.tree.leaves_with_path(params):
+        digest.update(f"{path}{array.shape}".encode())
+        digest.update(np.asarray(array.reshape(-1)[:1024]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_backbone(file: Path) -> BackboneConfig:

@@ -128,13 +128,18 @@ def parse_json(line: str) -> tuple[str, str]:
 
 def json_object(line: str) -> dict[str, Any]:
     """The JSON object on a line. Raises ValueError, without the place."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    record = json_value(line)
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     return record
+
+
+def json_value(line: str) -> Any:
+    """What a line of JSON holds. Raises ValueError, without the place."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
 _PARSERS = {".tsv": parse_tsv, ".jsonl": parse_json, ".txt": None, "": None}

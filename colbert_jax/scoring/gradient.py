@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from colbert_jax.models.layers import matmul_precision
+
 # Floats that a block holds: a CPU's stay in its cache (2^14 to 2^18 are alike), an accelerator's
 # fill it and, at 16 MiB, are far fewer than the similarities of a batch.
 _CPU_ELEMENTS = 1 << 16
@@ -286,6 +288,4 @@ def _even_step(n: int, most: int) -> int:
 
 def _product(x: jax.Array) -> dict[str, Any]:
     """Sums are float32; so are products, unless the factors are of half precision."""
-    half = x.dtype in (jnp.bfloat16, jnp.float16)
-    precision = jax.lax.Precision.DEFAULT if half else jax.lax.Precision.HIGHEST
-    return dict(precision=precision, preferred_element_type=jnp.float32)
+    return dict(precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)

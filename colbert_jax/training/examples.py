@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from colbert_jax.evaluation.collections import json_object
+from colbert_jax.evaluation.collections import json_object, json_value
 from colbert_jax.progress import progress_bar
 from colbert_jax.training.lines import Lines
 from colbert_jax.training.texts import Texts, checked_text
@@ -279,10 +279,7 @@ class _StanfordExamples:
 
 
 def _json_ids(line: str) -> list[Any]:
-    try:
-        items = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    items = json_value(line)
     if not isinstance(items, list) or len(items) < 2:
         raise ValueError(
             f"expected [qid, pid, ...] or [qid, [pid, score], ...], got {line[:80]!r}; "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from colbert_jax.batching import pad_rows
+from colbert_jax.batching import ladder_length, pad_rows
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
 from colbert_jax.training.batch import Batch, Rows
@@ -104,12 +104,7 @@ class Loader:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        parts = accumsteps * group.count * devices
-        if bsize % parts:
-            raise ValueError(
-                f"bsize {bsize} must be a multiple of {parts}: accumsteps {accumsteps} x "
-                f"{group.count} processes x {devices} devices each"
-            )
+        check_divides(bsize, accumsteps, group.count, devices)
         self._nway = source.nway if nway is None else nway
         if not 1 <= self._nway <= source.nway:
             raise ValueError(
@@ -239,9 +234,7 @@ class Loader:
 
     def _query_length(self, length: int) -> int:
         text = self._tokenizer.config
-        if text.query_expansion and text.query_minlen in (None, text.query_maxlen):
-            return text.query_maxlen
-        return padded_length(length, text.query_maxlen)
+        return text.fixed_query_length or padded_length(length, text.query_maxlen)
 
     def _global_order(self, groups: np.ndarray) -> np.ndarray:
         """int32[B * W / processes]: row of each local document in all processes' groups."""
@@ -292,6 +285,16 @@ class _Order:
         return self._epochs[epoch]
 
 
+def check_divides(bsize: int, accumsteps: int, processes: int, devices: int) -> None:
+    """Raises ValueError where a step's queries cannot be shared out; `devices` of each process."""
+    parts = accumsteps * processes * devices
+    if bsize % parts:
+        raise ValueError(
+            f"bsize {bsize} must be a multiple of {parts}: accumsteps {accumsteps} x "
+            f"{processes} processes x {devices} devices each"
+        )
+
+
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """int[count]: the order of the examples in an epoch.
 
@@ -304,11 +307,8 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def padded_length(length: int, longest: int) -> int:
-    """The step of training's ladder for a row, doubling beyond its end, at most `longest`."""
-    step = next((step for step in _LADDER if step >= length), _LADDER[-1])
-    while step < length:
-        step *= 2
-    return min(step, longest)
+    """`batching.ladder_length` with training's ladder."""
+    return ladder_length(length, longest, _LADDER)
 
 
 def _num_groups(rows: int, devices: int, most: int) -> int:

@@ -31,7 +31,7 @@ import numpy as np
 
 from colbert_jax import processes
 from colbert_jax.colbert import ColBERT
-from colbert_jax.evaluation.collections import read_collection, read_queries
+from colbert_jax.evaluation.collections import json_value, read_collection, read_queries
 from colbert_jax.files import read_object
 from colbert_jax.index import Index
 from colbert_jax.index.format import write_json
@@ -47,7 +47,7 @@ from colbert_jax.training.ranking import (
 )
 from colbert_jax.training.resumable import BlockFile, check_settings
 from colbert_jax.training.teacher import BiEncoder
-from colbert_jax.training.texts import Texts
+from colbert_jax.training.texts import Texts, whole_number
 
 _PAIRS = 8192  # pairs scored between two commits, at least: what a kill loses
 _PASSAGES = 8192  # passages embedded between two commits
@@ -523,8 +523,8 @@ def _line(qid: str, scored: Iterable[tuple[str, float]]) -> str:
 
 def _json_id(key: str) -> int | str:
     """A number where an id is a whole number written as numbers are."""
-    plain = key.isascii() and key.isdigit() and (key == "0" or key[0] != "0") and len(key) < 19
-    return int(key) if plain else key
+    number = whole_number(key)
+    return key if number is None else number
 
 
 # --- Examples -------------------------------------------------------------------------------
@@ -558,10 +558,7 @@ def _draw(seed: int, qid: str, pid: str) -> bytes:
 
 def _parse_scored(line: str) -> tuple[str, dict[str, float]]:
     """The query's id, and pid -> score. Raises ValueError, without the place."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    row = json_value(line)
     if not isinstance(row, list) or len(row) < 2 or not _is_id(row[0]):
         raise ValueError(f"expected '[qid, [pid, score], ...]', got {line[:80]!r}")
     scored: dict[str, float] = {}

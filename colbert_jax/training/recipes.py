@@ -217,6 +217,8 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
         warm = _triples(recipe.warm_triples, recipe.queries, recipe.collection, recipe.warm)
     elif recipe.warm_pairs is not None:
         warm = _pairs(recipe.warm_pairs, recipe.warm)
+    # Before the warm start, which may take days, so that a wrong name is told at once.
+    teacher = load_teacher(recipe.teacher, maxlen=recipe.teacher_maxlen)
     folder = _folder(recipe)
     model = load_model(recipe)
     trained = None
@@ -231,7 +233,7 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
             recipe.collection,
             recipe.queries,
             place,
-            load_teacher(recipe.teacher, maxlen=recipe.teacher_maxlen),
+            teacher,
             nway=config.nway or 64,
             k=recipe.k,
             depth=recipe.depth,

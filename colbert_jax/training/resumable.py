@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from colbert_jax.files import read_object
+from colbert_jax.files import read_object, short_json
 from colbert_jax.index.format import write_json
 
 
@@ -143,7 +143,7 @@ def check_settings(found: Any, wanted: Mapping[str, Any], file: Path, what: str)
     """Raises FileExistsError, naming `file` and what differs, where `found` is not `wanted`."""
     found, wanted = found if isinstance(found, dict) else {}, dict(wanted)
     different = [
-        f"{name}: {_short(found.get(name))}, not {_short(wanted.get(name))}"
+        f"{name}: {short_json(found.get(name), 40)}, not {short_json(wanted.get(name), 40)}"
         for name in {**wanted, **found}
         if found.get(name) != wanted.get(name)
     ]
@@ -156,11 +156,6 @@ def check_settings(found: Any, wanted: Mapping[str, Any], file: Path, what: str)
 
 def _beside(file: Path, suffix: str) -> Path:
     return file.with_name(file.name + suffix)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _lock(stream: FileIO, output: Path) -> None:

@@ -7,9 +7,10 @@ architecture, its data) is in `run.json`; a resumed run must be the same one.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import processes
 from colbert_jax.config import TrainingConfig
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import read_object, short_json
+from colbert_jax.index.format import write_json
 from colbert_jax.training.step import State
 
 RUN = "run.json"
@@ -63,7 +65,7 @@ def check_run(folder: Path, run: dict[str, Any], group: processes.Group) -> None
     if file.is_file():
         there = read_object(file)
         different = [
-            f"{name} was {_short(old)}, is now {_short(new)}"
+            f"{name} was {short_json(old, 60)}, is now {short_json(new, 60)}"
             for name, old, new in _differences(there, run)
             if name.split(".")[-1] not in FREE
         ]
@@ -112,13 +114,13 @@ class Checkpoints:
                 f"{free / 1e6:.0f} MB left. Nothing that was saved is lost: make room and run the "
                 "same command again, which goes on from the last checkpoint"
             )
-        with self._named(step):
+        with _writing(self.folder / str(step)):
             args = self._args.Composite(state=self._args.StandardSave(state))
             self._manager.save(step, args=args)
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises OSError if it could not be written."""
-        with self._named(None):
+        with _writing(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -148,25 +150,17 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         self._manager.close()
 
-    def _named(self, step: int | None) -> _Named:
-        return _Named(self.folder if step is None else self.folder / str(step))
 
-
-@dataclasses.dataclass
-class _Named:
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
     """Errors of writing say where, and that nothing is lost."""
-
-    place: Path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is not None and isinstance(error, Exception):
-            raise OSError(
-                f"{self.place}: the checkpoint could not be written: {error}. Earlier checkpoints "
-                "are whole: run the same command again, which goes on from the last of them"
-            ) from error
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise OSError(
+            f"{place}: the checkpoint could not be written: {error}. Earlier checkpoints are "
+            "whole: run the same command again, which goes on from the last of them"
+        ) from error
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
@@ -176,8 +170,3 @@ def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any
             out += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         return out
     return [] if old == new else [(name, old, new)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,9 +7,7 @@ A cross-encoder reads both together, as ColBERTv2's teacher did (Santhanam et al
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from colbert_jax import runtime
 from colbert_jax.batching import Batch, pad_rows
 from colbert_jax.checkpoints import Checkpoint, bi_encoder, cross_encoder, detect_layout, hub
 from colbert_jax.checkpoints.bi_encoder import SingleVector
+from colbert_jax.checkpoints.common import fingerprint
 from colbert_jax.devices import BatchRunner, one_ahead
 from colbert_jax.models.cross_encoder import pair_scores
 from colbert_jax.models.pooling import sentence_embeddings
 from colbert_jax.progress import progress_bar
-from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+from colbert_jax.text import TokenIds, as_texts
 
-_WINDOW = 4096  # texts tokenised, sorted and batched together, for every device
+_PAIRS = 4096  # pairs of vectors compared at a time
 
 
 def load_teacher(
@@ -94,7 +93,7 @@ class BiEncoder:
         maxlen = checkpoint.config.text.doc_maxlen if maxlen is None else maxlen
         _check_maxlen(maxlen, checkpoint)
         text = dataclasses.replace(checkpoint.config.text, query_maxlen=maxlen, doc_maxlen=maxlen)
-        self._tokenizer = _tokenizer(checkpoint, text)
+        self._tokenizer = checkpoint.with_text_config(text).text_tokenizer()
         self._kind, self.dim = kind, encoder.dim
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
         self._runner = BatchRunner(devices, encoder.backbone.max_length)
@@ -111,14 +110,9 @@ class BiEncoder:
             ),
             2,
         )
-        known = [
-            "bi-encoder",
-            dataclasses.asdict(text),
-            dataclasses.asdict(kind),
-            str(dtype),
-            self._tokenizer.fingerprint,
-        ]
-        self.fingerprint = _fingerprint(checkpoint, known)
+        known = ["bi-encoder", dataclasses.asdict(text), dataclasses.asdict(kind), str(dtype)]
+        known += [self._tokenizer.fingerprint, dataclasses.asdict(encoder)]
+        self.fingerprint = fingerprint(known, checkpoint.params)
 
     def encode_queries(
         self, queries: str | Sequence[str], *, progress: bool | None = False
@@ -160,8 +154,8 @@ class BiEncoder:
     ) -> np.ndarray:
         """float32[N]: scores of the pairs (rows_q[i], rows_d[i]) of vectors [., H]."""
         scores = np.empty(len(rows_q), np.float32)
-        for start in range(0, len(scores), _WINDOW):
-            part = slice(start, start + _WINDOW)
+        for start in range(0, len(scores), _PAIRS):
+            part = slice(start, start + _PAIRS)
             q, d = queries[rows_q[part]], documents[rows_d[part]]
             if self._kind.similarity == "cosine" and not self._kind.normalized:
                 q, d = _unit(q), _unit(d)
@@ -174,23 +168,15 @@ class BiEncoder:
         tokenize = self._tokenizer.queries if is_query else self._tokenizer.documents
         parts = [np.zeros((0, self.dim), np.float32)]
         with progress_bar(len(texts), f"teacher: {name}", "text", progress) as bar:
-            for token_ids in one_ahead(tokenize, _windows(texts, self._runner)):
+            for token_ids in one_ahead(tokenize, self._runner.windows(texts)):
                 parts.append(self._embed(token_ids, bar))
         return np.concatenate(parts)
 
     def _embed(self, token_ids: TokenIds, bar: Any) -> np.ndarray:
-        rows, lengths = token_ids
+        out = np.empty((len(token_ids.ids), self.dim), np.float32)
         pad = self._tokenizer.special.pad
-        values = np.empty((len(rows), self.dim), np.float32)
-
-        def work(batch: Batch) -> None:
-            ids = pad_rows([rows[i] for i in batch.rows], batch.size, batch.length, pad)
-            attended = _padded(lengths[batch.rows], batch.size)
-            result = self._runner.run(self._program, self._params, ids, attended)
-            values[batch.rows] = result[: len(batch.rows)]
-
-        self._runner.for_each(lengths, work, bar)
-        return values
+        _run(self._runner, self._program, self._params, token_ids.ids, pad, [], out, bar)
+        return out
 
 
 class CrossEncoder:
@@ -212,7 +198,7 @@ class CrossEncoder:
         encoder = checkpoint.encoder
         self.maxlen = checkpoint.config.text.doc_maxlen if maxlen is None else maxlen
         _check_maxlen(self.maxlen, checkpoint)
-        self._texts = _tokenizer(checkpoint, checkpoint.config.text)  # for its checks
+        self._texts = checkpoint.text_tokenizer()  # for its checks
         self._tokenizer = checkpoint.tokenizer.tokenizer
         cross_encoder.check_pairs(checkpoint)
         self._tokenizer.enable_truncation(
@@ -227,7 +213,7 @@ class CrossEncoder:
             lambda params, *batch: pair_scores(encoder, params, *batch, dtype=dtype), 3
         )
         known = ["cross-encoder", self.maxlen, str(dtype), self._texts.fingerprint]
-        self.fingerprint = _fingerprint(checkpoint, known)
+        self.fingerprint = fingerprint([*known, dataclasses.asdict(encoder)], checkpoint.params)
 
     def score(
         self,
@@ -241,7 +227,7 @@ class CrossEncoder:
         parts = [np.zeros(0, np.float32)]
         pairs = list(zip(queries, documents, strict=True))
         with progress_bar(len(pairs), "teacher", "pair", progress) as bar:
-            for tokens in one_ahead(self._tokenize, _windows(pairs, self._runner)):
+            for tokens in one_ahead(self._tokenize, self._runner.windows(pairs)):
                 parts.append(self._score(*tokens, bar))
         return np.concatenate(parts)
 
@@ -257,23 +243,39 @@ class CrossEncoder:
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids, [np.array(encoding.type_ids, np.int32) for encoding in encodings]
 
-    def _score(self, rows: list[np.ndarray], types: list[np.ndarray], bar: Any) -> np.ndarray:
-        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
-        scores = np.empty(len(rows), np.float32)
+    def _score(self, ids: list[np.ndarray], types: list[np.ndarray], bar: Any) -> np.ndarray:
+        out = np.empty(len(ids), np.float32)
+        pad = self._texts.special.pad
+        _run(self._runner, self._program, self._params, ids, pad, [types], out, bar)
+        return out
 
-        def work(batch: Batch) -> None:
-            size, length = batch.size, batch.length
-            result = self._runner.run(
-                self._program,
-                self._params,
-                pad_rows([rows[i] for i in batch.rows], size, length, self._texts.special.pad),
-                _padded(lengths[batch.rows], size),
-                pad_rows([types[i] for i in batch.rows], size, length),
-            )
-            scores[batch.rows] = result[: len(batch.rows)]
 
-        self._runner.for_each(lengths, work, bar)
-        return scores
+def _run(
+    runner: BatchRunner,
+    program: Callable[..., jax.Array],
+    params: dict,
+    ids: list[np.ndarray],
+    pad: int,
+    others: list[list[np.ndarray]],
+    out: np.ndarray,
+    bar: Any,
+) -> None:
+    """out[i] = program(params, ids, attended, *others) of row i; `others` are padded with zeros."""
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+
+    def work(batch: Batch) -> None:
+        size, length, rows = batch.size, batch.length, batch.rows
+        arrays = [pad_rows([column[i] for i in rows], size, length) for column in others]
+        result = runner.run(
+            program,
+            params,
+            pad_rows([ids[i] for i in rows], size, length, pad),
+            np.pad(lengths[rows], (0, size - len(rows))),
+            *arrays,
+        )
+        out[rows] = result[: len(rows)]
+
+    runner.for_each(lengths, work, bar)
 
 
 def _check_maxlen(maxlen: int, checkpoint: Checkpoint) -> None:
@@ -283,29 +285,6 @@ def _check_maxlen(maxlen: int, checkpoint: Checkpoint) -> None:
             f"maxlen must be a whole number from 3 to {positions}, the positions of "
             f"{checkpoint.folder}, got {maxlen!r}"
         )
-
-
-def _tokenizer(checkpoint: Checkpoint, text: Any) -> TextTokenizer:
-    try:
-        tokenizer = TextTokenizer(checkpoint.tokenizer, text)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.folder}: {error}") from None
-    vocabulary = checkpoint.encoder.backbone.vocab_size
-    if tokenizer.vocab_size > vocabulary:
-        raise ValueError(
-            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the encoder "
-            f"only {vocabulary}"
-        )
-    return tokenizer
-
-
-def _fingerprint(checkpoint: Checkpoint, known: list[Any]) -> str:
-    settings = [*known, dataclasses.asdict(checkpoint.encoder)]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for path, array in jax.tree.leaves_with_path(checkpoint.params):
-        digest.update(f"{path}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array.reshape(-1)[:1024]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _pairs(queries: Sequence[str], documents: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -322,16 +301,6 @@ def _pairs(queries: Sequence[str], documents: Sequence[str]) -> tuple[list[str],
 def _distinct(texts: Iterable[str]) -> dict[str, int]:
     """Text -> its number, in the order of first appearance."""
     return {text: i for i, text in enumerate(dict.fromkeys(texts))}
-
-
-def _windows(items: list[Any], runner: BatchRunner) -> Iterable[list[Any]]:
-    window = _WINDOW * len(runner.devices)
-    return (items[i : i + window] for i in range(0, len(items), window))
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """int32[size]: the values and zeros."""
-    return np.pad(values.astype(np.int32), (0, size - len(values)))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ class Texts:
     def row(self, key: int | str) -> int:
         """The row with an id; the number 7 and the text "7" are one id. Raises KeyError."""
         if self._first is not None:
-            number = _whole_number(key) if isinstance(key, str) else key
+            number = whole_number(key) if isinstance(key, str) else key
             if number is None or not 0 <= number - self._first < len(self):
                 raise KeyError(key)
             return number - self._first
@@ -185,7 +185,7 @@ _PASSAGES: dict[Callable[[str], tuple[str, str]] | None, _Format] = {
 }
 
 
-def _whole_number(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
     """The number that is written so and not otherwise."""
     plain = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
     return int(text) if plain and len(text) < 19 else None
@@ -195,7 +195,7 @@ def _first_number(lines: Lines) -> int | None:
     """n where the lines begin with n, n + 1, n + 2, ... and a tab each; else None."""
     data, starts, count = lines.data, lines.starts, len(lines)
     head, tab, _ = lines.raw(0).removeprefix(_MARK).partition(b"\t")
-    first = _whole_number(head.decode("latin-1")) if tab else None
+    first = whole_number(head.decode("latin-1")) if tab else None
     if first is None:
         return None
     row = 1

@@ -30,7 +30,7 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.training.batch import Batch
 from colbert_jax.training.dev import DevCollection
 from colbert_jax.training.examples import Source
-from colbert_jax.training.loader import Loader
+from colbert_jax.training.loader import Loader, check_divides
 from colbert_jax.training.metrics import Metrics
 from colbert_jax.training.state import (
     FOLDER,
@@ -91,7 +91,9 @@ def train(
     folder = Path(folder)
     encoder = model.encoder
     devices = list(jax.devices() if devices is None else devices)
-    nway = _check(model, examples, config, len(devices))
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    check_divides(config.bsize, config.accumsteps, jax.process_count(), local)
+    nway = _check(model, examples, config)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
 
@@ -129,12 +131,11 @@ def train(
         gradients = make_gradients(encoder, config, dtype, mesh, shardings["params"])
         update = make_update(config, shardings)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        put = _batch_putter(mesh)
+        put, take = _batch_putter(mesh), _taker(model, mesh)
         parts = tuple(part for part, values in state["params"].items() if jax.tree.leaves(values))
 
         metrics = stack.enter_context(Metrics(folder, first, write=group.is_first))
         best = _Best(folder, metrics.history())
-        local = sum(device.process_index == jax.process_index() for device in devices)
         loader = Loader(
             examples,
             model.tokenizer,
@@ -188,7 +189,7 @@ def train(
                     checkpoints.save(done, state)
                 if evaluating and not stop:
                     assert dev is not None
-                    _take(model, state["params"], mesh)
+                    take(state["params"])
                     measured = dev.evaluate(model)
                     metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
                     if best.improves(measured) and group.is_first:
@@ -200,7 +201,7 @@ def train(
         if done < config.maxsteps:
             # Saved, in all processes; now end as the signal asks, with its exit status.
             signal.raise_signal(signal.SIGTERM)
-        _take(model, state["params"], mesh)
+        take(state["params"])
         if group.is_first:
             _save(model, folder / "last", config, done)
         group.exchange("saved")
@@ -210,14 +211,8 @@ def train(
         return Trained(chosen, done, best.measured)
 
 
-def _check(model: ColBERT, examples: Source, config: TrainingConfig, devices: int) -> int:
+def _check(model: ColBERT, examples: Source, config: TrainingConfig) -> int:
     """What must fit together; returns the number of documents a query."""
-    parts = config.accumsteps * devices
-    if config.bsize % parts:
-        raise ValueError(
-            f"bsize {config.bsize} must be a multiple of {parts}: accumsteps {config.accumsteps} x "
-            f"{devices} devices"
-        )
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
         raise ValueError(f"nway is {nway}, but the examples have {examples.nway} documents a query")
@@ -253,11 +248,15 @@ def _batch_putter(mesh: Mesh):
     return put
 
 
-def _take(model: ColBERT, params: dict, mesh: Mesh) -> None:
-    """Give the model the parameters of this moment."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(params)
-    model.set_params(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered))
+def _taker(model: ColBERT, mesh: Mesh):
+    """A function that gives the model the parameters of the moment."""
+    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def take(params: dict) -> None:
+        whole = gather(params)
+        model.set_params(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole))
+
+    return take
 
 
 def _save(model: ColBERT, folder: Path, config: TrainingConfig, step: int) -> None:

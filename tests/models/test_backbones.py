@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from support import SIZES
 
 from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
 from colbert_jax.models.backbones import make_backbone
@@ -17,14 +18,6 @@ from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface, to_h
 from colbert_jax.models.modernbert import rotary_tables
 from colbert_jax.models.mpnet import relative_buckets
 
-SIZES = dict(
-    vocab_size=53,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=40,
-    max_position_embeddings=48,
-)
 DISTILBERT = dict(
     model_type="distilbert",
     vocab_size=53,

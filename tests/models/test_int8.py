@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import support
 from flax import nnx
+from support import SIZES
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes, quantize
 from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.int8 import Int8Linear, quantize_columns
 
-SIZES = dict(
-    vocab_size=53,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=40,
-    max_position_embeddings=48,
-)
 DISTILBERT = dict(vocab_size=53, dim=24, n_layers=2, n_heads=3, hidden_dim=40)
 OWN = {
     "distilbert": DISTILBERT | dict(max_position_embeddings=48),

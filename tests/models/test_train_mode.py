@@ -24,11 +24,7 @@ SIZES = dict(
 RENAMED = dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=[kind for kind in MODEL_TYPES if kind != "xlm-roberta"])

@@ -12,13 +12,7 @@ from colbert_jax.training.step import init_state, make_gradients, make_update
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS, QUERIES, WAYS, LENGTH, DOC_LENGTH = 20, 3, 4, 12, 24
 
 

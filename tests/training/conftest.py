@@ -1,14 +1,10 @@
-import jax
 import pytest
 import support
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is most of the time that training tests take; the programs run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quickly(quick_compilation):
+    """Compiling is most of the time that training tests take."""
 
 
 @pytest.fixture(scope="session")

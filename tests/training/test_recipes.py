@@ -5,7 +5,6 @@ import runpy
 import shlex
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import support
@@ -37,11 +36,7 @@ def files(tmp_path_factory, plain_folder) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
-    monkeypatch.setattr(jax, "local_devices", lambda *_: devices)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def run(*arguments) -> None:

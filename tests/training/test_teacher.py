@@ -171,7 +171,8 @@ def cross_folder(request):
 
 def test_windows_are_seamless(bi, cross, monkeypatch):
     whole = [t.score(SHORT[:4] * 4, SHORT[4:20]) for t in (bi, cross)]
-    monkeypatch.setattr("colbert_jax.training.teacher._WINDOW", 8)
+    monkeypatch.setattr("colbert_jax.devices.WINDOW", 8)
+    monkeypatch.setattr("colbert_jax.training.teacher._PAIRS", 8)
     for teacher, scores in zip((bi, cross), whole, strict=True):
         np.testing.assert_allclose(teacher.score(SHORT[:4] * 4, SHORT[4:20]), scores, atol=1e-5)
 
