@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
@@ -34,6 +35,7 @@ from colbert_jax.scoring.maxsim import maxsim_all_pairs
 from colbert_jax.training.batch import Batch, Rows
 from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.loader import Loader
+from colbert_jax.training.state import parameter_sharding
 from colbert_jax.training.step import init_state, make_gradients, make_update
 
 
@@ -95,18 +97,23 @@ class Ours:
         dtype = compute_dtype() if config.dtype is None else config.dtype
         self._source, self._config, self._tokenizer = source, config, model.tokenizer
         self._batch: Any = None
-        self._state: dict[str, Any] = init_state(config, jax.tree.map(jnp.array, model.params))
-        self._gradients = make_gradients(model.encoder, config, dtype)
-        self._update = make_update(config)
+        mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        shapes = jax.eval_shape(lambda params: init_state(config, params), model.params)
+        shardings = parameter_sharding(mesh, shapes, fsdp=config.fsdp)
+        state = init_state(config, jax.tree.map(np.asarray, model.params))
+        self._state: dict[str, Any] = jax.device_put(state, shardings)
+        self._gradients = make_gradients(model.encoder, config, dtype, mesh, shardings["params"])
+        self._update = make_update(config, shardings)
 
     def prepare(self, number: int) -> None:
         """The batch of a step, and the program for its lengths: a long run has them all."""
         config = self._config
         with Loader(
             self._source, self._tokenizer, bsize=config.bsize, seed=config.seed, start=number,
-            length_groups=config.length_groups,
+            length_groups=config.length_groups, devices=jax.device_count(),
         ) as loader:  # fmt: skip
-            self._batch = next(iter(loader)).batches[0]
+            self._batch = jax.device_put(next(iter(loader)).batches[0], self._rows)
         jax.block_until_ready(self._backward(number))
 
     def _backward(self, number: int) -> Any:

@@ -4,16 +4,19 @@
 
 DATA holds pairs of texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`,
 `debian_descriptions.jsonl.gz`, `wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web
-queries without judgements, and 129 queries with 64 scored passages each.
+queries without judgements, and 129 queries with 64 passages each that a cross-encoder scored.
 
-1. warm/: 400 steps of contrast on 12,800 pairs. A batch holds pairs of one source, so that its
-   negatives are not told apart by their subject. This model only mines: as a retriever it is worse
-   than the one it starts from (see the results).
-2. mined/: it retrieves 12 of 12,000 web passages for each of 529 queries, and MPNet scores them.
-3. distilled/: from MiniLM again, 32 steps on 512 of the 1,045 examples: the mined ones, and four
-   draws of 8 from the 64 passages of each scored query.
+1. projection/: the projection alone, by contrast of 4,800 pairs. A batch holds pairs of one source,
+   so that its negatives are not told apart by their subject.
+2. round1/: distillation from the cross-encoder's scores: six draws of 8 of each query's passages.
+3. mined/: round one retrieves 10 of 10,000 passages for each of 250 other web queries. No
+   cross-encoder is at hand, so two teachers score them: MiniLM's own token embeddings at full
+   width, and MPNet's single vectors with half the weight. Against the cross-encoder's order of the
+   pool the two are better than either.
+4. round2/: distillation from these and from four more draws of the pool.
 
-Every setting is below. `benchmarks/results/training_minilm.md` says what came of it.
+Every setting is below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
+it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,53 +29,57 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from colbert_jax import ColBERT
 from colbert_jax.cli import main
+from colbert_jax.evaluation import read_collection, read_queries
+from colbert_jax.index import Index
 from colbert_jax.runtime import enable_compilation_cache
-from colbert_jax.training import load_teacher, mine
-from colbert_jax.training.mining import make_examples
+from colbert_jax.training import LateInteraction, load_teacher
+from colbert_jax.training.mining import make_examples, retrieve, score_ranking
 
 MODEL = [
-    *("--dim", "128"),
     # Markers and [MASK] expansion would have to be learnt; this run is too short for that.
     *("--markers", "false"),
     *("--query-expansion", "false"),
-    *("--mask-punctuation", "true"),
+    *("--mask-punctuation", "false"),
     *("--query-maxlen", "32"),
-    *("--doc-maxlen", "128"),
+    *("--doc-maxlen", "96"),
     *("--dropout", "0"),
     *("--length-groups", "2"),
 ]
-WARM = [
+PROJECTION = [
     *("--loss", "contrastive"),
     *("--nway", "1"),
     *("--bsize", "32"),
-    *("--maxsteps", "400"),
-    *("--warmup", "30"),
-    *("--warmup-bert", "30"),
-    *("--lr", "3e-5"),
-    *("--head-lr", "1e-3"),
+    *("--maxsteps", "150"),
+    *("--warmup", "10"),
+    *("--warmup-bert", "150"),
+    *("--head-lr", "4e-4"),
     *("--shuffle", "false"),
     *("--save-every", "50"),
     *("--log-every", "5"),
 ]
 DISTILL = [
-    # Cosines and the pool's scores have different scales: both are mapped to 0..8.
+    # Teachers have scales of their own: each query's scores are mapped to 0..8.
     *("--normalize-teacher", "true"),
     *("--distillation-alpha", "8"),
+    *("--use-ib-negatives", "false"),
     *("--nway", "8"),
     *("--bsize", "16"),
-    *("--maxsteps", "32"),
-    *("--warmup", "3"),
-    *("--lr", "2e-5"),
-    *("--head-lr", "5e-5"),
-    *("--save-every", "8"),
+    *("--maxsteps", "48"),
+    *("--warmup", "4"),
+    *("--head-lr", "1e-4"),
+    *("--save-every", "12"),
     *("--log-every", "2"),
 ]
-K, NBITS, TEACHER_MAXLEN = 12, 2, 128
+LR = {"round1": "3e-5", "round2": "2e-5"}
 BATCH = 32
 MOST_PAIRS = {"debian": 6000, "medquad": 5000}
-PASSAGES, WEB_QUERIES, DRAWS, WAYS = 12_000, 400, 4, 8
+PASSAGES, WEB_QUERIES, WAYS = 10_000, 250, 8
+DRAWS = {"round1": range(6), "round2": range(6, 10)}  # seeds
+K, NBITS, MPNET_MAXLEN, MPNET_WEIGHT = 10, 2, 96, 0.5
 
 
 def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -112,7 +119,7 @@ def write_pairs(data: Path, file: Path) -> None:
 
 
 def write_pool(pool: Path, folder: Path) -> None:
-    """collection.tsv, queries.tsv and examples.jsonl of the round."""
+    """The collection, all queries, the web queries to mine for, the draws of each round."""
     scored = [json.loads(line) for line in (pool / "examples_64way.jsonl").open()]
     wanted = {str(pid) for _, *passages in scored for pid, _ in passages}
     with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
@@ -125,15 +132,54 @@ def write_pool(pool: Path, folder: Path) -> None:
     queries = (pool / "queries.tsv").read_text("utf-8").splitlines(keepends=True)
     ids = {line.split("\t")[0] for line in queries}
     asked = [line for line in web if line.split("\t")[0] not in ids][:WEB_QUERIES]
+    (folder / "web.tsv").write_text("".join(asked), "utf-8")
     (folder / "queries.tsv").write_text("".join(queries + asked), "utf-8")
-    draws = []
-    for seed in range(DRAWS):
-        draw = folder / f"draw{seed}.jsonl"
-        make_examples(pool / "examples_64way.jsonl", draw, nway=WAYS, seed=seed, overwrite=True)
-        draws.append(draw.read_text("utf-8"))
-        for made in folder.glob(f"{draw.name}*"):
+    for name, seeds in DRAWS.items():
+        draws = []
+        for seed in seeds:
+            draw = folder / "draw.jsonl"
+            make_examples(pool / "examples_64way.jsonl", draw, nway=WAYS, seed=seed, overwrite=True)
+            draws.append(draw.read_text("utf-8"))
+        for made in folder.glob("draw.jsonl*"):
             made.unlink()
-    (folder / "examples.jsonl").write_text("".join(draws), "utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(draws), "utf-8")
+
+
+def mine(retriever: ColBERT, args: argparse.Namespace, data: Path, folder: Path) -> Path:
+    """Examples of the web queries, scored by both teachers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    collection, queries = data / "collection.tsv", data / "web.tsv"
+    index, ranking = folder / "index", folder / "ranking.tsv"
+    if not index.exists():
+        pids, texts = zip(*read_collection(collection), strict=True)
+        Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
+    retrieve(Index.open(index), retriever, read_queries(queries), ranking, k=K)
+    tokens = LateInteraction(ColBERT.from_pretrained(args.checkpoint))
+    vectors = load_teacher(args.teacher, maxlen=MPNET_MAXLEN)
+    files = []
+    for name, teacher in (("tokens", tokens), ("vectors", vectors)):
+        files.append(folder / f"{name}.jsonl")
+        score_ranking(ranking, queries, collection, teacher, files[-1])
+    both = folder / "scores.jsonl"
+    both.write_text("".join(combined(*files)), "utf-8")
+    return make_examples(both, folder / "examples.jsonl", nway=WAYS, overwrite=True).path
+
+
+def combined(tokens: Path, vectors: Path) -> Iterator[str]:
+    """Lines of scores: of each query's, both are brought to mean 0 and deviation 1, and added."""
+
+    def standard(passages: list) -> dict:
+        scores = np.array([score for _, score in passages])
+        scores = (scores - scores.mean()) / max(scores.std(), 1e-9)
+        return {pid: float(score) for (pid, _), score in zip(passages, scores, strict=True)}
+
+    for line, other in zip(tokens.open(), vectors.open(), strict=True):
+        (qid, *first), (same, *second) = json.loads(line), json.loads(other)
+        assert qid == same
+        more = standard(second)
+        total = {pid: x + MPNET_WEIGHT * more[pid] for pid, x in standard(first).items()}
+        best_first = sorted(total.items(), key=lambda item: -item[1])
+        yield json.dumps([qid, *([pid, score] for pid, score in best_first)]) + "\n"
 
 
 def run() -> int:
@@ -144,28 +190,30 @@ def run() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     enable_compilation_cache()
-    data, mined = args.folder / "data", args.folder / "mined"
-    if not (data / "examples.jsonl").exists():
+    data = args.folder / "data"
+    if not (data / "round2.jsonl").exists():
         data.mkdir(parents=True, exist_ok=True)
         write_pairs(args.data, data / "pairs.jsonl")
         write_pool(args.data / "msmarco_v2_pool", data)
 
-    def stage(recipe: str, name: str, *flags: str) -> None:
-        place = [f"--checkpoint={args.checkpoint}", f"--folder={args.folder / name}"]
-        if main(["train", recipe, *place, *MODEL, *flags]):
+    def stage(recipe: str, start: str | Path, name: str, *flags: str) -> Path:
+        folder = args.folder / name
+        if main(["train", recipe, f"--checkpoint={start}", f"--folder={folder}", *MODEL, *flags]):
             raise SystemExit(2)
+        return folder / "last"
 
-    stage("colbertv1", "warm", f"--triples={data / 'pairs.jsonl'}", *WARM)
-    files = (data / "collection.tsv", data / "queries.tsv")
-    examples = mined / "all.jsonl"
-    if not examples.exists():
-        retriever = ColBERT.from_pretrained(args.folder / "warm" / "last")
-        teacher = load_teacher(args.teacher, maxlen=TEACHER_MAXLEN)
-        found = mine(retriever, *files, mined, teacher, nway=WAYS, k=K, nbits=NBITS, seed=12345)
-        both = found.path.read_text("utf-8") + (data / "examples.jsonl").read_text("utf-8")
-        examples.write_text(both, "utf-8")
-    flags = [f"--collection={files[0]}", f"--queries={files[1]}", f"--examples={examples}"]
-    stage("distill", "distilled", *flags, *DISTILL)
+    def distil(start: Path, name: str, examples: Path) -> Path:
+        texts = [f"--{file}={data / file}.tsv" for file in ("collection", "queries")]
+        flags = [f"--examples={examples}", *texts, *DISTILL, "--lr", LR[name]]
+        return stage("distill", start, name, *flags)
+
+    triples = f"--triples={data / 'pairs.jsonl'}"
+    start = stage("colbertv1", args.checkpoint, "projection", "--dim=128", triples, *PROJECTION)
+    first = distil(start, "round1", data / "round1.jsonl")
+    mined = mine(ColBERT.from_pretrained(first), args, data, args.folder / "mined")
+    examples = args.folder / "mined" / "all.jsonl"
+    examples.write_text(mined.read_text("utf-8") + (data / "round2.jsonl").read_text("utf-8"))
+    distil(first, "round2", examples)
     return 0
 
 

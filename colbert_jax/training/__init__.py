@@ -10,12 +10,13 @@ from colbert_jax.training.examples import (
     stanford_examples,
 )
 from colbert_jax.training.mining import mine
-from colbert_jax.training.teacher import load_teacher
+from colbert_jax.training.teacher import LateInteraction, load_teacher
 from colbert_jax.training.trainer import Trained, train
 
 __all__ = [
     "DevCollection",
     "Example",
+    "LateInteraction",
     "Trained",
     "TrainingConfig",
     "concatenate",

@@ -132,7 +132,7 @@ class DenoisedSupervision(Recipe):
     train with the settings `first`, the last one with `training`.
 
     queries, collection: what is mined.
-    teacher: cross-encoder or bi-encoder, folder or hub id; it reads `teacher_maxlen` tokens.
+    teacher: what `load_teacher` takes, folder or hub id; it reads `teacher_maxlen` tokens.
     positives: judgements (`qid 0 pid gain`); None: the teacher's best passage is the positive.
     examples: examples that have scores already, of the same queries and collection, to distil from
       beside the mined ones.

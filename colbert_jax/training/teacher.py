@@ -1,7 +1,8 @@
 """Teachers: models that score a query and a document, for a student to be distilled from.
 
 A cross-encoder reads both together, as ColBERTv2's teacher did (Santhanam et al., 2022, section
-3.2). A bi-encoder compares a vector of each: a weaker teacher, where no cross-encoder can be had.
+3.2). Where none can be had there are weaker teachers: a bi-encoder compares a vector of each, a
+late-interaction model their tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax import runtime
-from colbert_jax.batching import Batch, pad_rows
+from colbert_jax.batching import Batch, ladder_length, pad_rows
 from colbert_jax.checkpoints import Checkpoint, bi_encoder, cross_encoder, detect_layout, hub
 from colbert_jax.checkpoints.bi_encoder import SingleVector
 from colbert_jax.checkpoints.common import fingerprint
+from colbert_jax.colbert import ColBERT
 from colbert_jax.devices import BatchRunner, one_ahead
 from colbert_jax.models.cross_encoder import pair_scores
 from colbert_jax.models.pooling import sentence_embeddings
 from colbert_jax.progress import progress_bar
+from colbert_jax.scoring.maxsim import maxsim_ragged
 from colbert_jax.text import TokenIds, as_texts
 
 _PAIRS = 4096  # pairs of vectors compared at a time
@@ -37,11 +40,13 @@ def load_teacher(
     devices: Sequence[jax.Device] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> CrossEncoder | BiEncoder:
+) -> CrossEncoder | BiEncoder | LateInteraction:
     """Load a teacher from a folder or the hub; its files tell which kind it is.
 
     A `config.json` that names a sequence classifier is a cross-encoder. A single-vector model of
-    sentence-transformers is a bi-encoder, and so is a plain encoder, with mean pooling.
+    sentence-transformers is a bi-encoder, and so is a plain encoder, with mean pooling; its token
+    embeddings are a teacher as `LateInteraction(ColBERT.from_pretrained(...))`. A late-interaction
+    checkpoint of any layout scores as it retrieves.
 
     Args:
       name_or_path: a folder or a Hugging Face hub id.
@@ -63,11 +68,11 @@ def load_teacher(
     elif layout == "huggingface":
         checkpoint, kind = bi_encoder.read_plain(folder)
     else:
-        raise ValueError(
-            f"{folder}: a late-interaction checkpoint ({layout} layout); a teacher is a "
-            "cross-encoder (config.json names a ...ForSequenceClassification) or a single-vector "
-            "model"
+        cut: dict[str, Any] = (
+            {} if maxlen is None else {"query_maxlen": maxlen, "doc_maxlen": maxlen}
         )
+        model = ColBERT.from_pretrained(folder, dtype=dtype, devices=devices, **cut)
+        return LateInteraction(model)
     return BiEncoder(checkpoint, kind, maxlen=maxlen, dtype=dtype, devices=devices)
 
 
@@ -177,6 +182,54 @@ class BiEncoder:
         pad = self._tokenizer.special.pad
         _run(self._runner, self._program, self._params, token_ids.ids, pad, [], out, bar)
         return out
+
+
+class LateInteraction:
+    """A late-interaction model as a teacher: a pair's score is the sum, over the query's tokens, of
+    the best similarity with a token of the document.
+
+    Attributes:
+      fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+    """
+
+    def __init__(self, model: ColBERT):
+        self._model = model
+        known = ["late interaction", model.fingerprint(), repr(model.config.text)]
+        self.fingerprint = fingerprint(known, model.query_params)
+
+    def score(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        *,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of pairs: queries[i] with documents[i]. Each distinct text is encoded once.
+
+        Returns:
+          float32[N].
+
+        Raises:
+          ValueError, TypeError: lists of different lengths, or what is no text.
+        """
+        queries, documents = _pairs(queries, documents)
+        if not queries:
+            return np.zeros(0, np.float32)
+        distinct_queries, distinct_documents = _distinct(queries), _distinct(documents)
+        q = self._model.encode_queries(list(distinct_queries), progress=progress)
+        d = self._model.encode_documents(list(distinct_documents), progress=progress)
+        values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
+        length = ladder_length(int(d.lengths.max()))
+        rows = np.array([distinct_queries[text] for text in queries])
+        ids = np.array([[distinct_documents[text]] for text in documents], np.int32)
+        parts = []
+        for start in range(0, len(rows), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            scores = maxsim_ragged(
+                jnp.asarray(q[rows[part]]), values, offsets, ids[part], length=length
+            )
+            parts.append(np.asarray(scores)[:, 0])
+        return np.concatenate(parts)
 
 
 class CrossEncoder:
