@@ -2,18 +2,18 @@
 
     python train/minilm.py DATA --checkpoint MINILM --teacher MPNET --folder runs/minilm
 
-DATA holds pairs of texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`,
+DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`,
 `debian_descriptions.jsonl.gz`, `wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web
 queries without judgements, and 129 queries with 64 passages each that a cross-encoder scored.
 
-1. projection/: the projection alone, by contrast of 4,800 pairs. A batch holds pairs of one source,
-   so that its negatives are not told apart by their subject.
-2. round1/: distillation from the cross-encoder's scores: six draws of 8 of each query's passages.
-3. mined/: round one retrieves 10 of 10,000 passages for each of 250 other web queries. No
+1. start/: the projection is that to the principal components of the token embeddings of 1,600
+   passages.
+2. round1/: the model so far retrieves 10 of 9,000 passages for each of 160 web queries. No
    cross-encoder is at hand, so two teachers score them: MiniLM's own token embeddings at full
    width, and MPNet's single vectors with half the weight. Against the cross-encoder's order of the
-   pool the two are better than either.
-4. round2/: distillation from these and from four more draws of the pool.
+   pool the two are better than either. Distillation from these and from draws of 8 of the 64
+   scored passages of each of the 129 queries.
+3. round2/: the same with the model of round one, other queries and other draws.
 
 Every setting is below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
 it goes on where it stopped.
@@ -39,87 +39,57 @@ from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import LateInteraction, load_teacher
 from colbert_jax.training.mining import make_examples, retrieve, score_ranking
 
-MODEL = [
-    # Markers and [MASK] expansion would have to be learnt; this run is too short for that.
-    *("--markers", "false"),
-    *("--query-expansion", "false"),
-    *("--mask-punctuation", "false"),
-    *("--query-maxlen", "32"),
-    *("--doc-maxlen", "96"),
-    *("--dropout", "0"),
-    *("--length-groups", "2"),
-]
-PROJECTION = [
-    *("--loss", "contrastive"),
-    *("--nway", "1"),
-    *("--bsize", "32"),
-    *("--maxsteps", "150"),
-    *("--warmup", "10"),
-    *("--warmup-bert", "150"),
-    *("--head-lr", "4e-4"),
-    *("--shuffle", "false"),
-    *("--save-every", "50"),
-    *("--log-every", "5"),
-]
+TEXT = [*("--query-maxlen", "32"), *("--doc-maxlen", "96")]
 DISTILL = [
-    # Teachers have scales of their own: each query's scores are mapped to 0..8.
+    # Teachers have scales of their own: each query's scores are mapped to 0..8. The student's lie
+    # within 1 or 2: at a temperature of 1 it would learn to spread them before anything else.
     *("--normalize-teacher", "true"),
     *("--distillation-alpha", "8"),
+    *("--student-temperature", "0.25"),
     *("--use-ib-negatives", "false"),
+    *("--dropout", "0"),
     *("--nway", "8"),
     *("--bsize", "16"),
-    *("--maxsteps", "48"),
+    *("--maxsteps", "32"),
     *("--warmup", "4"),
-    *("--head-lr", "1e-4"),
-    *("--save-every", "12"),
+    *("--lr", "2e-5"),
+    *("--head-lr", "5e-5"),
+    *("--length-groups", "2"),
+    *("--save-every", "8"),
     *("--log-every", "2"),
 ]
-LR = {"round1": "3e-5", "round2": "2e-5"}
-BATCH = 32
-MOST_PAIRS = {"debian": 6000, "medquad": 5000}
-PASSAGES, WEB_QUERIES, WAYS = 10_000, 250, 8
-DRAWS = {"round1": range(6), "round2": range(6, 10)}  # seeds
-K, NBITS, MPNET_MAXLEN, MPNET_WEIGHT = 10, 2, 96, 0.5
+ROUNDS, DRAWS = ("round1", "round2"), 3
+DIM, SAMPLE = 128, 400  # passages of each source
+PASSAGES, WEB_QUERIES, K, WAYS, NBITS = 9_000, 160, 10, 8, 2
+MPNET_MAXLEN, MPNET_WEIGHT = 96, 0.5
 
 
-def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Name and (query, passage) pairs of each source; Wikipedia's topics are sources."""
-
-    def read(name: str) -> list[dict]:
-        with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    yield "acl", [(r["title"], r["abstract"]) for r in read("acl_title_abstract")]
-    yield "medquad", [(r["question"], r["answer"]) for r in read("medquad")]
-    yield "debian", [(r["synopsis"], r["description"]) for r in read("debian_descriptions")]
-    topics: dict[str, list[tuple[str, str]]] = {}
-    for r in read("wikipedia_vital10k"):
-        query = f"{r['title']} {r['description']}".strip()
-        topics.setdefault(r["topic"], []).append((query, r["text"]))
-    yield from topics.items()
-
-
-def write_pairs(data: Path, file: Path) -> None:
-    """Batches of pairs of one source each, in random order."""
-    rng, batches = random.Random(0), []
-    for name, rows in pairs(data):
-        seen: set[str] = set()
-        kept = []
-        for query, passage in rows:
-            # One answer a question, one question an answer: the others would be false negatives.
-            known = query in seen or passage[:200] in seen
-            if query.strip() and passage.strip() and not known:
-                seen |= {query, passage[:200]}
-                kept.append({"query": query, "positive": passage})
-        rng.shuffle(kept)
-        kept = kept[: MOST_PAIRS.get(name, len(kept))]
-        batches += [kept[i : i + BATCH] for i in range(0, len(kept) - BATCH + 1, BATCH)]
-    rng.shuffle(batches)
-    file.write_text("".join(json.dumps(pair) + "\n" for batch in batches for pair in batch))
+def principal_start(args: argparse.Namespace, folder: Path) -> Path:
+    """The encoder with a projection to the principal components of its token embeddings."""
+    fields = {
+        "acl_title_abstract": "abstract",
+        "medquad": "answer",
+        "debian_descriptions": "description",
+        "wikipedia_vital10k": "text",
+    }
+    passages, rng = [], random.Random(0)
+    for name, field in fields.items():
+        with gzip.open(args.data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            texts = [json.loads(line)[field] for line in file]
+        passages += rng.sample([text for text in texts if text.strip()], SAMPLE)
+    full = ColBERT.from_pretrained(args.checkpoint, doc_maxlen=128)
+    tokens = full.encode_documents(passages).values.astype(np.float32)
+    vectors = np.linalg.eigh(tokens.T @ tokens)[1]  # the largest last
+    model = ColBERT.from_pretrained(args.checkpoint, dim=DIM)
+    params = model.params
+    params["head"][0]["linear"]["kernel"] = vectors[:, : -DIM - 1 : -1].astype(np.float32)
+    model.set_params(params)
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_pool(pool: Path, folder: Path) -> None:
-    """The collection, all queries, the web queries to mine for, the draws of each round."""
+    """The collection, all queries, and for each round its web queries and draws of the pool."""
     scored = [json.loads(line) for line in (pool / "examples_64way.jsonl").open()]
     wanted = {str(pid) for _, *passages in scored for pid, _ in passages}
     with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
@@ -131,25 +101,27 @@ def write_pool(pool: Path, folder: Path) -> None:
     web = (pool / "dev_small_queries.tsv").read_text("utf-8").splitlines(keepends=True)
     queries = (pool / "queries.tsv").read_text("utf-8").splitlines(keepends=True)
     ids = {line.split("\t")[0] for line in queries}
-    asked = [line for line in web if line.split("\t")[0] not in ids][:WEB_QUERIES]
-    (folder / "web.tsv").write_text("".join(asked), "utf-8")
-    (folder / "queries.tsv").write_text("".join(queries + asked), "utf-8")
-    for name, seeds in DRAWS.items():
+    asked = [line for line in web if line.split("\t")[0] not in ids]
+    for number, name in enumerate(ROUNDS):
+        part = asked[number * WEB_QUERIES : (number + 1) * WEB_QUERIES]
+        queries += part
+        (folder / f"{name}.tsv").write_text("".join(part), "utf-8")
         draws = []
-        for seed in seeds:
+        for seed in range(number * DRAWS, (number + 1) * DRAWS):
             draw = folder / "draw.jsonl"
             make_examples(pool / "examples_64way.jsonl", draw, nway=WAYS, seed=seed, overwrite=True)
             draws.append(draw.read_text("utf-8"))
         for made in folder.glob("draw.jsonl*"):
             made.unlink()
         (folder / f"{name}.jsonl").write_text("".join(draws), "utf-8")
+    (folder / "queries.tsv").write_text("".join(queries), "utf-8")
 
 
-def mine(retriever: ColBERT, args: argparse.Namespace, data: Path, folder: Path) -> Path:
-    """Examples of the web queries, scored by both teachers."""
+def mine(start: Path, args: argparse.Namespace, queries: Path, collection: Path, folder: Path):
+    """Examples of the queries, scored by both teachers."""
     folder.mkdir(parents=True, exist_ok=True)
-    collection, queries = data / "collection.tsv", data / "web.tsv"
     index, ranking = folder / "index", folder / "ranking.tsv"
+    retriever = ColBERT.from_pretrained(start, doc_maxlen=MPNET_MAXLEN)
     if not index.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
         Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
@@ -190,30 +162,25 @@ def run() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     enable_compilation_cache()
-    data = args.folder / "data"
-    if not (data / "round2.jsonl").exists():
+    data, model = args.folder / "data", args.folder / "start"
+    if not (data / "queries.tsv").exists():
         data.mkdir(parents=True, exist_ok=True)
-        write_pairs(args.data, data / "pairs.jsonl")
         write_pool(args.data / "msmarco_v2_pool", data)
-
-    def stage(recipe: str, start: str | Path, name: str, *flags: str) -> Path:
+    if not model.exists():
+        principal_start(args, model)
+    files = data / "collection.tsv", data / "queries.tsv"
+    for name in ROUNDS:
         folder = args.folder / name
-        if main(["train", recipe, f"--checkpoint={start}", f"--folder={folder}", *MODEL, *flags]):
-            raise SystemExit(2)
-        return folder / "last"
-
-    def distil(start: Path, name: str, examples: Path) -> Path:
-        texts = [f"--{file}={data / file}.tsv" for file in ("collection", "queries")]
-        flags = [f"--examples={examples}", *texts, *DISTILL, "--lr", LR[name]]
-        return stage("distill", start, name, *flags)
-
-    triples = f"--triples={data / 'pairs.jsonl'}"
-    start = stage("colbertv1", args.checkpoint, "projection", "--dim=128", triples, *PROJECTION)
-    first = distil(start, "round1", data / "round1.jsonl")
-    mined = mine(ColBERT.from_pretrained(first), args, data, args.folder / "mined")
-    examples = args.folder / "mined" / "all.jsonl"
-    examples.write_text(mined.read_text("utf-8") + (data / "round2.jsonl").read_text("utf-8"))
-    distil(first, "round2", examples)
+        mined = mine(model, args, data / f"{name}.tsv", files[0], folder)
+        examples = folder / "all.jsonl"
+        examples.write_text(
+            mined.read_text("utf-8") + (data / f"{name}.jsonl").read_text("utf-8"), "utf-8"
+        )
+        flags = [f"--checkpoint={model}", f"--folder={folder / 'run'}", f"--examples={examples}"]
+        flags += [f"--collection={files[0]}", f"--queries={files[1]}", *TEXT, *DISTILL]
+        if main(["train", "distill", *flags]):
+            return 2
+        model = folder / "run" / "last"
     return 0
 
 
