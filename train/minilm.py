@@ -2,9 +2,9 @@
 
     python train/minilm.py DATA --checkpoint MINILM --teacher MPNET --folder runs/minilm
 
-DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`,
-`debian_descriptions.jsonl.gz`, `wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web
-queries without judgements, and 129 queries with 64 passages each that a cross-encoder scored.
+DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `debian_descriptions.jsonl.gz`,
+`wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web queries without judgements, and
+129 queries with 64 passages each that a cross-encoder scored.
 
 1. start/: the projection is that to the principal components of the token embeddings of 1,600
    passages.

@@ -8,7 +8,7 @@ late-interaction model their tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,9 @@ class BiEncoder:
           ValueError, TypeError: lists of different lengths, or what is no text.
         """
         queries, documents = _pairs(queries, documents)
-        distinct_queries, distinct_documents = _distinct(queries), _distinct(documents)
-        q = self.encode_queries(list(distinct_queries), progress=progress)
-        d = self.encode_documents(list(distinct_documents), progress=progress)
-        rows_q = np.fromiter((distinct_queries[t] for t in queries), np.int64, len(queries))
-        rows_d = np.fromiter((distinct_documents[t] for t in documents), np.int64, len(queries))
+        (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
+        q = self.encode_queries(queries, progress=progress)
+        d = self.encode_documents(documents, progress=progress)
         return self.similarity(q, d, rows_q, rows_d)
 
     def similarity(
@@ -215,18 +213,17 @@ class LateInteraction:
         queries, documents = _pairs(queries, documents)
         if not queries:
             return np.zeros(0, np.float32)
-        distinct_queries, distinct_documents = _distinct(queries), _distinct(documents)
-        q = self._model.encode_queries(list(distinct_queries), progress=progress)
-        d = self._model.encode_documents(list(distinct_documents), progress=progress)
+        (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
+        q = self._model.encode_queries(queries, progress=progress)
+        d = self._model.encode_documents(documents, progress=progress)
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
         length = ladder_length(int(d.lengths.max()))
-        rows = np.array([distinct_queries[text] for text in queries])
-        ids = np.array([[distinct_documents[text]] for text in documents], np.int32)
+        ids = rows_d.astype(np.int32)[:, None]
         parts = []
-        for start in range(0, len(rows), _PAIRS):
+        for start in range(0, len(ids), _PAIRS):
             part = slice(start, start + _PAIRS)
             scores = maxsim_ragged(
-                jnp.asarray(q[rows[part]]), values, offsets, ids[part], length=length
+                jnp.asarray(q[rows_q[part]]), values, offsets, ids[part], length=length
             )
             parts.append(np.asarray(scores)[:, 0])
         return np.concatenate(parts)
@@ -351,9 +348,10 @@ def _pairs(queries: Sequence[str], documents: Sequence[str]) -> tuple[list[str],
     return queries, documents
 
 
-def _distinct(texts: Iterable[str]) -> dict[str, int]:
-    """Text -> its number, in the order of first appearance."""
-    return {text: i for i, text in enumerate(dict.fromkeys(texts))}
+def _distinct(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct texts in the order of first appearance, and of each text its place there."""
+    places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(places), np.fromiter((places[text] for text in texts), np.int64, len(texts))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
