@@ -146,10 +146,7 @@ class BiEncoder:
         Raises:
           ValueError, TypeError: lists of different lengths, or what is no text.
         """
-        queries, documents = _pairs(queries, documents)
-        (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
-        q = self.encode_queries(queries, progress=progress)
-        d = self.encode_documents(documents, progress=progress)
+        (q, rows_q), (d, rows_d) = _encode_pairs(self, queries, documents, progress)
         return self.similarity(q, d, rows_q, rows_d)
 
     def similarity(
@@ -210,23 +207,17 @@ class LateInteraction:
         Raises:
           ValueError, TypeError: lists of different lengths, or what is no text.
         """
-        queries, documents = _pairs(queries, documents)
-        if not queries:
-            return np.zeros(0, np.float32)
-        (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
-        q = self._model.encode_queries(queries, progress=progress)
-        d = self._model.encode_documents(documents, progress=progress)
+        (q, rows_q), (d, rows_d) = _encode_pairs(self._model, queries, documents, progress)
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
-        length = ladder_length(int(d.lengths.max()))
+        length = ladder_length(int(d.lengths.max(initial=1)))
         ids = rows_d.astype(np.int32)[:, None]
-        parts = []
+        scores = np.empty(len(ids), np.float32)
         for start in range(0, len(ids), _PAIRS):
             part = slice(start, start + _PAIRS)
-            scores = maxsim_ragged(
-                jnp.asarray(q[rows_q[part]]), values, offsets, ids[part], length=length
-            )
-            parts.append(np.asarray(scores)[:, 0])
-        return np.concatenate(parts)
+            rows = jnp.asarray(q[rows_q[part]])
+            found = maxsim_ragged(rows, values, offsets, ids[part], length=length)
+            scores[part] = np.asarray(found)[:, 0]
+        return scores
 
 
 class CrossEncoder:
@@ -346,6 +337,22 @@ def _pairs(queries: Sequence[str], documents: Sequence[str]) -> tuple[list[str],
             f"score takes pairs, got {len(queries)} queries and {len(documents)} documents"
         )
     return queries, documents
+
+
+def _encode_pairs(
+    model: BiEncoder | ColBERT,
+    queries: Sequence[str],
+    documents: Sequence[str],
+    progress: bool | None,
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[Any, np.ndarray]]:
+    """What the model makes of the distinct queries and documents, and which of them each pair has.
+
+    Raises ValueError or TypeError as `_pairs` does.
+    """
+    queries, documents = _pairs(queries, documents)
+    (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
+    q = model.encode_queries(queries, progress=progress)
+    return (q, rows_q), (model.encode_documents(documents, progress=progress), rows_d)
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], np.ndarray]:
