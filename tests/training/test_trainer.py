@@ -231,6 +231,12 @@ def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices
     )
 
 
+def test_own_documents_on_two_devices(start, source, tmp_path, eight_devices):
+    config = changed(loss="margin-mse", use_ib_negatives=False, maxsteps=2, length_groups=1)
+    one, two = (losses(run(start, source, tmp_path / str(n), config, devices=n)) for n in (1, 2))
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+
+
 def test_contrast(start, source, tmp_path):
     config = changed(
         loss="contrastive", use_ib_negatives=False, dropout=0.0, maxsteps=8, length_groups=1
@@ -356,12 +362,15 @@ def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
     assert weights(folder) == weights(uninterrupted)
 
 
-def test_full_disk(start, source, tmp_path, monkeypatch):
+def test_full_disk(start, source, uninterrupted, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="the disk has 0 MB left"):
-        run(start, source, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OSError, match="the disk has 0 MB left"):
+            run(start, source, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+    run(start, source, tmp_path)
+    assert weights(tmp_path) == weights(uninterrupted)
 
 
 def test_failing_writes(start, source, uninterrupted, tmp_path):
