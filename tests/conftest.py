@@ -63,6 +63,7 @@ def one_device(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests whose programs compile for seconds and run for milliseconds."""
+    jax.clear_caches()  # of programs compiled otherwise, which may round otherwise
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -6,16 +6,20 @@ DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `debian_des
 `wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web queries without judgements, and
 129 queries with 64 passages each that a cross-encoder scored.
 
-1. start/: the projection is that to the principal components of the token embeddings of 1,600
-   passages.
-2. round1/: the model so far retrieves 10 of 9,000 passages for each of 160 web queries. No
+1. start/: the projection is one to a random third of all directions.
+2. warm/: contrast of 23,000 pairs (title and abstract, question and answer, ...), the projection
+   alone. A batch holds pairs of one source, so that its negatives are not told apart by their
+   subject.
+3. round1/: the model so far retrieves 10 of 9,000 passages for each of 160 web queries. No
    cross-encoder is at hand, so two teachers score them: MiniLM's own token embeddings at full
    width, and MPNet's single vectors with half the weight. Against the cross-encoder's order of the
-   pool the two are better than either. Distillation from these and from draws of 8 of the 64
-   scored passages of each of the 129 queries.
-3. round2/: the same with the model of round one, other queries and other draws.
+   pool the two are better than either. The projection learns from these and from draws of 8 of the
+   64 scored passages of each of the 129 queries.
+4. round2/: the same with the model of round one, other queries and other draws.
 
-Every setting is below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
+The encoder stays as it is throughout: the hours that a processor needs to move it for the better
+are more than this run has, and pairs as easy as these move it for the worse. Every setting is
+below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
 it goes on where it stopped.
 """
 
@@ -39,7 +43,22 @@ from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import LateInteraction, load_teacher
 from colbert_jax.training.mining import make_examples, retrieve, score_ranking
 
-TEXT = [*("--query-maxlen", "32"), *("--doc-maxlen", "96")]
+WARM = [
+    *("--loss", "contrastive"),
+    *("--nway", "1"),
+    *("--bsize", "64"),
+    *("--maxsteps", "360"),
+    *("--warmup", "30"),
+    *("--warmup-bert", "360"),  # the encoder stays as it is
+    *("--head-lr", "2e-3"),
+    *("--dropout", "0"),
+    *("--shuffle", "false"),  # batches are made up in the file
+    *("--length-groups", "2"),
+    *("--query-maxlen", "32"),
+    *("--doc-maxlen", "128"),
+    *("--save-every", "60"),
+    *("--log-every", "10"),
+]
 DISTILL = [
     # Teachers have scales of their own: each query's scores are mapped to 0..8. The student's lie
     # within 1 or 2: at a temperature of 1 it would learn to spread them before anything else.
@@ -50,42 +69,72 @@ DISTILL = [
     *("--dropout", "0"),
     *("--nway", "8"),
     *("--bsize", "16"),
-    *("--maxsteps", "32"),
+    *("--maxsteps", "48"),
     *("--warmup", "4"),
-    *("--lr", "2e-5"),
-    *("--head-lr", "5e-5"),
+    *("--warmup-bert", "48"),
+    *("--head-lr", "1e-3"),
     *("--length-groups", "2"),
+    *("--query-maxlen", "32"),
+    *("--doc-maxlen", "96"),
     *("--save-every", "8"),
     *("--log-every", "2"),
 ]
-ROUNDS, DRAWS = ("round1", "round2"), 3
-DIM, SAMPLE = 128, 400  # passages of each source
+ROUNDS, DRAWS = ("round1", "round2"), 5
+DIM, BATCH = 128, 64
+MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
 PASSAGES, WEB_QUERIES, K, WAYS, NBITS = 9_000, 160, 10, 8, 2
 MPNET_MAXLEN, MPNET_WEIGHT = 96, 0.5
 
 
-def principal_start(args: argparse.Namespace, folder: Path) -> Path:
-    """The encoder with a projection to the principal components of its token embeddings."""
-    fields = {
-        "acl_title_abstract": "abstract",
-        "medquad": "answer",
-        "debian_descriptions": "description",
-        "wikipedia_vital10k": "text",
-    }
-    passages, rng = [], random.Random(0)
-    for name, field in fields.items():
-        with gzip.open(args.data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            texts = [json.loads(line)[field] for line in file]
-        passages += rng.sample([text for text in texts if text.strip()], SAMPLE)
-    full = ColBERT.from_pretrained(args.checkpoint, doc_maxlen=128)
-    tokens = full.encode_documents(passages).values.astype(np.float32)
-    vectors = np.linalg.eigh(tokens.T @ tokens)[1]  # the largest last
+def random_start(args: argparse.Namespace, folder: Path) -> Path:
+    """The encoder with a projection to 128 random orthonormal directions.
+
+    Principal components lose more: those of little variance tell rare words apart.
+    """
     model = ColBERT.from_pretrained(args.checkpoint, dim=DIM)
     params = model.params
-    params["head"][0]["linear"]["kernel"] = vectors[:, : -DIM - 1 : -1].astype(np.float32)
+    width = params["head"][0]["linear"]["kernel"].shape[0]
+    directions, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, DIM)))
+    params["head"][0]["linear"]["kernel"] = directions.astype(np.float32)
     model.set_params(params)
     model.save_pretrained(folder)
     return folder
+
+
+def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Name and (query, passage) pairs of each source; Wikipedia's topics are sources."""
+
+    def read(name: str) -> list[dict]:
+        with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    yield "acl", [(r["title"], r["abstract"]) for r in read("acl_title_abstract")]
+    yield "medquad", [(r["question"], r["answer"]) for r in read("medquad")]
+    yield "debian", [(r["synopsis"], r["description"]) for r in read("debian_descriptions")]
+    topics: dict[str, list[tuple[str, str]]] = {}
+    for r in read("wikipedia_vital10k"):
+        query = f"{r['title']} {r['description']}".strip()
+        topics.setdefault(r["topic"], []).append((query, r["text"]))
+    yield from topics.items()
+
+
+def write_pairs(data: Path, file: Path) -> None:
+    """Batches of pairs of one source each, in random order."""
+    rng, batches = random.Random(0), []
+    for name, rows in pairs(data):
+        seen: set[str] = set()
+        kept = []
+        for query, passage in rows:
+            # One answer a question, one question an answer: the others would be false negatives.
+            known = query in seen or passage[:200] in seen
+            if query.strip() and passage.strip() and not known:
+                seen |= {query, passage[:200]}
+                kept.append({"query": query, "positive": passage})
+        rng.shuffle(kept)
+        kept = kept[: MOST_PAIRS.get(name, len(kept))]
+        batches += [kept[i : i + BATCH] for i in range(0, len(kept) - BATCH + 1, BATCH)]
+    rng.shuffle(batches)
+    file.write_text("".join(json.dumps(pair) + "\n" for batch in batches for pair in batch))
 
 
 def write_pool(pool: Path, folder: Path) -> None:
@@ -165,9 +214,14 @@ def run() -> int:
     data, model = args.folder / "data", args.folder / "start"
     if not (data / "queries.tsv").exists():
         data.mkdir(parents=True, exist_ok=True)
+        write_pairs(args.data, data / "pairs.jsonl")
         write_pool(args.data / "msmarco_v2_pool", data)
     if not model.exists():
-        principal_start(args, model)
+        random_start(args, model)
+    flags = [f"--checkpoint={model}", f"--folder={args.folder / 'warm'}"]
+    if main(["train", "colbertv1", *flags, f"--triples={data / 'pairs.jsonl'}", *WARM]):
+        return 2
+    model = args.folder / "warm" / "last"
     files = data / "collection.tsv", data / "queries.tsv"
     for name in ROUNDS:
         folder = args.folder / name
@@ -177,7 +231,7 @@ def run() -> int:
             mined.read_text("utf-8") + (data / f"{name}.jsonl").read_text("utf-8"), "utf-8"
         )
         flags = [f"--checkpoint={model}", f"--folder={folder / 'run'}", f"--examples={examples}"]
-        flags += [f"--collection={files[0]}", f"--queries={files[1]}", *TEXT, *DISTILL]
+        flags += [f"--collection={files[0]}", f"--queries={files[1]}", *DISTILL]
         if main(["train", "distill", *flags]):
             return 2
         model = folder / "run" / "last"

@@ -22,6 +22,7 @@ from colbert_jax.training import stanford_examples, train
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def reports(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory) -> Path:
+def alone(folder, tmp_path_factory, quick_compilation) -> Path:
     """The same index by one process with two devices."""
     path = tmp_path_factory.mktemp("alone") / "plain"
     data = {name: np.load(folder / f"{name}.npy") for name in ("values", "lengths")}

@@ -17,6 +17,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation` does
 
 import numpy as np  # noqa: E402
 
@@ -100,8 +101,6 @@ def main() -> None:
     guide = (ROOT / "docs" / "distributed.md").read_text("utf-8")
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
-        # Training's programs take long to compile; the others must give the same bits as elsewhere.
-        jax.config.update("jax_disable_most_optimizations", "train(" in snippet)
         exec(compile(snippet, "docs/distributed.md", "exec"), names)
     me = jax.process_index()
     report["guide"] = [len(names["index"]), names["index"].texts[3]]
@@ -109,7 +108,6 @@ def main() -> None:
 
     report["stopped"] = train(names, "runs/stopped", stop=1)
     report["resumed run"] = train(names, "runs/stopped")
-    jax.config.update("jax_disable_most_optimizations", False)
 
     values = np.load("values.npy", mmap_mode="r")
     data = {"values": values, "lengths": np.load("lengths.npy")}
