@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 FILE = "metrics.jsonl"
@@ -28,7 +29,9 @@ class Metrics:
             self._kept = [line for line in lines if _step(line) <= start]
         if not write:
             return
-        path.write_text("".join(f"{line}\n" for line in self._kept), "utf-8")
+        new = path.with_suffix(".new")
+        new.write_text("".join(f"{line}\n" for line in self._kept), "utf-8")
+        os.replace(new, path)
         self._file = path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
