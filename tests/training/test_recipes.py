@@ -19,7 +19,7 @@ SHORT = ["--bsize", "4", "--maxsteps", "3", "--warmup", "1", "--lr", "1e-3", "--
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, plain_folder) -> Path:
+def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     texts, queries = support.passages(50, seed=1), support.passages(12, seed=2, longest=8)
     (folder / "collection.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(texts)))
@@ -32,11 +32,11 @@ def files(tmp_path_factory, plain_folder) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts_tsv = "".join(f"{q}\t{texts[3 * i]}\t{texts[i]}\n" for i, q in enumerate(queries))
     (folder / "triples.tsv").write_text(texts_tsv)
-    (folder / "plain").symlink_to(plain_folder)
+    support.write_plain(folder / "plain", {"num_hidden_layers": 1})
     return folder
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_length")
 
 
 def run(*arguments) -> None:

@@ -22,6 +22,7 @@ from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.state import Checkpoints
 from colbert_jax.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("one_length")
 SMALL = TrainingConfig(
     nway=4, bsize=8, lr=1e-3, warmup=2, maxsteps=6, save_every=2, log_every=1, length_groups=2
 )
@@ -96,7 +97,7 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(shallow_folder, source, tmp_path_factory) -> Path:
+def uninterrupted(shallow_folder, source, tmp_path_factory, one_length) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
     model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=jax.devices()[:1])
     train(model, source, folder, SMALL, devices=jax.devices()[:1])
@@ -151,9 +152,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.runtime import enable_compilation_cache
+from colbert_jax.training import loader
 from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.trainer import train
 enable_compilation_cache()
+loader._LADDER = (48, 512)
 checkpoint, examples, queries, collection, folder, maxsteps = sys.argv[1:]
 config = TrainingConfig(nway=4, bsize=8, lr=1e-3, warmup=2, maxsteps=int(maxsteps), save_every=7,
                         log_every=1, length_groups=2)
@@ -209,7 +212,7 @@ def test_killed_and_terminated_processes(shallow_folder, files, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def one_group(shallow_folder, source, tmp_path_factory) -> np.ndarray:
+def one_group(shallow_folder, source, tmp_path_factory, one_length) -> np.ndarray:
     """Losses of a run on one device, its documents padded to one length."""
     folder = tmp_path_factory.mktemp("run") / "one"
     model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=jax.devices()[:1])
