@@ -17,10 +17,10 @@ DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `debian_des
    64 scored passages of each of the 129 queries.
 4. round2/: the same with the model of round one, other queries and other draws.
 
-The encoder stays as it is throughout: the hours that a processor needs to move it for the better
-are more than this run has, and pairs as easy as these move it for the worse. Every setting is
-below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
-it goes on where it stopped.
+The encoder stays as it is throughout: to move it for the better takes longer than this run, and
+pairs as easy as these move it for the worse. Every setting is below.
+`benchmarks/results/training_minilm.md` says what came of it. Started again, it goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ MPNET_MAXLEN, MPNET_WEIGHT = 96, 0.5
 def random_start(args: argparse.Namespace, folder: Path) -> Path:
     """The encoder with a projection to 128 random orthonormal directions.
 
-    Principal components lose more: those of little variance tell rare words apart.
+    Untrained they retrieve as well as principal components do.
     """
     model = ColBERT.from_pretrained(args.checkpoint, dim=DIM)
     params = model.params
