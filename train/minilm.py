@@ -43,13 +43,18 @@ from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import LateInteraction, load_teacher
 from colbert_jax.training.mining import make_examples, retrieve, score_ranking
 
+ROUNDS, DRAWS = ("round1", "round2"), 5
+DIM, BATCH, WARM_STEPS = 128, 64, 360
+MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
+PASSAGES, WEB_QUERIES, K, WAYS, STEPS, NBITS = 9_000, 160, 10, 8, 48, 2
+DOC_MAXLEN, MPNET_WEIGHT = 96, 0.5  # tokens of a passage, for all but the first teacher
 WARM = [
     *("--loss", "contrastive"),
     *("--nway", "1"),
-    *("--bsize", "64"),
-    *("--maxsteps", "360"),
+    *("--bsize", str(BATCH)),
+    *("--maxsteps", str(WARM_STEPS)),
     *("--warmup", "30"),
-    *("--warmup-bert", "360"),  # the encoder stays as it is
+    *("--warmup-bert", str(WARM_STEPS)),  # the encoder stays as it is
     *("--head-lr", "2e-3"),
     *("--dropout", "0"),
     *("--shuffle", "false"),  # batches are made up in the file
@@ -67,23 +72,18 @@ DISTILL = [
     *("--student-temperature", "0.25"),
     *("--use-ib-negatives", "false"),
     *("--dropout", "0"),
-    *("--nway", "8"),
+    *("--nway", str(WAYS)),
     *("--bsize", "16"),
-    *("--maxsteps", "48"),
+    *("--maxsteps", str(STEPS)),
     *("--warmup", "4"),
-    *("--warmup-bert", "48"),
+    *("--warmup-bert", str(STEPS)),
     *("--head-lr", "1e-3"),
     *("--length-groups", "2"),
     *("--query-maxlen", "32"),
-    *("--doc-maxlen", "96"),
+    *("--doc-maxlen", str(DOC_MAXLEN)),
     *("--save-every", "8"),
     *("--log-every", "2"),
 ]
-ROUNDS, DRAWS = ("round1", "round2"), 5
-DIM, BATCH = 128, 64
-MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
-PASSAGES, WEB_QUERIES, K, WAYS, NBITS = 9_000, 160, 10, 8, 2
-MPNET_MAXLEN, MPNET_WEIGHT = 96, 0.5
 
 
 def random_start(args: argparse.Namespace, folder: Path) -> Path:
@@ -170,13 +170,13 @@ def mine(start: Path, args: argparse.Namespace, queries: Path, collection: Path,
     """Examples of the queries, scored by both teachers."""
     folder.mkdir(parents=True, exist_ok=True)
     index, ranking = folder / "index", folder / "ranking.tsv"
-    retriever = ColBERT.from_pretrained(start, doc_maxlen=MPNET_MAXLEN)
+    retriever = ColBERT.from_pretrained(start, doc_maxlen=DOC_MAXLEN)
     if not index.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
         Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
     retrieve(Index.open(index), retriever, read_queries(queries), ranking, k=K)
     tokens = LateInteraction(ColBERT.from_pretrained(args.checkpoint))
-    vectors = load_teacher(args.teacher, maxlen=MPNET_MAXLEN)
+    vectors = load_teacher(args.teacher, maxlen=DOC_MAXLEN)
     files = []
     for name, teacher in (("tokens", tokens), ("vectors", vectors)):
         files.append(folder / f"{name}.jsonl")

@@ -275,7 +275,7 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for name in (FOLDER, "tensorboard", "best", "last", "best.new", "best.old", "last.new"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("run.json", "metrics.jsonl"):
+    for name in ("run.json", "metrics.jsonl", "metrics.new"):
         (folder / name).unlink(missing_ok=True)
 
 
