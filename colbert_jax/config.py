@@ -229,7 +229,10 @@ class TrainingConfig:
       use_ib_negatives: add Stanford's cross-entropy against the other queries' documents.
       distillation_alpha, student_temperature, teacher_temperature, normalize_teacher,
         normalize_student: of "distillation"; the last two scale scores to 0..1 per query first.
-      temperature: of "contrastive".
+      temperature: of "contrastive" and of the coupled teacher's scores, the model's and its own.
+      coupled_weight: this share of the loss is the KL divergence from the scores that a second,
+        fixed late-interaction model gives all pairs of the batch (Lin et al., 2021: a tightly
+        coupled teacher); the loss above is the rest.
     Optimisation:
       bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
         also bound the in-batch negatives.
@@ -237,6 +240,8 @@ class TrainingConfig:
       warmup, maxsteps: the rates rise linearly for `warmup` steps and fall to 0 at `maxsteps`;
         warmup None: they stay constant.
       warmup_bert: steps at the start that train the projection only.
+      freeze_layers: so many of the first layers and the embeddings stay as they are; 0: all is
+        trained, the embeddings too.
       weight_decay, max_grad_norm: of AdamW; the gradient's norm is cut to the second.
       dropout: in the backbone.
       shuffle, seed: order of the examples, dropout.
@@ -263,6 +268,7 @@ class TrainingConfig:
     normalize_teacher: bool = False
     normalize_student: bool = False
     temperature: float = 1.0
+    coupled_weight: float = 0.0
     bsize: int = 32
     accumsteps: int = 1
     lr: float = 1e-5
@@ -270,6 +276,7 @@ class TrainingConfig:
     warmup: int | None = 20_000
     maxsteps: int = 400_000
     warmup_bert: int = 0
+    freeze_layers: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 2.0
     dropout: float = 0.1
@@ -299,9 +306,13 @@ class TrainingConfig:
                 value is None or (value > 0 and math.isfinite(value)),
                 f"{name} must be positive, got {value}",
             )
-        for name in ("warmup", "warmup_bert", "weight_decay"):
+        for name in ("warmup", "warmup_bert", "freeze_layers", "weight_decay"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
+        _require(
+            0 <= self.coupled_weight <= 1,
+            f"coupled_weight must be in [0, 1], got {self.coupled_weight}",
+        )
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         _require(
             self.dtype in (None, "float32", "bfloat16"),

@@ -7,6 +7,7 @@ starts as torch's does when it first gets a gradient. The gradient's norm is cut
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import optax
 from colbert_jax.config import TrainingConfig
 
 EPSILON = 1e-8  # torch's default
+_AFTER_LAYERS = ("final_norm",)  # of a backbone; all else but the layers comes before them
 
 
 def schedule(config: TrainingConfig, peak: float) -> Callable[[jax.Array], jax.Array]:
@@ -33,9 +35,27 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
     )
 
 
+def trainable(config: TrainingConfig, tree: dict) -> dict:
+    """Of the parameters, or of a tree like theirs, what is not frozen for all of the training."""
+    if not config.freeze_layers:
+        return tree
+    backbone = tree["backbone"]
+    layers = {i: x for i, x in backbone["layers"].items() if int(i) >= config.freeze_layers}
+    after = {name: backbone[name] for name in _AFTER_LAYERS if name in backbone}
+    return tree | {"backbone": {"layers": layers} | after}
+
+
+def merged(tree: Any, changed: Any) -> Any:
+    """The tree with the leaves of `changed`, which has some of its branches."""
+    if not isinstance(tree, dict):
+        return changed
+    return tree | {name: merged(tree[name], branch) for name, branch in changed.items()}
+
+
 def init_moments(config: TrainingConfig, params: dict) -> dict:
-    """The optimiser's state: one for each part of the parameters."""
-    return {part: _adamw(config).init(values) for part, values in params.items()}
+    """The optimiser's state: one for each part of the parameters, of what is trained in it."""
+    moving = trainable(config, params)
+    return {part: _adamw(config).init(values) for part, values in moving.items()}
 
 
 def apply_gradients(
@@ -45,7 +65,7 @@ def apply_gradients(
 
     Args:
       params, moments: by part, "backbone" and "head".
-      gradients: of the parts that are trained in this step.
+      gradients: of the parts that are trained in this step, of what is `trainable` in them.
       step: int32[], from 0.
 
     Returns:
@@ -56,11 +76,12 @@ def apply_gradients(
     factor = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-12))
     gradients = jax.tree.map(lambda g: g * factor, gradients)
     params, moments, rates = dict(params), dict(moments), {}
+    moving = trainable(config, params)
     for part, gradient in gradients.items():
         peak = config.lr if part != "head" else config.head_lr or config.lr
         rate = schedule(config, peak)(step)
-        updates, moments[part] = _adamw(config).update(gradient, moments[part], params[part])
+        updates, moments[part] = _adamw(config).update(gradient, moments[part], moving[part])
         updates = jax.tree.map(lambda u, rate=rate: -rate * u, updates)
-        params[part] = optax.apply_updates(params[part], updates)
+        params[part] = merged(params[part], optax.apply_updates(moving[part], updates))
         rates["lr" if part == "backbone" else "head_lr"] = rate
     return params, moments, {"grad_norm": norm} | rates

@@ -73,6 +73,8 @@ class Recipe:
     checkpoint: folder or hub id of what training starts from.
     folder: where the run is kept; the trained model is in it.
     dim: width of a plain encoder's new projection; None: 128.
+    coupled_teacher: folder or hub id of a late-interaction model, or of a plain encoder, whose
+      scores of all pairs of a batch are learned with `coupled_weight`.
     dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
       to choose the best model by; all three or none.
     """
@@ -81,6 +83,7 @@ class Recipe:
     folder: str
     dim: int | None = None
     text: TextChanges = TextChanges()
+    coupled_teacher: str | None = None
     dev_collection: str | None = None
     dev_queries: str | None = None
     dev_qrels: str | None = None
@@ -90,6 +93,11 @@ class Recipe:
         if any(dev) and not all(dev):
             raise ValueError(
                 "dev_collection, dev_queries and dev_qrels belong together: give all three or none"
+            )
+        stages = [x for x in vars(self).values() if isinstance(x, TrainingConfig)]
+        if (self.coupled_teacher is not None) != any(x.coupled_weight for x in stages):
+            raise ValueError(
+                "coupled_teacher and coupled_weight belong together: give both or none"
             )
 
 
@@ -185,9 +193,8 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
         examples = _triples(*files, recipe.training)
     else:
         examples = _pairs(recipe.triples, recipe.training)
-    folder = _folder(recipe)
-    return train(
-        load_model(recipe), examples, folder, recipe.training, dev=dev, overwrite=overwrite
+    return _train(
+        recipe, load_model(recipe), examples, _folder(recipe), recipe.training, dev, overwrite
     )
 
 
@@ -199,8 +206,7 @@ def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
     examples = stanford_examples(
         recipe.examples, recipe.queries, recipe.collection, nway=config.nway, scores=scored
     )
-    folder = _folder(recipe)
-    return train(load_model(recipe), examples, folder, config, dev=dev, overwrite=overwrite)
+    return _train(recipe, load_model(recipe), examples, _folder(recipe), config, dev, overwrite)
 
 
 def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False) -> Trained:
@@ -223,7 +229,7 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
     model = load_model(recipe)
     trained = None
     if warm is not None:
-        trained = train(model, warm, folder / "warm", recipe.warm, dev=dev, overwrite=overwrite)
+        trained = _train(recipe, model, warm, folder / "warm", recipe.warm, dev, overwrite)
         model = load_model(recipe, trained.model)
     for number in range(1, recipe.rounds + 1):
         place = folder / f"round{number}"
@@ -248,7 +254,7 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
             if file is not None
         ]
         source = concatenate(sources)
-        trained = train(model, source, place / "run", config, dev=dev, overwrite=overwrite)
+        trained = _train(recipe, model, source, place / "run", config, dev, overwrite)
         model = load_model(recipe, trained.model)
     assert trained is not None
     return trained
@@ -259,6 +265,24 @@ RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
     "distill": (Distillation, distill),
     "denoised-supervision": (DenoisedSupervision, denoised_supervision),
 }
+
+
+def _train(
+    recipe: Recipe,
+    model: ColBERT,
+    examples: Source,
+    folder: Path,
+    config: TrainingConfig,
+    dev: DevCollection | None,
+    overwrite: bool,
+) -> Trained:
+    """One stage, with the coupled teacher if it learns from one."""
+    teacher = None
+    if config.coupled_weight:
+        assert recipe.coupled_teacher is not None
+        text = dataclasses.asdict(model.config.text)
+        teacher = ColBERT.from_pretrained(recipe.coupled_teacher, **text)
+    return train(model, examples, folder, config, teacher=teacher, dev=dev, overwrite=overwrite)
 
 
 def _pairs(file: str, config: TrainingConfig) -> Source:

@@ -20,7 +20,7 @@ from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
 from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.optimizer import apply_gradients, init_moments
+from colbert_jax.training.optimizer import apply_gradients, init_moments, merged, trainable
 
 State = dict[str, Any]  # params, moments, step
 
@@ -32,58 +32,84 @@ def init_state(config: TrainingConfig, params: dict) -> State:
 
 
 def make_loss(
-    encoder: EncoderConfig, config: TrainingConfig, dtype: Any, mesh: Mesh | None = None
-) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """The loss of a batch as a function of (params, batch, key).
+    encoder: EncoderConfig,
+    config: TrainingConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    teacher: EncoderConfig | None = None,
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """The loss of a batch as a function of (params, batch, key, the teacher's params or None).
 
     Args:
       dtype: of the dense layers' computation.
       mesh: of the devices that the batch is spread over; None: one device.
+      teacher: the coupled teacher, if there is one.
 
     Returns:
       a function giving the loss, float32[], and its parts by name.
+    """
+    embed = _make_embed(encoder, config, dtype, mesh, training=True)
+    embed_fixed = None
+    if teacher is not None:
+        embed_fixed = _make_embed(teacher, config, dtype, mesh, training=False)
+
+    def loss(params: dict, batch: Batch, key: jax.Array, teacher_params: dict | None = None):
+        embedded = embed(params, batch, key)
+        coupled = None
+        if embed_fixed is not None:
+            assert teacher_params is not None
+            coupled = all_pairs_scores(*embed_fixed(teacher_params, batch, key), mesh=mesh)
+        return score_loss(config, *embedded, batch.scores, mesh, coupled)
+
+    return loss
+
+
+def _make_embed(
+    encoder: EncoderConfig, config: TrainingConfig, dtype: Any, mesh: Mesh | None, training: bool
+) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """A function of (params, batch, key) that gives embeddings float32[B, Lq, D] of the queries and
+    float32[B * W, Ld, D] of the documents, and bool[B * W, Ld], which of the latter are tokens.
     """
 
     def embed_rows(params: dict, rows: Rows, keys: jax.Array) -> jax.Array:
         def run(params: dict, part: tuple[Rows, jax.Array]) -> jax.Array:
             rows, keys = part
-            train = TrainMode(keys, config.dropout, config.remat)
+            train = TrainMode(keys, config.dropout, config.remat) if training else None
             return make_encoder(encoder, params, dtype)(*rows, train=train)
 
         if config.chunk is None or config.chunk >= len(rows.ids):
             return run(params, (rows, keys))
         return losses.encode_chunked(run, params, (rows, keys), config.chunk)
 
-    embed = embed_rows
+    spread = embed_rows
     if mesh is not None and mesh.devices.size > 1:
         # Every device runs the program of one device on its rows.
         each = PartitionSpec("data")
-        embed = jax.shard_map(
+        spread = jax.shard_map(
             embed_rows, mesh=mesh, in_specs=(PartitionSpec(), each, each), out_specs=each
         )
 
-    def encode(params: dict, groups: tuple[Rows, ...], keys: jax.Array):
+    def embed_groups(params: dict, groups: tuple[Rows, ...], keys: jax.Array):
         """float32[N, L, D] and bool[N, L] of groups laid end to end; L is the longest group's."""
         longest = max(rows.ids.shape[1] for rows in groups)
         parts, masks, start = [], [], 0
         for rows in groups:
-            x = embed(params, rows, keys[start : start + len(rows.ids)])
+            x = spread(params, rows, keys[start : start + len(rows.ids)])
             start += len(rows.ids)
             fill = longest - rows.ids.shape[1]
             parts.append(jnp.pad(x, [(0, 0), (0, fill), (0, 0)]))
             masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
         return jnp.concatenate(parts), jnp.concatenate(masks)
 
-    def loss(params: dict, batch: Batch, key: jax.Array):
+    def embed(params: dict, batch: Batch, key: jax.Array):
         keys = jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
-        queries, _ = encode(params, (batch.queries,), keys)
+        queries, _ = embed_groups(params, (batch.queries,), keys)
         # A document's random numbers go with it, whichever group it is in.
         keys = jax.random.split(jax.random.fold_in(key, 1), len(batch.order))
-        documents, mask = encode(params, batch.documents, keys[jnp.argsort(batch.order)])
-        documents, mask = documents[batch.order], mask[batch.order]
-        return score_loss(config, queries, documents, mask, batch.scores, mesh)
+        documents, mask = embed_groups(params, batch.documents, keys[jnp.argsort(batch.order)])
+        return queries, documents[batch.order], mask[batch.order]
 
-    return loss
+    return embed
 
 
 def score_loss(
@@ -93,6 +119,7 @@ def score_loss(
     mask: jax.Array,
     teacher: jax.Array | None,
     mesh: Mesh | None = None,
+    coupled: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss as a function of token embeddings.
 
@@ -100,12 +127,13 @@ def score_loss(
       queries: float32[B, Lq, D].
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
+      coupled: float32[B, B * W], the coupled teacher's scores of all pairs; None: there is none.
 
     Returns:
       the loss, float32[], and its parts by name.
     """
     batch, ways = queries.shape[0], documents.shape[0] // queries.shape[0]
-    every = config.use_ib_negatives or config.loss == "contrastive"
+    every = config.use_ib_negatives or config.loss == "contrastive" or coupled is not None
     if every:
         pairs = all_pairs_scores(queries, documents, mask, mesh=mesh)
         own = pairs.reshape(batch, batch, ways)[jnp.arange(batch), jnp.arange(batch)]
@@ -138,6 +166,14 @@ def score_loss(
     if config.use_ib_negatives:
         parts["in_batch"] = losses.in_batch_negatives(pairs, ways)
         total = total + parts["in_batch"]
+    if coupled is not None:
+        parts["coupled"] = losses.distillation(
+            pairs,
+            coupled,
+            student_temperature=config.temperature,
+            teacher_temperature=config.temperature,
+        )
+        total = (1 - config.coupled_weight) * total + config.coupled_weight * parts["coupled"]
     return total, parts
 
 
@@ -147,28 +183,35 @@ def make_gradients(
     dtype: Any,
     mesh: Mesh | None = None,
     shardings: Any = None,
+    teacher: EncoderConfig | None = None,
 ) -> Callable[..., tuple[dict, dict[str, jax.Array]]]:
-    """Gradients of a micro-batch: a jitted function of (params, batch, step, number, trained).
+    """Gradients of a micro-batch: a jitted function of (params, batch, step, number, trained) and
+    the coupled teacher's parameters.
 
     `number` counts the micro-batches of a step, `trained` is a tuple of the parts of the parameters
-    that the gradients are wanted of; the others are left out of the computation. Gradients and the
-    parts of the loss come divided by `accumsteps`, to be added up. `shardings` are the parameters'
-    and become the gradients'.
+    that the gradients are wanted of; the others are left out of the computation, and of these what
+    is not `trainable`. Gradients and the parts of the loss come divided by `accumsteps`, to be
+    added up. `shardings` are the parameters' and become the gradients'.
     """
-    loss = make_loss(encoder, config, dtype, mesh)
+    loss = make_loss(encoder, config, dtype, mesh, teacher)
 
     @partial(jax.jit, static_argnames="trained")
-    def gradients(params: dict, batch: Batch, step, number, trained: tuple[str, ...]):
+    def gradients(
+        params: dict, batch: Batch, step, number, trained: tuple[str, ...], teacher_params=None
+    ):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number)
 
         def of(part: dict):
-            return loss(params | part, batch, key)
+            return loss(merged(params, part), batch, key, teacher_params)
 
-        moving = {name: params[name] for name in trained}
-        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(moving)
+        def moving(tree: dict) -> dict:
+            kept = trainable(config, tree)
+            return {name: kept[name] for name in trained}
+
+        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(moving(params))
         if shardings is not None:
-            wanted = {name: shardings[name] for name in trained}
+            wanted = moving(shardings)
             grads = jax.lax.with_sharding_constraint(grads, wanted)
         return jax.tree.map(lambda x: x / config.accumsteps, (grads, {"loss": total} | parts))
 

@@ -61,6 +61,7 @@ def train(
     folder: str | Path,
     config: TrainingConfig | None = None,
     *,
+    teacher: ColBERT | None = None,
     dev: DevCollection | None = None,
     devices: Sequence[jax.Device] | None = None,
     overwrite: bool = False,
@@ -77,6 +78,7 @@ def train(
       examples: see `training.examples`.
       folder: of the run.
       config: None: the defaults, those of ColBERTv2.
+      teacher: of `coupled_weight`; it must make tokens of texts as the model does.
       dev: a small collection to evaluate on every `eval_every` steps.
       devices: None: all of the job.
       overwrite: remove a run that is in `folder` first.
@@ -93,7 +95,7 @@ def train(
     devices = list(jax.devices() if devices is None else devices)
     local = sum(device.process_index == jax.process_index() for device in devices)
     check_divides(config.bsize, config.accumsteps, jax.process_count(), local)
-    nway = _check(model, examples, config)
+    nway = _check(model, examples, config, teacher)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
 
@@ -108,6 +110,7 @@ def train(
             "text": dataclasses.asdict(model.config.text),
             "start": model.fingerprint(),
             "examples": examples.fingerprint,
+            "teacher": None if teacher is None else teacher.fingerprint(),
         }
         check_run(folder, about, group)
 
@@ -128,7 +131,12 @@ def train(
             state = checkpoints.restore(like)
         first = int(state["step"])
 
-        gradients = make_gradients(encoder, config, dtype, mesh, shardings["params"])
+        fixed, fixed_encoder = None, None
+        if teacher is not None:
+            fixed_encoder = teacher.encoder
+            where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
+            fixed = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
+        gradients = make_gradients(encoder, config, dtype, mesh, shardings["params"], fixed_encoder)
         update = make_update(config, shardings)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         put, take = _batch_putter(mesh), _taker(model, mesh)
@@ -164,6 +172,7 @@ def train(
                         np.int32(step.number),
                         np.int32(number),
                         trained=trained,
+                        teacher_params=fixed,
                     )
                     total = part if total is None else add(total, part)
                 assert total is not None
@@ -211,7 +220,9 @@ def train(
         return Trained(chosen, done, best.measured)
 
 
-def _check(model: ColBERT, examples: Source, config: TrainingConfig) -> int:
+def _check(
+    model: ColBERT, examples: Source, config: TrainingConfig, teacher: ColBERT | None
+) -> int:
     """What must fit together; returns the number of documents a query."""
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
@@ -235,7 +246,38 @@ def _check(model: ColBERT, examples: Source, config: TrainingConfig) -> int:
             f"warmup_bert is {config.warmup_bert}, but the model has no projection to train "
             "meanwhile: load it with dim="
         )
+    layers = model.encoder.backbone.num_hidden_layers
+    if config.freeze_layers >= layers:
+        raise ValueError(
+            f"freeze_layers is {config.freeze_layers}, but the model has {layers} layers: fewer "
+            "must be frozen; warmup_bert=maxsteps trains the projection alone"
+        )
+    if (teacher is not None) != (config.coupled_weight > 0):
+        raise ValueError(
+            f"coupled_weight is {config.coupled_weight} and there is "
+            f"{'no' if teacher is None else 'a'} coupled teacher: give both or none"
+        )
+    if teacher is not None:
+        _check_teacher(teacher, model)
     return nway
+
+
+def _check_teacher(teacher: ColBERT, model: ColBERT) -> None:
+    """The teacher is given the student's token ids."""
+    if teacher.quantization is not None or teacher.query_params is not teacher.params:
+        raise ValueError(
+            "the coupled teacher must be one encoder for queries and documents, loaded without "
+            "quantization"
+        )
+    if teacher.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise ValueError("the coupled teacher has another vocabulary than the model")
+    theirs, ours = (dataclasses.asdict(m.config.text) for m in (teacher, model))
+    other = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
+    if other:
+        raise ValueError(
+            f"the coupled teacher makes other tokens of a text: {', '.join(other)}; load it with "
+            "the model's settings"
+        )
 
 
 def _batch_putter(mesh: Mesh):

@@ -106,6 +106,18 @@ def test_colbertv1(triples, files, tmp_path):
     assert model.dim == 8 and model.config.metadata["loss"] == "cross-entropy"
 
 
+def test_contrast_with_a_coupled_teacher(files, tmp_path):
+    """A plain encoder teaches by its tokens at their own width."""
+    run(
+        *("colbertv1", "--checkpoint", files / "plain", "--dim", 8, "--doc-maxlen", 32, *SHORT),
+        *("--triples", files / "pairs.jsonl", "--folder", tmp_path, "--loss", "contrastive"),
+        *("--nway", 1, "--coupled-teacher", files / "plain", "--coupled-weight", 0.5),
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx((lines[0]["contrastive"] + lines[0]["coupled"]) / 2)
+    assert ColBERT.from_pretrained(tmp_path / "last").dim == 8
+
+
 def test_distill_goes_on_from_a_late_interaction_checkpoint(files, stanford_folder, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
@@ -134,6 +146,7 @@ def test_errors(files, tmp_path, capsys):
     ]
     assert "dev_qrels belong together" in fails(*command, "--dev-queries", files / "queries.tsv")
     assert "nway" in fails(*command, "--nway", "1")
+    assert "coupled_weight belong together" in fails(*command, "--coupled-weight", "0.5")
     (tmp_path / "bad.jsonl").write_text("[0,0,1]\n[0,0,999]\n")
     message = fails(*command, "--triples", tmp_path / "bad.jsonl")
     assert "bad.jsonl, line 2" in message and "999" in message

@@ -1,5 +1,6 @@
 """The training loop on a tiny model: resuming, devices, memory settings, what is kept, errors."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,9 +18,11 @@ import support
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.training import trainer
+from colbert_jax.training.batch import Batch, Rows
 from colbert_jax.training.dev import DevCollection
 from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.state import Checkpoints
+from colbert_jax.training.step import make_gradients
 from colbert_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_length")
@@ -29,8 +32,6 @@ SMALL = TrainingConfig(
 
 
 def changed(**changes) -> TrainingConfig:
-    import dataclasses
-
     return dataclasses.replace(SMALL, **changes)
 
 
@@ -276,6 +277,92 @@ def test_frozen_backbone(start, source, tmp_path):
     head = jax.tree.leaves(model.params["head"])[0]
     assert not np.array_equal(jax.tree.leaves(before["head"])[0], np.asarray(head))
     assert "lr" not in metrics(tmp_path)[0] and "head_lr" in metrics(tmp_path)[0]
+
+
+def test_frozen_layers(stanford_folder, source, tmp_path):
+    """Embeddings and the first layer stay, weight decay or not; the second layer is trained."""
+    model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
+    before = jax.tree.map(np.asarray, model.params)
+    config = changed(freeze_layers=1, weight_decay=0.1, maxsteps=3, length_groups=1)
+    train(model, source, tmp_path, config, devices=jax.devices()[:1])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, np.asarray(b)), before, model.params)
+    backbone = moved["backbone"]
+    assert not any(jax.tree.leaves([backbone["embeddings"], backbone["layers"][0]]))
+    assert all(jax.tree.leaves([backbone["layers"][1]["output"], moved["head"]]))
+    assert metrics(tmp_path)[1]["lr"] > 0
+
+
+def test_gradients_of_what_is_not_frozen(stanford_folder):
+    """They are those of training everything."""
+    model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
+    ids = np.random.default_rng(0).integers(10, 200, (8, 12)).astype(np.int32)
+    rows = Rows(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
+    batch = Batch(Rows(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None)
+
+    def of(freeze_layers: int) -> dict:
+        config = changed(loss="cross-entropy", freeze_layers=freeze_layers)
+        gradients = make_gradients(model.encoder, config, "float32")
+        return gradients(model.params, batch, 0, 0, ("backbone", "head"))[0]
+
+    some, every = of(1), of(0)
+    assert set(some["backbone"]) == {"layers"} and set(some["backbone"]["layers"]) == {1}
+    every["backbone"] = {"layers": {1: every["backbone"]["layers"][1]}}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), some, every)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> ColBERT:
+    """Another model for the same token ids, of another architecture."""
+    folder = support.write_stanford(tmp_path_factory.mktemp("teacher"), seed=5, dim=24)
+    return ColBERT.from_pretrained(folder, dtype="float32", devices=jax.devices()[:1])
+
+
+def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices):
+    """The loss of the first step is the divergence over all pairs of the batch, it falls, and it
+    does not depend on the number of devices."""
+    config = changed(
+        coupled_weight=1.0,
+        temperature=2.0,
+        dropout=0.0,
+        shuffle=False,
+        maxsteps=8,
+        length_groups=1,
+    )
+    texts = [json.loads(line) for line in files["examples"].read_text().splitlines()[:8]]
+    queries = dict(line.split("\t") for line in files["queries"].read_text().splitlines())
+    passages = dict(line.split("\t") for line in files["collection"].read_text().splitlines())
+
+    def log_probabilities(model: ColBERT) -> np.ndarray:
+        q = model.encode_queries([queries[str(qid)] for qid, *_ in texts])
+        d = model.encode_documents(
+            [passages[str(pid)] for _, *scored in texts for pid, _ in scored], progress=False
+        )
+        scores = np.array([[(x @ y.T).max(1).sum() for y in d] for x in q], np.float64)
+        return np.asarray(jax.nn.log_softmax(scores / 2.0))
+
+    p, q = log_probabilities(teacher), log_probabilities(start())
+    expected = (np.exp(p) * (p - q)).sum(1).mean()
+    lines = run(start, source, tmp_path / "one", config, teacher=teacher)
+    assert lines[0]["coupled"] == pytest.approx(expected, rel=1e-4)
+    assert [line["coupled"] for line in lines] == pytest.approx(losses(lines))
+    assert losses(lines)[-1] < 0.9 * losses(lines)[0]
+    config = dataclasses.replace(config, fsdp=True, chunk=4, maxsteps=2)
+    two = run(start, source, tmp_path / "two", config, devices=2, teacher=teacher)
+    np.testing.assert_allclose(losses(two)[:1], losses(lines)[:1], rtol=2e-4)
+
+
+def test_coupled_teacher_that_does_not_fit(start, source, stanford_folder, tmp_path):
+    def fails(config: TrainingConfig, teacher: ColBERT | None, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            train(start(), source, tmp_path / "run", config, teacher=teacher)
+
+    coupled = changed(coupled_weight=0.5)
+    fails(coupled, None, "there is no coupled teacher: give both or none")
+    fails(changed(), start(), "coupled_weight is 0.0 and there is a coupled teacher")
+    fails(coupled, start(doc_maxlen=20), "other tokens of a text: doc_maxlen 20, not 48")
+    fails(coupled, start(quantization="int8"), "loaded without quantization")
+    fails(changed(freeze_layers=1), None, "freeze_layers is 1, but the model has 1 layers")
+    assert not (tmp_path / "run").exists()
 
 
 def test_learns_and_keeps_the_best(start, source, files, tmp_path):
