@@ -10,6 +10,7 @@ from colbert_jax.training.examples import (
     stanford_examples,
 )
 from colbert_jax.training.mining import mine
+from colbert_jax.training.tasks import Task
 from colbert_jax.training.teacher import LateInteraction, load_teacher
 from colbert_jax.training.trainer import Trained, train
 
@@ -17,6 +18,7 @@ __all__ = [
     "DevCollection",
     "Example",
     "LateInteraction",
+    "Task",
     "Trained",
     "TrainingConfig",
     "concatenate",

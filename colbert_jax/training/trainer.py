@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from colbert_jax.training.state import (
     parameter_sharding,
 )
 from colbert_jax.training.step import init_state, make_gradients, make_update
+from colbert_jax.training.tasks import OWN, Task, Turns
 
 BEST = "nDCG@10"  # what "best" means
 
@@ -61,6 +63,7 @@ def train(
     folder: str | Path,
     config: TrainingConfig | None = None,
     *,
+    tasks: Sequence[Task] = (),
     teacher: ColBERT | None = None,
     dev: DevCollection | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -78,6 +81,8 @@ def train(
       examples: see `training.examples`.
       folder: of the run.
       config: None: the defaults, those of ColBERTv2.
+      tasks: further sources, each with a loss of its own and a share of the steps; `examples` have
+        the rest of them.
       teacher: of `coupled_weight`; it must make tokens of texts as the model does.
       dev: a small collection to evaluate on every `eval_every` steps.
       devices: None: all of the job.
@@ -94,8 +99,20 @@ def train(
     encoder = model.encoder
     devices = list(jax.devices() if devices is None else devices)
     local = sum(device.process_index == jax.process_index() for device in devices)
-    check_divides(config.bsize, config.accumsteps, jax.process_count(), local)
-    nway = _check(model, examples, config, teacher)
+    shares = [1 - sum(task.share for task in tasks), *(task.share for task in tasks)]
+    if shares[0] <= 0 or len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(
+            "tasks need names of their own, and shares whose sum is less than 1: got "
+            f"{', '.join(f'{task.name} {task.share}' for task in tasks)}"
+        )
+    sources = [examples, *(task.examples for task in tasks)]
+    configs = [_check(model, examples, config, local)]
+    for task in tasks:
+        try:
+            configs.append(_check(model, task.examples, task.config(config), local))
+        except ValueError as error:
+            raise ValueError(f"task {task.name}: {error}") from None
+    _check_teacher(teacher, model, configs)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
 
@@ -105,12 +122,17 @@ def train(
         group.exchange("folder")
         folder.mkdir(parents=True, exist_ok=True)
         about = {
-            "training": dataclasses.asdict(dataclasses.replace(config, nway=nway)),
+            "training": dataclasses.asdict(configs[0]),
             "encoder": dataclasses.asdict(encoder),
             "text": dataclasses.asdict(model.config.text),
             "start": model.fingerprint(),
             "examples": examples.fingerprint,
             "teacher": None if teacher is None else teacher.fingerprint(),
+            "tasks": [
+                {"name": task.name, "share": task.share, "examples": task.examples.fingerprint}
+                | {name: getattr(own, name) for name in OWN}
+                for task, own in zip(tasks, configs[1:], strict=True)
+            ],
         }
         check_run(folder, about, group)
 
@@ -136,7 +158,17 @@ def train(
             fixed_encoder = teacher.encoder
             where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
             fixed = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
-        gradients = make_gradients(encoder, config, dtype, mesh, shardings["params"], fixed_encoder)
+        gradients = [
+            make_gradients(
+                encoder,
+                own,
+                dtype,
+                mesh,
+                shardings["params"],
+                fixed_encoder if own.coupled_weight else None,
+            )
+            for own in configs
+        ]
         update = make_update(config, shardings)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         put, take = _batch_putter(mesh), _taker(model, mesh)
@@ -144,35 +176,29 @@ def train(
 
         metrics = stack.enter_context(Metrics(folder, first, write=group.is_first))
         best = _Best(folder, metrics.history())
-        loader = Loader(
-            examples,
-            model.tokenizer,
-            bsize=config.bsize,
-            nway=nway,
-            accumsteps=config.accumsteps,
-            seed=config.seed,
-            shuffle=config.shuffle,
-            start=first,
-            devices=local,
-            group=group,
-            length_groups=config.length_groups,
-            longest=encoder.backbone.max_length,
+        steps = Turns(
+            shares,
+            [
+                partial(_loader, model, source, own, local, group)
+                for source, own in zip(sources, configs, strict=True)
+            ],
+            first,
         )
         bar = progress_bar(config.maxsteps, "training", "step", progress)
         bar.update(first)
-        done, clock = first, _Clock()
-        with loader, bar, _terminated() as terminated:
-            for step in loader if first < config.maxsteps else ():
+        done, clock, latest = first, _Clock(), {}
+        with steps, bar, _terminated() as terminated:
+            for task, step in steps if first < config.maxsteps else ():
                 trained = ("head",) if step.number < config.warmup_bert else parts
                 total = None
                 for number, batch in enumerate(step.batches):
-                    part = gradients(
+                    part = gradients[task](
                         state["params"],
                         put(batch),
                         np.int32(step.number),
                         np.int32(number),
                         trained=trained,
-                        teacher_params=fixed,
+                        teacher_params=fixed if configs[task].coupled_weight else None,
                     )
                     total = part if total is None else add(total, part)
                 assert total is not None
@@ -180,7 +206,10 @@ def train(
                 state, more = update(state, grads)
                 done = step.number + 1
                 bar.update()
-                loader.stop_requested = terminated.is_set()
+                if terminated.is_set():
+                    steps.request_stop()
+                clock.add(configs[task].bsize)
+                latest[task] = logged
                 stop = step.stop or (group.count == 1 and terminated.is_set())
 
                 last = done == config.maxsteps or stop
@@ -189,11 +218,16 @@ def train(
                     done % (config.eval_every or config.save_every) == 0 or done == config.maxsteps
                 )
                 if done % config.log_every == 0 or saving or evaluating:
-                    values = {name: float(x) for name, x in (logged | more).items()}
-                    _check_finite(values, done, checkpoints)
-                    values["examples_per_second"] = clock.rate(done, config.bsize)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                    values = {name: float(x) for name, x in more.items()}
+                    for number, parts_of_loss in latest.items():
+                        prefix = f"{tasks[number - 1].name}/" if number else ""
+                        own = {f"{prefix}{name}": float(x) for name, x in parts_of_loss.items()}
+                        _check_finite(own[f"{prefix}loss"], values, done, checkpoints)
+                        values |= own
+                    values["examples_per_second"] = clock.rate()
+                    bar.set_postfix(loss=f"{float(logged['loss']):.4f}", refresh=False)
                     metrics.write(done, values)
+                    latest = {}
                 if saving:
                     checkpoints.save(done, state)
                 if evaluating and not stop:
@@ -203,7 +237,7 @@ def train(
                     metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
                     if best.improves(measured) and group.is_first:
                         _save(model, folder / "best", config, done)
-                    clock.pause(done)
+                    clock.pause()
                 if last:
                     break
             checkpoints.wait()
@@ -221,9 +255,10 @@ def train(
 
 
 def _check(
-    model: ColBERT, examples: Source, config: TrainingConfig, teacher: ColBERT | None
-) -> int:
-    """What must fit together; returns the number of documents a query."""
+    model: ColBERT, examples: Source, config: TrainingConfig, devices: int
+) -> TrainingConfig:
+    """What must fit together; the settings with the number of documents a query filled in."""
+    check_divides(config.bsize, config.accumsteps, jax.process_count(), devices)
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
         raise ValueError(f"nway is {nway}, but the examples have {examples.nway} documents a query")
@@ -252,18 +287,21 @@ def _check(
             f"freeze_layers is {config.freeze_layers}, but the model has {layers} layers: fewer "
             "must be frozen; warmup_bert=maxsteps trains the projection alone"
         )
-    if (teacher is not None) != (config.coupled_weight > 0):
-        raise ValueError(
-            f"coupled_weight is {config.coupled_weight} and there is "
-            f"{'no' if teacher is None else 'a'} coupled teacher: give both or none"
-        )
-    if teacher is not None:
-        _check_teacher(teacher, model)
-    return nway
+    return dataclasses.replace(config, nway=nway)
 
 
-def _check_teacher(teacher: ColBERT, model: ColBERT) -> None:
+def _check_teacher(
+    teacher: ColBERT | None, model: ColBERT, configs: Sequence[TrainingConfig]
+) -> None:
     """The teacher is given the student's token ids."""
+    weight = max(config.coupled_weight for config in configs)
+    if (teacher is not None) != (weight > 0):
+        raise ValueError(
+            f"coupled_weight is {weight} and there is {'no' if teacher is None else 'a'} coupled "
+            "teacher: give both or none"
+        )
+    if teacher is None:
+        return
     if teacher.quantization is not None or teacher.query_params is not teacher.params:
         raise ValueError(
             "the coupled teacher must be one encoder for queries and documents, loaded without "
@@ -278,6 +316,30 @@ def _check_teacher(teacher: ColBERT, model: ColBERT) -> None:
             f"the coupled teacher makes other tokens of a text: {', '.join(other)}; load it with "
             "the model's settings"
         )
+
+
+def _loader(
+    model: ColBERT,
+    source: Source,
+    config: TrainingConfig,
+    devices: int,
+    group: processes.Group,
+    start: int,
+) -> Loader:
+    return Loader(
+        source,
+        model.tokenizer,
+        bsize=config.bsize,
+        nway=config.nway,
+        accumsteps=config.accumsteps,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        start=start,
+        devices=devices,
+        group=group,
+        length_groups=config.length_groups,
+        longest=model.encoder.backbone.max_length,
+    )
 
 
 def _batch_putter(mesh: Mesh):
@@ -321,11 +383,13 @@ def _remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+def _check_finite(
+    loss: float, values: dict[str, float], step: int, checkpoints: Checkpoints
+) -> None:
+    if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
         return
     raise FloatingPointError(
-        f"at step {step} the loss is {values['loss']} and the gradient's norm "
+        f"at step {step} the loss is {loss} and the gradient's norm "
         f"{values['grad_norm']}; the last checkpoint is of step {checkpoints.latest}. Lower lr, or "
         "look at the examples' scores"
     )
@@ -353,19 +417,20 @@ class _Clock:
     """Examples a second since the last time it was asked."""
 
     def __init__(self) -> None:
-        self._time = time.perf_counter()
-        self._step: int | None = None
+        self._time, self._examples = time.perf_counter(), 0
 
-    def rate(self, step: int, bsize: int) -> float:
+    def add(self, examples: int) -> None:
+        self._examples += examples
+
+    def rate(self) -> float:
         now = time.perf_counter()
-        done = 0 if self._step is None else step - self._step
-        seconds = now - self._time
-        self._time, self._step = now, step
-        return done * bsize / seconds
+        rate = self._examples / (now - self._time)
+        self._time, self._examples = now, 0
+        return rate
 
-    def pause(self, step: int) -> None:
+    def pause(self) -> None:
         """What has passed since the last time does not count."""
-        self._time, self._step = time.perf_counter(), step
+        self._time, self._examples = time.perf_counter(), 0
 
 
 @contextmanager
