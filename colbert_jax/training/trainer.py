@@ -188,17 +188,17 @@ def train(
         bar.update(first)
         done, clock, latest = first, _Clock(), {}
         with steps, bar, _terminated() as terminated:
-            for task, step in steps if first < config.maxsteps else ():
+            for turn, step in steps if first < config.maxsteps else ():
                 trained = ("head",) if step.number < config.warmup_bert else parts
                 total = None
                 for number, batch in enumerate(step.batches):
-                    part = gradients[task](
+                    part = gradients[turn](
                         state["params"],
                         put(batch),
                         np.int32(step.number),
                         np.int32(number),
                         trained=trained,
-                        teacher_params=fixed if configs[task].coupled_weight else None,
+                        teacher_params=fixed if configs[turn].coupled_weight else None,
                     )
                     total = part if total is None else add(total, part)
                 assert total is not None
@@ -208,8 +208,8 @@ def train(
                 bar.update()
                 if terminated.is_set():
                     steps.request_stop()
-                clock.add(configs[task].bsize)
-                latest[task] = logged
+                clock.add(configs[turn].bsize)
+                latest[turn] = logged
                 stop = step.stop or (group.count == 1 and terminated.is_set())
 
                 last = done == config.maxsteps or stop
@@ -219,11 +219,10 @@ def train(
                 )
                 if done % config.log_every == 0 or saving or evaluating:
                     values = {name: float(x) for name, x in more.items()}
-                    for number, parts_of_loss in latest.items():
-                        prefix = f"{tasks[number - 1].name}/" if number else ""
-                        own = {f"{prefix}{name}": float(x) for name, x in parts_of_loss.items()}
-                        _check_finite(own[f"{prefix}loss"], values, done, checkpoints)
-                        values |= own
+                    for turn, figures in latest.items():
+                        prefix = f"{tasks[turn - 1].name}/" if turn else ""
+                        _check_finite(float(figures["loss"]), values, done, checkpoints)
+                        values |= {prefix + name: float(x) for name, x in figures.items()}
                     values["examples_per_second"] = clock.rate()
                     bar.set_postfix(loss=f"{float(logged['loss']):.4f}", refresh=False)
                     metrics.write(done, values)
