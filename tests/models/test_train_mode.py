@@ -1,5 +1,7 @@
 """Dropout and recomputation in every backbone."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module", params=[kind for kind in MODEL_TYPES if kind != "xlm-roberta"])
 def backbone(request):
-    """A forward pass with a gradient: (train) -> (output, gradient of its weighted sum)."""
+    """The output and the gradient of its weighted sum, a program for each way to train."""
     fields = SIZES | RENAMED | {"model_type": request.param}
     model = make_backbone(config_from_huggingface(fields), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
@@ -39,42 +41,55 @@ def backbone(request):
     attended = jnp.arange(10) < jnp.array([[10], [7], [3], [10]])
     weights = jnp.asarray(rng.normal(size=(4, 10, 16)), jnp.float32) * attended[..., None]
 
-    def run(train, rows=slice(None)):
+    def output(params, train, rows=slice(None)):
+        return nnx.merge(graphdef, params)(ids[rows], attended[rows], train)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def gradient(keys, dropout, remat):
         def loss(params):
-            own = train and TrainMode(train.keys[rows], train.dropout, train.remat)
-            module = nnx.merge(graphdef, params)
-            out = module(ids[rows], attended[rows], own)
-            return jnp.sum(out * weights[rows]), out
+            train = None if dropout is None else TrainMode(keys, dropout, remat)
+            out = output(params, train)
+            return jnp.sum(out * weights), out
 
-        (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        return np.asarray(out), jax.tree.map(np.asarray, gradient)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
-    return run
+    @cache
+    def run(seed=0, dropout=0.3, remat=False):
+        """`dropout` None: not training."""
+        (_, out), grads = gradient(keys(seed), dropout, remat)
+        return np.asarray(out), jax.tree.map(np.asarray, grads)
+
+    @partial(jax.jit, static_argnums=0)
+    def alone(row, keys):
+        rows = slice(row, row + 1)
+        return output(params, TrainMode(keys[rows], 0.3, False), rows)
+
+    return run, lambda row: np.asarray(alone(row, keys(0)))
 
 
-def mode(seed=0, dropout=0.3, remat=False):
-    return TrainMode(jax.random.split(jax.random.key(seed), 4), dropout, remat)
+def keys(seed: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), 4)
 
 
 def test_no_dropout_is_no_training(backbone):
-    plain, zero = backbone(None), backbone(mode(dropout=0.0))
-    jax.tree.map(np.testing.assert_array_equal, zero, plain)
+    run, _ = backbone
+    jax.tree.map(np.testing.assert_array_equal, run(dropout=0.0), run(dropout=None))
 
 
 def test_recomputation_changes_nothing(backbone):
     """Gradients of recomputed layers, with the same dropout both times."""
-    kept, again = backbone(mode()), backbone(mode(remat=True))
+    run, _ = backbone
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, again, kept)
+    jax.tree.map(close, run(remat=True), run())
 
 
 def test_dropout_is_of_the_row(backbone):
     """Other keys, other output; a row alone loses what it loses among others."""
-    out, _ = backbone(mode())
-    assert np.abs(out - backbone(None)[0]).max() > 0.1
-    assert np.abs(out - backbone(mode(seed=1))[0]).max() > 0.1
-    alone, _ = backbone(mode(), rows=slice(1, 2))
-    np.testing.assert_allclose(alone[0, :7], out[1, :7], rtol=1e-4, atol=1e-5)
+    run, alone = backbone
+    out, _ = run()
+    assert np.abs(out - run(dropout=None)[0]).max() > 0.1
+    assert np.abs(out - run(seed=1)[0]).max() > 0.1
+    np.testing.assert_allclose(alone(1)[0, :7], out[1, :7], rtol=1e-4, atol=1e-5)
 
 
 def test_share_and_scale():
