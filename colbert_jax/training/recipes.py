@@ -193,8 +193,16 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
         examples = _triples(*files, recipe.training)
     else:
         examples = _pairs(recipe.triples, recipe.training)
-    return _train(
-        recipe, load_model(recipe), examples, _folder(recipe), recipe.training, dev, overwrite
+    model = load_model(recipe)
+    teacher = _coupled_teacher(recipe, model)
+    return train(
+        model,
+        examples,
+        _folder(recipe),
+        recipe.training,
+        teacher=teacher,
+        dev=dev,
+        overwrite=overwrite,
     )
 
 
@@ -206,7 +214,11 @@ def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
     examples = stanford_examples(
         recipe.examples, recipe.queries, recipe.collection, nway=config.nway, scores=scored
     )
-    return _train(recipe, load_model(recipe), examples, _folder(recipe), config, dev, overwrite)
+    model = load_model(recipe)
+    teacher = _coupled_teacher(recipe, model)
+    return train(
+        model, examples, _folder(recipe), config, teacher=teacher, dev=dev, overwrite=overwrite
+    )
 
 
 def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False) -> Trained:
@@ -227,9 +239,15 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
     teacher = load_teacher(recipe.teacher, maxlen=recipe.teacher_maxlen)
     folder = _folder(recipe)
     model = load_model(recipe)
+    coupled = _coupled_teacher(recipe, model)
+
+    def stage(model: ColBERT, source: Source, folder: Path, config: TrainingConfig) -> Trained:
+        own = coupled if config.coupled_weight else None
+        return train(model, source, folder, config, teacher=own, dev=dev, overwrite=overwrite)
+
     trained = None
     if warm is not None:
-        trained = _train(recipe, model, warm, folder / "warm", recipe.warm, dev, overwrite)
+        trained = stage(model, warm, folder / "warm", recipe.warm)
         model = load_model(recipe, trained.model)
     for number in range(1, recipe.rounds + 1):
         place = folder / f"round{number}"
@@ -254,7 +272,7 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
             if file is not None
         ]
         source = concatenate(sources)
-        trained = _train(recipe, model, source, place / "run", config, dev, overwrite)
+        trained = stage(model, source, place / "run", config)
         model = load_model(recipe, trained.model)
     assert trained is not None
     return trained
@@ -267,22 +285,12 @@ RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
 }
 
 
-def _train(
-    recipe: Recipe,
-    model: ColBERT,
-    examples: Source,
-    folder: Path,
-    config: TrainingConfig,
-    dev: DevCollection | None,
-    overwrite: bool,
-) -> Trained:
-    """One stage, with the coupled teacher if it learns from one."""
-    teacher = None
-    if config.coupled_weight:
-        assert recipe.coupled_teacher is not None
-        text = dataclasses.asdict(model.config.text)
-        teacher = ColBERT.from_pretrained(recipe.coupled_teacher, **text)
-    return train(model, examples, folder, config, teacher=teacher, dev=dev, overwrite=overwrite)
+def _coupled_teacher(recipe: Recipe, model: ColBERT) -> ColBERT | None:
+    """The recipe's, to be given the model's token ids."""
+    if recipe.coupled_teacher is None:
+        return None
+    text = dataclasses.asdict(model.config.text)
+    return ColBERT.from_pretrained(recipe.coupled_teacher, **text)
 
 
 def _pairs(file: str, config: TrainingConfig) -> Source:

@@ -43,14 +43,15 @@ def make_loss(
     Args:
       dtype: of the dense layers' computation.
       mesh: of the devices that the batch is spread over; None: one device.
-      teacher: the coupled teacher, if there is one.
+      teacher: the coupled teacher, for a `coupled_weight`.
 
     Returns:
       a function giving the loss, float32[], and its parts by name.
     """
     embed = _make_embed(encoder, config, dtype, mesh, training=True)
     embed_fixed = None
-    if teacher is not None:
+    if config.coupled_weight:
+        assert teacher is not None
         embed_fixed = _make_embed(teacher, config, dtype, mesh, training=False)
 
     def loss(params: dict, batch: Batch, key: jax.Array, teacher_params: dict | None = None):

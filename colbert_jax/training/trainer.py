@@ -153,20 +153,13 @@ def train(
             state = checkpoints.restore(like)
         first = int(state["step"])
 
-        fixed, fixed_encoder = None, None
+        fixed = None
         if teacher is not None:
-            fixed_encoder = teacher.encoder
             where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
             fixed = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
+        teacher_encoder = None if teacher is None else teacher.encoder
         gradients = [
-            make_gradients(
-                encoder,
-                own,
-                dtype,
-                mesh,
-                shardings["params"],
-                fixed_encoder if own.coupled_weight else None,
-            )
+            make_gradients(encoder, own, dtype, mesh, shardings["params"], teacher_encoder)
             for own in configs
         ]
         update = make_update(config, shardings)
@@ -198,7 +191,7 @@ def train(
                         np.int32(step.number),
                         np.int32(number),
                         trained=trained,
-                        teacher_params=fixed if configs[turn].coupled_weight else None,
+                        teacher_params=fixed,
                     )
                     total = part if total is None else add(total, part)
                 assert total is not None
@@ -221,7 +214,9 @@ def train(
                     values = {name: float(x) for name, x in more.items()}
                     for turn, figures in latest.items():
                         prefix = f"{tasks[turn - 1].name}/" if turn else ""
-                        _check_finite(float(figures["loss"]), values, done, checkpoints)
+                        _check_finite(
+                            float(figures["loss"]), values["grad_norm"], done, checkpoints
+                        )
                         values |= {prefix + name: float(x) for name, x in figures.items()}
                     values["examples_per_second"] = clock.rate()
                     bar.set_postfix(loss=f"{float(logged['loss']):.4f}", refresh=False)
@@ -382,15 +377,12 @@ def _remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _check_finite(
-    loss: float, values: dict[str, float], step: int, checkpoints: Checkpoints
-) -> None:
-    if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
+def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     raise FloatingPointError(
-        f"at step {step} the loss is {loss} and the gradient's norm "
-        f"{values['grad_norm']}; the last checkpoint is of step {checkpoints.latest}. Lower lr, or "
-        "look at the examples' scores"
+        f"at step {step} the loss is {loss} and the gradient's norm {grad_norm}; the last "
+        f"checkpoint is of step {checkpoints.latest}. Lower lr, or look at the examples' scores"
     )
 
 

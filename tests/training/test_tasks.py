@@ -7,11 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import support
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.training import Task, pair_examples, stanford_examples, train, trainer
+from colbert_jax.training import Task, pair_examples, train
 from colbert_jax.training.loader import Step
 from colbert_jax.training.tasks import Turns, turns
 
@@ -92,22 +91,16 @@ def test_every_loader_hears_of_a_stop():
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def sources(files, source, tmp_path_factory):
     """Pairs, and four-way examples with scores."""
-    folder = tmp_path_factory.mktemp("data")
-    texts, queries = support.passages(40, seed=1), support.passages(20, seed=3, longest=8)
+    queries, texts = (
+        [line.split("\t")[1] for line in files[name].read_text().splitlines()]
+        for name in ("queries", "collection")
+    )
     pairs = [{"query": q, "positive": texts[2 * i]} for i, q in enumerate(queries)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (folder / "collection.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(texts)))
-    (folder / "queries.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(queries)))
-    rng = np.random.default_rng(2)
-    lines = [
-        [qid, *([int(pid), -float(n)] for n, pid in enumerate(rng.choice(40, 4, replace=False)))]
-        for qid in range(20)
-    ]
-    (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ("examples.jsonl", "queries.tsv", "collection.tsv")
-    return pair_examples(folder / "pairs.jsonl"), stanford_examples(*(folder / n for n in names))
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pair_examples(file), source
 
 
 def lists(examples, **settings) -> Task:
@@ -115,18 +108,14 @@ def lists(examples, **settings) -> Task:
     return Task("lists", examples, 0.4, own)
 
 
-class Stop(Exception):
-    pass
-
-
-def test_two_losses_in_one_run(sources, shallow_folder, tmp_path, monkeypatch):
+def test_two_losses_in_one_run(sources, shallow_folder, tmp_path, stopped_after):
     """Both are learned from; stopped and started again, the run ends with the same weights."""
     pairs, examples = sources
 
-    def run(folder: Path, task: Task, config: TrainingConfig = SETTINGS) -> bytes:
+    def run(folder: Path, task: Task) -> bytes:
         devices = jax.devices()[:1]
         model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=devices)
-        train(model, pairs, folder, config, tasks=[task], devices=devices)
+        train(model, pairs, folder, SETTINGS, tasks=[task], devices=devices)
         return (folder / "last" / "model.safetensors").read_bytes()
 
     whole = run(tmp_path / "whole", lists(examples))
@@ -134,22 +123,7 @@ def test_two_losses_in_one_run(sources, shallow_folder, tmp_path, monkeypatch):
     keys = {"contrastive", "loss", "lists/loss", "lists/distillation", "lists/in_batch", "lr"}
     assert keys <= set().union(*(json.loads(line) for line in lines))
 
-    original, count = trainer.make_update, 0
-
-    def stopping(*args):
-        update = original(*args)
-
-        def counted(*args):
-            nonlocal count
-            count += 1
-            if count > 3:
-                raise Stop
-            return update(*args)
-
-        return counted
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(trainer, "make_update", stopping)
+    with stopped_after(3):
         run(tmp_path / "cut", lists(examples))
     assert run(tmp_path / "cut", lists(examples)) == whole
 

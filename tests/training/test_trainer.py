@@ -17,7 +17,6 @@ import support
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.training import trainer
 from colbert_jax.training.batch import Batch, Rows
 from colbert_jax.training.dev import DevCollection
 from colbert_jax.training.examples import stanford_examples
@@ -33,32 +32,6 @@ SMALL = TrainingConfig(
 
 def changed(**changes) -> TrainingConfig:
     return dataclasses.replace(SMALL, **changes)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    """21 four-way examples with scores, over 60 passages."""
-    folder = tmp_path_factory.mktemp("data")
-    texts = support.passages(60, seed=1)
-    rng = np.random.default_rng(2)
-    lines = []
-    for qid in range(21):
-        pids = rng.choice(60, 4, replace=False)
-        scores = np.sort(rng.normal(0, 3, 4))[::-1]
-        lines.append([qid, *([int(p), float(s)] for p, s in zip(pids, scores, strict=True))])
-    (folder / "collection.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(texts)))
-    queries = support.passages(21, seed=3, longest=8)
-    (folder / "queries.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in enumerate(queries)))
-    (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    qrels = "".join(f"{line[0]} 0 {line[1][0]} 1\n" for line in lines)
-    (folder / "qrels.tsv").write_text(qrels)
-    names = ("examples.jsonl", "queries.tsv", "collection.tsv", "qrels.tsv")
-    return {name.split(".")[0]: folder / name for name in names}
-
-
-@pytest.fixture(scope="module")
-def source(files):
-    return stanford_examples(files["examples"], files["queries"], files["collection"])
 
 
 @pytest.fixture
@@ -93,10 +66,6 @@ def weights(folder: Path) -> bytes:
     return (folder / "last" / "model.safetensors").read_bytes()
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(shallow_folder, source, tmp_path_factory, one_length) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
@@ -107,27 +76,11 @@ def uninterrupted(shallow_folder, source, tmp_path_factory, one_length) -> Path:
 
 @pytest.mark.parametrize("steps", [3])
 def test_interrupted_run_goes_on_bit_for_bit(
-    steps, start, source, uninterrupted, tmp_path, monkeypatch
+    steps, start, source, uninterrupted, tmp_path, stopped_after
 ):
     """Stopped after any step, with dropout and a shuffled order: the same weights in the end."""
-    original, count = trainer.make_update, 0
-
-    def stopping(*args):
-        update = original(*args)
-
-        def counted(*args):
-            nonlocal count
-            if count == steps:
-                raise Stop
-            count += 1
-            return update(*args)
-
-        return counted
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_update", stopping)
-        with pytest.raises(Stop):
-            run(start, source, tmp_path)
+    with stopped_after(steps):
+        run(start, source, tmp_path)
     lines = run(start, source, tmp_path)
     assert weights(tmp_path) == weights(uninterrupted)
     np.testing.assert_array_equal(losses(lines), losses(metrics(uninterrupted)))
@@ -351,7 +304,7 @@ def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices)
     np.testing.assert_allclose(losses(two)[:1], losses(lines)[:1], rtol=2e-4)
 
 
-def test_coupled_teacher_that_does_not_fit(start, source, stanford_folder, tmp_path):
+def test_coupled_teacher_that_does_not_fit(start, source, tmp_path):
     def fails(config: TrainingConfig, teacher: ColBERT | None, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             train(start(), source, tmp_path / "run", config, teacher=teacher)
