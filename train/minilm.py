@@ -6,16 +6,19 @@ DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `debian_des
 `wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web queries without judgements, and
 129 queries with 64 passages each that a cross-encoder scored.
 
-1. start/: the projection is one to a random third of all directions.
-2. warm/: contrast of 23,000 pairs (title and abstract, question and answer, ...), the projection
-   alone. A batch holds pairs of one source, so that its negatives are not told apart by their
-   subject.
+1. wide/: a 384-wide projection, the identity to begin with, learns from three sources in turn,
+   each step from one: contrast of pairs (title and abstract, question and answer, ...), Wikipedia's
+   titles and texts, and draws of 12 of the 64 scored passages of the 129 queries. A batch of pairs
+   is of one source, so that its negatives are not told apart by their subject. How MiniLM's own
+   tokens score all pairs of a batch is half of what is learned; of Wikipedia, whose titles are no
+   questions, all of it.
+2. narrow/: the principal components of the wide tokens. Learning at full width first lost less than
+   learning at 128 from the start.
 3. round1/: the model so far retrieves 10 of 9,000 passages for each of 160 web queries. No
-   cross-encoder is at hand, so two teachers score them: MiniLM's own token embeddings at full
-   width, and MPNet's single vectors with half the weight. Against the cross-encoder's order of the
-   pool the two are better than either. The projection learns from these and from draws of 8 of the
-   64 scored passages of each of the 129 queries.
-4. round2/: the same with the model of round one, other queries and other draws.
+   cross-encoder is at hand, so two teachers score them: the wide tokens, and MPNet's single
+   vectors with half the weight. The narrow projection learns from these lists and the sources
+   before, and in every step from how the wide tokens score the batch.
+4. round2/: the same with the model of round one and other queries.
 
 The encoder stays as it is throughout: to move it for the better takes longer than this run, and
 pairs as easy as these move it for the worse. Every setting is below.
@@ -26,79 +29,100 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from colbert_jax import ColBERT
-from colbert_jax.cli import main
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.index import Index
 from colbert_jax.runtime import enable_compilation_cache
-from colbert_jax.training import LateInteraction, load_teacher
+from colbert_jax.training import (
+    LateInteraction,
+    Task,
+    TrainingConfig,
+    load_teacher,
+    pair_examples,
+    stanford_examples,
+    train,
+)
 from colbert_jax.training.mining import make_examples, retrieve, score_ranking
 
-ROUNDS, DRAWS = ("round1", "round2"), 5
-DIM, BATCH, WARM_STEPS = 128, 64, 360
+ROUNDS, NBITS = ("round1", "round2"), 2
+WIDTH, DIM = 384, 128
+TEXT: dict[str, Any] = dict(query_maxlen=32, doc_maxlen=96)
+BATCH = 48
 MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
-PASSAGES, WEB_QUERIES, K, WAYS, STEPS, NBITS = 9_000, 160, 10, 8, 48, 2
-DOC_MAXLEN, MPNET_WEIGHT = 96, 0.5  # tokens of a passage, for all but the first teacher
-WARM = [
-    *("--loss", "contrastive"),
-    *("--nway", "1"),
-    *("--bsize", str(BATCH)),
-    *("--maxsteps", str(WARM_STEPS)),
-    *("--warmup", "30"),
-    *("--warmup-bert", str(WARM_STEPS)),  # the encoder stays as it is
-    *("--head-lr", "2e-3"),
-    *("--dropout", "0"),
-    *("--shuffle", "false"),  # batches are made up in the file
-    *("--length-groups", "2"),
-    *("--query-maxlen", "32"),
-    *("--doc-maxlen", "128"),
-    *("--save-every", "60"),
-    *("--log-every", "10"),
-]
-DISTILL = [
-    # Teachers have scales of their own: each query's scores are mapped to 0..8. The student's lie
-    # within 1 or 2: at a temperature of 1 it would learn to spread them before anything else.
-    *("--normalize-teacher", "true"),
-    *("--distillation-alpha", "8"),
-    *("--student-temperature", "0.25"),
-    *("--use-ib-negatives", "false"),
-    *("--dropout", "0"),
-    *("--nway", str(WAYS)),
-    *("--bsize", "16"),
-    *("--maxsteps", str(STEPS)),
-    *("--warmup", "4"),
-    *("--warmup-bert", str(STEPS)),
-    *("--head-lr", "1e-3"),
-    *("--length-groups", "2"),
-    *("--query-maxlen", "32"),
-    *("--doc-maxlen", str(DOC_MAXLEN)),
-    *("--save-every", "8"),
-    *("--log-every", "2"),
-]
+PASSAGES, WEB_QUERIES, K, DRAWS = 9_000, 160, 10, 8
+MPNET_WEIGHT, POOL_WAYS, WEB_WAYS = 0.5, 12, 8
+WIDE_STEPS, ROUND_STEPS = 300, 80
+PCA_EVERY = 4  # pairs of texts whose tokens are looked at
+
+# Pairs: the answer to a query among those of the batch.
+WIDE = TrainingConfig(
+    loss="contrastive",
+    nway=1,
+    use_ib_negatives=False,
+    bsize=BATCH,
+    dropout=0.0,
+    shuffle=False,  # batches are made up in the file
+    length_groups=2,
+    maxsteps=WIDE_STEPS,
+    warmup=30,
+    warmup_bert=WIDE_STEPS,  # the encoder stays as it is
+    head_lr=1e-3,
+    coupled_weight=0.5,
+    save_every=40,
+)
+ROUND = dataclasses.replace(
+    WIDE,
+    coupled_weight=0.75,
+    maxsteps=ROUND_STEPS,
+    warmup=10,
+    warmup_bert=ROUND_STEPS,
+    head_lr=3e-4,
+    save_every=20,
+)
+# Lists with a teacher's scores. Teachers have scales of their own: each query's are mapped to 0..8.
+LISTS = dict(
+    loss="distillation",
+    normalize_teacher=True,
+    distillation_alpha=8.0,
+    shuffle=True,
+    length_groups=2,
+)
+POOL = LISTS | dict(nway=POOL_WAYS, bsize=4)
+# Two weak teachers know the order of ten alike passages less well: scores need to differ by 2 only.
+WEB = LISTS | dict(nway=WEB_WAYS, bsize=8, student_temperature=0.25)
 
 
-def random_start(args: argparse.Namespace, folder: Path) -> Path:
-    """The encoder with a projection to 128 random orthonormal directions.
-
-    Untrained they retrieve as well as principal components do.
-    """
-    model = ColBERT.from_pretrained(args.checkpoint, dim=DIM)
-    params = model.params
-    width = params["head"][0]["linear"]["kernel"].shape[0]
-    directions, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, DIM)))
-    params["head"][0]["linear"]["kernel"] = directions.astype(np.float32)
-    model.set_params(params)
-    model.save_pretrained(folder)
+def with_projection(args: argparse.Namespace, kernel: np.ndarray, folder: Path) -> Path:
+    """The encoder with a projection, float32[384, dim]."""
+    if not folder.exists():
+        model = ColBERT.from_pretrained(args.checkpoint, dim=kernel.shape[1])
+        params = model.params
+        params["head"][0]["linear"]["kernel"] = kernel.astype(np.float32)
+        model.set_params(params)
+        model.save_pretrained(folder)
     return folder
+
+
+def narrowed(wide: Path, texts: Path) -> np.ndarray:
+    """The principal components of the wide tokens of half the texts, turned at random so that all
+    dimensions vary alike, as the residuals' codec expects; after the wide projection."""
+    model = ColBERT.from_pretrained(wide)
+    rows = [json.loads(line) for line in texts.open()][::PCA_EVERY]
+    tokens = model.encode_documents([row["positive"] for row in rows]).values
+    asked = model.encode_queries([row["query"] for row in rows]).reshape(-1, model.dim)
+    _, directions = np.linalg.eigh(tokens.T @ tokens + asked.T @ asked)
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
+    return model.params["head"][0]["linear"]["kernel"] @ directions[:, -DIM:] @ turn
 
 
 def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -118,9 +142,10 @@ def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield from topics.items()
 
 
-def write_pairs(data: Path, file: Path) -> None:
-    """Batches of pairs of one source each, in random order."""
-    rng, batches = random.Random(0), []
+def write_pairs(data: Path, folder: Path) -> None:
+    """Batches of pairs of one source each, in random order: `pairs.jsonl`, and `wiki.jsonl`."""
+    rng = random.Random(0)
+    batches: dict[str, list[list[dict]]] = {"pairs": [], "wiki": []}
     for name, rows in pairs(data):
         seen: set[str] = set()
         kept = []
@@ -132,13 +157,16 @@ def write_pairs(data: Path, file: Path) -> None:
                 kept.append({"query": query, "positive": passage})
         rng.shuffle(kept)
         kept = kept[: MOST_PAIRS.get(name, len(kept))]
-        batches += [kept[i : i + BATCH] for i in range(0, len(kept) - BATCH + 1, BATCH)]
-    rng.shuffle(batches)
-    file.write_text("".join(json.dumps(pair) + "\n" for batch in batches for pair in batch))
+        file = batches["pairs" if name in MOST_PAIRS else "wiki"]
+        file += [kept[i : i + BATCH] for i in range(0, len(kept) - BATCH + 1, BATCH)]
+    for name, made in batches.items():
+        rng.shuffle(made)
+        lines = [json.dumps(pair) + "\n" for batch in made for pair in batch]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
 def write_pool(pool: Path, folder: Path) -> None:
-    """The collection, all queries, and for each round its web queries and draws of the pool."""
+    """The collection, all queries, draws of the scored pool, and each round's web queries."""
     scored = [json.loads(line) for line in (pool / "examples_64way.jsonl").open()]
     wanted = {str(pid) for _, *passages in scored for pid, _ in passages}
     with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
@@ -147,6 +175,16 @@ def write_pool(pool: Path, folder: Path) -> None:
     kept = {*others[: PASSAGES - len(wanted)]}
     chosen = [line for line in lines if line in kept or line.split("\t")[0] in wanted]
     (folder / "collection.tsv").write_text("".join(chosen), "utf-8")
+    draws = []
+    for seed in range(DRAWS):
+        draw = folder / "draw.jsonl"
+        make_examples(
+            pool / "examples_64way.jsonl", draw, nway=POOL_WAYS, seed=seed, overwrite=True
+        )
+        draws.append(draw.read_text("utf-8"))
+    for made in folder.glob("draw.jsonl*"):
+        made.unlink()
+    (folder / "pool.jsonl").write_text("".join(draws), "utf-8")
     web = (pool / "dev_small_queries.tsv").read_text("utf-8").splitlines(keepends=True)
     queries = (pool / "queries.tsv").read_text("utf-8").splitlines(keepends=True)
     ids = {line.split("\t")[0] for line in queries}
@@ -155,35 +193,35 @@ def write_pool(pool: Path, folder: Path) -> None:
         part = asked[number * WEB_QUERIES : (number + 1) * WEB_QUERIES]
         queries += part
         (folder / f"{name}.tsv").write_text("".join(part), "utf-8")
-        draws = []
-        for seed in range(number * DRAWS, (number + 1) * DRAWS):
-            draw = folder / "draw.jsonl"
-            make_examples(pool / "examples_64way.jsonl", draw, nway=WAYS, seed=seed, overwrite=True)
-            draws.append(draw.read_text("utf-8"))
-        for made in folder.glob("draw.jsonl*"):
-            made.unlink()
-        (folder / f"{name}.jsonl").write_text("".join(draws), "utf-8")
     (folder / "queries.tsv").write_text("".join(queries), "utf-8")
 
 
-def mine(start: Path, args: argparse.Namespace, queries: Path, collection: Path, folder: Path):
+def mine(
+    start: Path,
+    wide: Path,
+    args: argparse.Namespace,
+    queries: Path,
+    collection: Path,
+    folder: Path,
+) -> Path:
     """Examples of the queries, scored by both teachers."""
     folder.mkdir(parents=True, exist_ok=True)
     index, ranking = folder / "index", folder / "ranking.tsv"
-    retriever = ColBERT.from_pretrained(start, doc_maxlen=DOC_MAXLEN)
+    retriever = ColBERT.from_pretrained(start, doc_maxlen=TEXT["doc_maxlen"])
     if not index.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
         Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
     retrieve(Index.open(index), retriever, read_queries(queries), ranking, k=K)
-    tokens = LateInteraction(ColBERT.from_pretrained(args.checkpoint))
-    vectors = load_teacher(args.teacher, maxlen=DOC_MAXLEN)
+    tokens = LateInteraction(ColBERT.from_pretrained(wide))
+    vectors = load_teacher(args.teacher, maxlen=TEXT["doc_maxlen"])
     files = []
     for name, teacher in (("tokens", tokens), ("vectors", vectors)):
         files.append(folder / f"{name}.jsonl")
         score_ranking(ranking, queries, collection, teacher, files[-1])
     both = folder / "scores.jsonl"
     both.write_text("".join(combined(*files)), "utf-8")
-    return make_examples(both, folder / "examples.jsonl", nway=WAYS, overwrite=True).path
+    made = make_examples(both, folder / "examples.jsonl", nway=WEB_WAYS, overwrite=True)
+    return made.path
 
 
 def combined(tokens: Path, vectors: Path) -> Iterator[str]:
@@ -203,7 +241,7 @@ def combined(tokens: Path, vectors: Path) -> Iterator[str]:
         yield json.dumps([qid, *([pid, score] for pid, score in best_first)]) + "\n"
 
 
-def run() -> int:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--checkpoint", required=True)
@@ -211,32 +249,35 @@ def run() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     enable_compilation_cache()
-    data, model = args.folder / "data", args.folder / "start"
+    data = args.folder / "data"
     if not (data / "queries.tsv").exists():
         data.mkdir(parents=True, exist_ok=True)
-        write_pairs(args.data, data / "pairs.jsonl")
+        write_pairs(args.data, data)
         write_pool(args.data / "msmarco_v2_pool", data)
+    collection, queries = data / "collection.tsv", data / "queries.tsv"
+
+    wiki = pair_examples(data / "wiki.jsonl")
+    pool = stanford_examples(data / "pool.jsonl", queries, collection)
+
+    def learn(start: Path, teacher: Path, name: str, config: TrainingConfig, *tasks: Task) -> Path:
+        fixed, model = (ColBERT.from_pretrained(place, **TEXT) for place in (teacher, start))
+        pairs = pair_examples(data / "pairs.jsonl")
+        return train(model, pairs, args.folder / name, config, tasks=tasks, teacher=fixed).model
+
+    # Titles are no questions: what the teacher makes of them is learned, not which is whose.
+    titles = Task("wiki", wiki, 0.25, {"coupled_weight": 1.0})
+    draws = Task("pool", pool, 0.3, POOL | {"coupled_weight": 0.3})
+    wide = with_projection(args, np.eye(WIDTH), args.folder / "wide_start")
+    wide = learn(wide, wide, "wide", WIDE, titles, draws)
+    model = args.folder / "narrow"
     if not model.exists():
-        random_start(args, model)
-    flags = [f"--checkpoint={model}", f"--folder={args.folder / 'warm'}"]
-    if main(["train", "colbertv1", *flags, f"--triples={data / 'pairs.jsonl'}", *WARM]):
-        return 2
-    model = args.folder / "warm" / "last"
-    files = data / "collection.tsv", data / "queries.tsv"
+        with_projection(args, narrowed(wide, data / "pairs.jsonl"), model)
     for name in ROUNDS:
-        folder = args.folder / name
-        mined = mine(model, args, data / f"{name}.tsv", files[0], folder)
-        examples = folder / "all.jsonl"
-        examples.write_text(
-            mined.read_text("utf-8") + (data / f"{name}.jsonl").read_text("utf-8"), "utf-8"
-        )
-        flags = [f"--checkpoint={model}", f"--folder={folder / 'run'}", f"--examples={examples}"]
-        flags += [f"--collection={files[0]}", f"--queries={files[1]}", *DISTILL]
-        if main(["train", "distill", *flags]):
-            return 2
-        model = folder / "run" / "last"
-    return 0
+        mined = mine(model, wide, args, data / f"{name}.tsv", collection, args.folder / name)
+        web = stanford_examples(mined, queries, collection)
+        lists = Task("web", web, 0.2, WEB | {"coupled_weight": 0.3})
+        model = learn(model, wide, f"{name}/run", ROUND, titles, draws, lists)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()
