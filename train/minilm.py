@@ -33,7 +33,8 @@ import dataclasses
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
 PASSAGES, WEB_QUERIES, K, DRAWS = 9_000, 160, 10, 8
 MPNET_WEIGHT, POOL_WAYS, WEB_WAYS = 0.5, 12, 8
 WIDE_STEPS, ROUND_STEPS = 300, 80
-PCA_EVERY = 4  # pairs of texts whose tokens are looked at
+PCA_EVERY = 4  # one in so many pairs gives tokens to the principal components
 
 # Pairs: the answer to a query among those of the batch.
 WIDE = TrainingConfig(
@@ -95,17 +96,17 @@ LISTS = dict(
     normalize_teacher=True,
     distillation_alpha=8.0,
     shuffle=True,
-    length_groups=2,
 )
 POOL = LISTS | dict(nway=POOL_WAYS, bsize=4)
 # Two weak teachers know the order of ten alike passages less well: scores need to differ by 2 only.
 WEB = LISTS | dict(nway=WEB_WAYS, bsize=8, student_temperature=0.25)
 
 
-def with_projection(args: argparse.Namespace, kernel: np.ndarray, folder: Path) -> Path:
-    """The encoder with a projection, float32[384, dim]."""
+def with_projection(args: argparse.Namespace, make: Callable[[], np.ndarray], folder: Path) -> Path:
+    """The encoder with the projection that `make` returns, float32[384, dim]."""
     if not folder.exists():
-        model = ColBERT.from_pretrained(args.checkpoint, dim=kernel.shape[1])
+        kernel = make()
+        model = ColBERT.from_pretrained(args.checkpoint, dim=kernel.shape[1], **TEXT)
         params = model.params
         params["head"][0]["linear"]["kernel"] = kernel.astype(np.float32)
         model.set_params(params)
@@ -114,7 +115,7 @@ def with_projection(args: argparse.Namespace, kernel: np.ndarray, folder: Path) 
 
 
 def narrowed(wide: Path, texts: Path) -> np.ndarray:
-    """The principal components of the wide tokens of half the texts, turned at random so that all
+    """The principal components of the wide tokens of some texts, turned at random so that all
     dimensions vary alike, as the residuals' codec expects; after the wide projection."""
     model = ColBERT.from_pretrained(wide)
     rows = [json.loads(line) for line in texts.open()][::PCA_EVERY]
@@ -207,7 +208,7 @@ def mine(
     """Examples of the queries, scored by both teachers."""
     folder.mkdir(parents=True, exist_ok=True)
     index, ranking = folder / "index", folder / "ranking.tsv"
-    retriever = ColBERT.from_pretrained(start, doc_maxlen=TEXT["doc_maxlen"])
+    retriever = ColBERT.from_pretrained(start)
     if not index.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
         Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
@@ -256,22 +257,20 @@ def run() -> None:
         write_pool(args.data / "msmarco_v2_pool", data)
     collection, queries = data / "collection.tsv", data / "queries.tsv"
 
-    wiki = pair_examples(data / "wiki.jsonl")
+    answers, wiki = (pair_examples(data / f"{name}.jsonl") for name in ("pairs", "wiki"))
     pool = stanford_examples(data / "pool.jsonl", queries, collection)
 
     def learn(start: Path, teacher: Path, name: str, config: TrainingConfig, *tasks: Task) -> Path:
-        fixed, model = (ColBERT.from_pretrained(place, **TEXT) for place in (teacher, start))
-        pairs = pair_examples(data / "pairs.jsonl")
-        return train(model, pairs, args.folder / name, config, tasks=tasks, teacher=fixed).model
+        fixed, model = (ColBERT.from_pretrained(place) for place in (teacher, start))
+        return train(model, answers, args.folder / name, config, tasks=tasks, teacher=fixed).model
 
     # Titles are no questions: what the teacher makes of them is learned, not which is whose.
     titles = Task("wiki", wiki, 0.25, {"coupled_weight": 1.0})
     draws = Task("pool", pool, 0.3, POOL | {"coupled_weight": 0.3})
-    wide = with_projection(args, np.eye(WIDTH), args.folder / "wide_start")
+    wide = with_projection(args, lambda: np.eye(WIDTH), args.folder / "wide_start")
     wide = learn(wide, wide, "wide", WIDE, titles, draws)
-    model = args.folder / "narrow"
-    if not model.exists():
-        with_projection(args, narrowed(wide, data / "pairs.jsonl"), model)
+    principal = partial(narrowed, wide, data / "pairs.jsonl")
+    model = with_projection(args, principal, args.folder / "narrow")
     for name in ROUNDS:
         mined = mine(model, wide, args, data / f"{name}.tsv", collection, args.folder / name)
         web = stanford_examples(mined, queries, collection)

@@ -193,17 +193,7 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
         examples = _triples(*files, recipe.training)
     else:
         examples = _pairs(recipe.triples, recipe.training)
-    model = load_model(recipe)
-    teacher = _coupled_teacher(recipe, model)
-    return train(
-        model,
-        examples,
-        _folder(recipe),
-        recipe.training,
-        teacher=teacher,
-        dev=dev,
-        overwrite=overwrite,
-    )
+    return _one_run(recipe, examples, dev, overwrite)
 
 
 def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
@@ -214,11 +204,7 @@ def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
     examples = stanford_examples(
         recipe.examples, recipe.queries, recipe.collection, nway=config.nway, scores=scored
     )
-    model = load_model(recipe)
-    teacher = _coupled_teacher(recipe, model)
-    return train(
-        model, examples, _folder(recipe), config, teacher=teacher, dev=dev, overwrite=overwrite
-    )
+    return _one_run(recipe, examples, dev, overwrite)
 
 
 def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False) -> Trained:
@@ -283,6 +269,21 @@ RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
     "distill": (Distillation, distill),
     "denoised-supervision": (DenoisedSupervision, denoised_supervision),
 }
+
+
+def _one_run(
+    recipe: ColBERTv1 | Distillation, examples: Source, dev: DevCollection | None, overwrite: bool
+) -> Trained:
+    model = load_model(recipe)
+    return train(
+        model,
+        examples,
+        _folder(recipe),
+        recipe.training,
+        teacher=_coupled_teacher(recipe, model),
+        dev=dev,
+        overwrite=overwrite,
+    )
 
 
 def _coupled_teacher(recipe: Recipe, model: ColBERT) -> ColBERT | None:

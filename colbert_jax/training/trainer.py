@@ -153,13 +153,13 @@ def train(
             state = checkpoints.restore(like)
         first = int(state["step"])
 
-        fixed = None
+        fixed, fixed_encoder = None, None
         if teacher is not None:
+            fixed_encoder = teacher.encoder
             where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
             fixed = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
-        teacher_encoder = None if teacher is None else teacher.encoder
         gradients = [
-            make_gradients(encoder, own, dtype, mesh, shardings["params"], teacher_encoder)
+            make_gradients(encoder, own, dtype, mesh, shardings["params"], fixed_encoder)
             for own in configs
         ]
         update = make_update(config, shardings)
