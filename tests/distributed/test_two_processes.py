@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support import passages, unit_rows
+from support import passages, unit_rows, write_stanford
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.compression.sharding import data_mesh
@@ -18,7 +18,8 @@ from colbert_jax.config import IndexConfig, TrainingConfig
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.build import build_index
-from colbert_jax.training import stanford_examples, train
+from colbert_jax.training import Task, stanford_examples, train
+from colbert_jax.training.tasks import OWN
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
@@ -30,6 +31,7 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
     """What the two processes of `worker.py` leave behind."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "checkpoint").symlink_to(stanford_folder)
+    write_stanford(folder / "teacher", seed=5)
     (folder / "passages.txt").write_text("\n".join(passages(200, longest=6)))
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 12, 500)
@@ -170,22 +172,40 @@ def test_faults_of_one_process(folder, reports):
     assert not first["left behind"]
 
 
-def run_losses(folder: Path) -> np.ndarray:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["loss"] for line in lines])
+def run_losses(folder: Path) -> list[dict]:
+    """Of each step the losses that it learned from, by name."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    named = ("loss", "coupled/loss", "coupled/coupled")
+    return [{name: line[name] for name in named if name in line} for line in lines]
 
 
 def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
-    """SIGTERM to one process saves in both; they go on, and have the losses of one process."""
+    """SIGTERM to one process saves in both; they go on, and have the losses of one process, those
+    of a task with a coupled teacher among them."""
     assert [report["stopped"] for report in reports] == ["terminated", "terminated"]
     assert [report["resumed run"] for report in reports] == ["12", "12"]
     names = (folder / f"{name}.tsv" for name in ("queries", "collection"))
     examples = stanford_examples(folder / "examples.jsonl", *names)
     run = json.loads((folder / "runs" / "stopped" / "run.json").read_text())
-    config = TrainingConfig(**run["training"])
-    model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
-    train(model, examples, tmp_path, config, devices=jax.devices()[:1])
+    (task,) = run["tasks"]
+    settings = {name: task[name] for name in OWN}
+    alone = jax.devices()[:1]
+    model, teacher = (
+        ColBERT.from_pretrained(place, dtype="float32", devices=alone)
+        for place in (stanford_folder, folder / "teacher")
+    )
+    train(
+        model,
+        examples,
+        tmp_path,
+        TrainingConfig(**run["training"]),
+        tasks=[Task(task["name"], examples, task["share"], settings)],
+        teacher=teacher,
+        devices=alone,
+    )
     two, one = run_losses(folder / "runs" / "stopped"), run_losses(tmp_path)
     assert len(two) == 12
-    np.testing.assert_allclose(two, one, rtol=1e-3)
+    assert sum("coupled/coupled" in losses for losses in two) == 3
+    for ours, expected in zip(two, one, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3)
     assert (folder / "runs" / "colbert" / "last").is_dir()

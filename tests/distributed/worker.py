@@ -28,7 +28,7 @@ from colbert_jax.config import IndexConfig  # noqa: E402
 from colbert_jax.index import build, sources  # noqa: E402
 from colbert_jax.index import format as fmt  # noqa: E402
 from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
-from colbert_jax.training import trainer  # noqa: E402
+from colbert_jax.training import Task, trainer  # noqa: E402
 from colbert_jax.training.metrics import Metrics  # noqa: E402
 
 report: dict = {}
@@ -71,7 +71,8 @@ def end(*_):
 
 
 def train(names: dict, folder: str, stop: int | None = None) -> str:
-    """Train as the guide does, without dropout; process 1 gets SIGTERM after `stop` steps."""
+    """Train as the guide does, without dropout, and with a task that has a coupled teacher; process
+    1 gets SIGTERM after `stop` steps."""
     signal.signal(signal.SIGTERM, end)
     write = Metrics.write
 
@@ -83,9 +84,13 @@ def train(names: dict, folder: str, stop: int | None = None) -> str:
     Metrics.write = stopping
     changes = dict(dropout=0.0, log_every=1, length_groups=1, maxsteps=12)
     config = dataclasses.replace(names["config"], **changes)
-    model = names["ColBERT"].from_pretrained("checkpoint")
+    model, teacher = map(names["ColBERT"].from_pretrained, ("checkpoint", "teacher"))
+    settings = dict(loss="contrastive", use_ib_negatives=False, coupled_weight=0.5)
+    task = Task("coupled", names["examples"], 0.25, settings)
     try:
-        trained = trainer.train(model, names["examples"], folder, config)
+        trained = trainer.train(
+            model, names["examples"], folder, config, tasks=[task], teacher=teacher
+        )
     except Terminated:
         return "terminated"
     finally:
@@ -95,7 +100,8 @@ def train(names: dict, folder: str, stop: int | None = None) -> str:
 
 def main() -> None:
     enable_compilation_cache()
-    hub.resolve = lambda name, **kwargs: Path("checkpoint")
+    # The guide's hub id.
+    hub.resolve = lambda name, **kwargs: Path(name if Path(name).is_dir() else "checkpoint")
     processes._POLL, build._VISIBLE = 0.2, 1.0
     sources.CHUNK_TOKENS = 256
     guide = (ROOT / "docs" / "distributed.md").read_text("utf-8")
