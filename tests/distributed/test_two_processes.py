@@ -64,7 +64,7 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
                     )
                 )
         try:
-            codes = [process.wait(timeout=300) for process in processes]
+            codes = [process.wait(timeout=600) for process in processes]
         except subprocess.TimeoutExpired:
             codes = None
         finally:
