@@ -189,9 +189,9 @@ def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
     run = json.loads((folder / "runs" / "stopped" / "run.json").read_text())
     (task,) = run["tasks"]
     settings = {name: task[name] for name in OWN}
-    alone = jax.devices()[:1]
+    devices = jax.devices()[:1]
     model, teacher = (
-        ColBERT.from_pretrained(place, dtype="float32", devices=alone)
+        ColBERT.from_pretrained(place, dtype="float32", devices=devices)
         for place in (stanford_folder, folder / "teacher")
     )
     train(
@@ -201,7 +201,7 @@ def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
         TrainingConfig(**run["training"]),
         tasks=[Task(task["name"], examples, task["share"], settings)],
         teacher=teacher,
-        devices=alone,
+        devices=devices,
     )
     two, one = run_losses(folder / "runs" / "stopped"), run_losses(tmp_path)
     assert len(two) == 12
