@@ -230,9 +230,9 @@ class TrainingConfig:
       distillation_alpha, student_temperature, teacher_temperature, normalize_teacher,
         normalize_student: of "distillation"; the last two scale scores to 0..1 per query first.
       temperature: of "contrastive" and of the coupled teacher's scores, the model's and its own.
-      coupled_weight: this share of the loss is the KL divergence from the scores that a second,
+      coupled_weight: this share of the loss is the KL divergence from the scores that another,
         fixed late-interaction model gives all pairs of the batch (Lin et al., 2021: a tightly
-        coupled teacher); the loss above is the rest.
+        coupled teacher), or several do on average; the loss above is the rest.
     Optimisation:
       bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
         also bound the in-batch negatives.

@@ -55,6 +55,7 @@ class TextTokenizer:
         """
         self.config = config
         self._tokenizer, self._side = model.tokenizer, model.truncation_side
+        self._roles = model.special
         vocabulary = model.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self.special = SpecialTokens(
@@ -78,6 +79,30 @@ class TextTokenizer:
         """Tells vocabularies apart."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+    def translation(self, other: TextTokenizer) -> np.ndarray | None:
+        """The ids that another tokenizer has for the pieces of this one, by id: int32[V].
+
+        Special tokens are matched by their role: [CLS] may be <s> there. None: all are the same.
+
+        Raises:
+          ValueError: a piece that the other vocabulary does not have.
+        """
+        if self.fingerprint == other.fingerprint and self._roles == other._roles:
+            return None
+        ours = self._tokenizer.get_vocab(with_added_tokens=True)
+        theirs = other._tokenizer.get_vocab(with_added_tokens=True)
+        special = {t: other._roles[role] for role, t in self._roles.items() if role in other._roles}
+        lacking = sorted(piece for piece in ours if special.get(piece, piece) not in theirs)
+        if lacking:
+            raise ValueError(
+                f"the other vocabulary lacks {len(lacking)} of {len(ours)} pieces: "
+                f"{', '.join(map(repr, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}"
+            )
+        ids = np.zeros(self.vocab_size, np.int32)
+        for piece, token_id in ours.items():
+            ids[token_id] = theirs[special.get(piece, piece)]
+        return ids
 
     def queries(self, texts: Sequence[str]) -> TokenIds:
         """Token ids of queries; with query expansion every row has `query_minlen` at least."""

@@ -11,6 +11,7 @@ import tokenizers
 
 from colbert_jax.config import TextConfig
 from colbert_jax.text import TextTokenizer
+from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +177,32 @@ def test_damaged_tokenizer_names_the_file(plain_folder, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
         TextTokenizer.from_folder(folder, TextConfig())
+
+
+def test_translation(small, stanford_folder):
+    """Pieces are found under their other ids, special tokens by their role."""
+    assert small.translation(small) is None
+    model = read_tokenizer(stanford_folder)
+    words = model.tokenizer.get_vocab()
+    other = [f"<{word}>" if word in ("[CLS]", "[SEP]") else word for word in reversed(words)]
+    wordpiece = {word: n + 5 for n, word in enumerate(other)}
+    renamed = {
+        role: f"<{token}>" if f"<{token}>" in wordpiece else token
+        for role, token in model.special.items()
+    }
+    bare = tokenizers.BertWordPieceTokenizer(wordpiece, cls_token="<[CLS]>", sep_token="<[SEP]>")
+    theirs = TextTokenizer(
+        ModelTokenizer(tokenizers.Tokenizer.from_str(bare.to_str()), renamed), small.config
+    )
+    ids = small.translation(theirs)
+    text = "what is heat, [MASK] zzz?"
+    assert ids.dtype == np.int32 and len(ids) == small.vocab_size
+    assert ids[small.documents([text]).ids[0]].tolist() == theirs.documents([text]).ids[0].tolist()
+    back = theirs.translation(small)
+    assert back[ids].tolist() == list(range(small.vocab_size))
+
+    del wordpiece["heat"]
+    fewer = tokenizers.BertWordPieceTokenizer(wordpiece, cls_token="<[CLS]>", sep_token="<[SEP]>")
+    fewer = ModelTokenizer(tokenizers.Tokenizer.from_str(fewer.to_str()), renamed)
+    with pytest.raises(ValueError, match=r"lacks 1 of .* pieces: 'heat'"):
+        small.translation(TextTokenizer(fewer, small.config))

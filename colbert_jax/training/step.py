@@ -6,9 +6,9 @@ the devices need of each other, so a result does not depend on their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,17 @@ from colbert_jax.training.optimizer import apply_gradients, init_moments, merged
 State = dict[str, Any]  # params, moments, step
 
 
+class Fixed(NamedTuple):
+    """A coupled teacher on the devices.
+
+    params: its parameters.
+    ids: int32[V], its ids of the model's word pieces; None: they are the same.
+    """
+
+    params: dict
+    ids: jax.Array | None
+
+
 def init_state(config: TrainingConfig, params: dict) -> State:
     """Parameters, the optimiser's moments, and the number of steps done."""
     moments = init_moments(config, params)
@@ -36,33 +47,43 @@ def make_loss(
     config: TrainingConfig,
     dtype: Any,
     mesh: Mesh | None = None,
-    teacher: EncoderConfig | None = None,
+    teachers: Sequence[EncoderConfig] = (),
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """The loss of a batch as a function of (params, batch, key, the teacher's params or None).
+    """The loss of a batch as a function of (params, batch, key, a `Fixed` of each teacher).
 
     Args:
       dtype: of the dense layers' computation.
       mesh: of the devices that the batch is spread over; None: one device.
-      teacher: the coupled teacher, for a `coupled_weight`.
+      teachers: the coupled ones, for a `coupled_weight`.
 
     Returns:
       a function giving the loss, float32[], and its parts by name.
     """
-    embed = _make_embed(encoder, config, dtype, mesh, training=True)
-    embed_fixed = None
-    if config.coupled_weight:
-        assert teacher is not None
-        embed_fixed = _make_embed(teacher, config, dtype, mesh, training=False)
+    embed_trained = _make_embed(encoder, config, dtype, mesh, training=True)
+    embed_fixed = [_make_embed(t, config, dtype, mesh, training=False) for t in teachers]
 
-    def loss(params: dict, batch: Batch, key: jax.Array, teacher_params: dict | None = None):
-        embedded = embed(params, batch, key)
+    def loss(params: dict, batch: Batch, key: jax.Array, fixed: Sequence[Fixed] = ()):
+        embedded = embed_trained(params, batch, key)
         coupled = None
-        if embed_fixed is not None:
-            assert teacher_params is not None
-            coupled = all_pairs_scores(*embed_fixed(teacher_params, batch, key), mesh=mesh)
+        if config.coupled_weight:
+            scores = [
+                all_pairs_scores(*embed(own.params, _translated(batch, own.ids), key), mesh=mesh)
+                for embed, own in zip(embed_fixed, fixed, strict=True)
+            ]
+            coupled = jnp.mean(jnp.stack(scores), 0)
         return score_loss(config, *embedded, batch.scores, mesh, coupled)
 
     return loss
+
+
+def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
+    """The batch in a teacher's ids."""
+    if ids is None:
+        return batch
+    queries, *documents = (
+        rows._replace(ids=ids[rows.ids]) for rows in (batch.queries, *batch.documents)
+    )
+    return batch._replace(queries=queries, documents=tuple(documents))
 
 
 def _make_embed(
@@ -184,27 +205,32 @@ def make_gradients(
     dtype: Any,
     mesh: Mesh | None = None,
     shardings: Any = None,
-    teacher: EncoderConfig | None = None,
+    teachers: Sequence[EncoderConfig] = (),
 ) -> Callable[..., tuple[dict, dict[str, jax.Array]]]:
     """Gradients of a micro-batch: a jitted function of (params, batch, step, number, trained) and
-    the coupled teacher's parameters.
+    the coupled teachers.
 
     `number` counts the micro-batches of a step, `trained` is a tuple of the parts of the parameters
     that the gradients are wanted of; the others are left out of the computation, and of these what
     is not `trainable`. Gradients and the parts of the loss come divided by `accumsteps`, to be
     added up. `shardings` are the parameters' and become the gradients'.
     """
-    loss = make_loss(encoder, config, dtype, mesh, teacher)
+    loss = make_loss(encoder, config, dtype, mesh, teachers)
 
     @partial(jax.jit, static_argnames="trained")
     def gradients(
-        params: dict, batch: Batch, step, number, trained: tuple[str, ...], teacher_params=None
+        params: dict,
+        batch: Batch,
+        step,
+        number,
+        trained: tuple[str, ...],
+        fixed: Sequence[Fixed] = (),
     ):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number)
 
         def of(part: dict):
-            return loss(merged(params, part), batch, key, teacher_params)
+            return loss(merged(params, part), batch, key, fixed)
 
         def moving(tree: dict) -> dict:
             kept = trainable(config, tree)

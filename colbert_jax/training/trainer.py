@@ -39,7 +39,7 @@ from colbert_jax.training.state import (
     check_run,
     parameter_sharding,
 )
-from colbert_jax.training.step import init_state, make_gradients, make_update
+from colbert_jax.training.step import Fixed, init_state, make_gradients, make_update
 from colbert_jax.training.tasks import OWN, Task, Turns
 
 BEST = "nDCG@10"  # what "best" means
@@ -64,7 +64,7 @@ def train(
     config: TrainingConfig | None = None,
     *,
     tasks: Sequence[Task] = (),
-    teacher: ColBERT | None = None,
+    teacher: ColBERT | Sequence[ColBERT] | None = None,
     dev: DevCollection | None = None,
     devices: Sequence[jax.Device] | None = None,
     overwrite: bool = False,
@@ -83,7 +83,9 @@ def train(
       config: None: the defaults, those of ColBERTv2.
       tasks: further sources, each with a loss of its own and a share of the steps; `examples` have
         the rest of them.
-      teacher: of `coupled_weight`; it must make tokens of texts as the model does.
+      teacher: of `coupled_weight`; of several the mean of their scores is learned. It is given the
+        model's tokens, so it must have the model's word pieces, under whichever ids, and settings
+        of texts.
       dev: a small collection to evaluate on every `eval_every` steps.
       devices: None: all of the job.
       overwrite: remove a run that is in `folder` first.
@@ -112,7 +114,8 @@ def train(
             configs.append(_check(model, task.examples, task.config(config), local))
         except ValueError as error:
             raise ValueError(f"task {task.name}: {error}") from None
-    _check_teacher(teacher, model, configs)
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, ColBERT) else [*teacher]
+    translations = _check_teachers(teachers, model, configs)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
 
@@ -127,7 +130,7 @@ def train(
             "text": dataclasses.asdict(model.config.text),
             "start": model.fingerprint(),
             "examples": examples.fingerprint,
-            "teacher": None if teacher is None else teacher.fingerprint(),
+            "teacher": " ".join(t.fingerprint() for t in teachers) or None,
             "tasks": [
                 {"name": task.name, "share": task.share, "examples": task.examples.fingerprint}
                 | {name: getattr(own, name) for name in OWN}
@@ -153,13 +156,12 @@ def train(
             state = checkpoints.restore(like)
         first = int(state["step"])
 
-        fixed, fixed_encoder = None, None
-        if teacher is not None:
-            fixed_encoder = teacher.encoder
-            where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
-            fixed = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
+        fixed = [
+            _fixed(t, ids, mesh, config) for t, ids in zip(teachers, translations, strict=True)
+        ]
+        encoders = [t.encoder for t in teachers]
         gradients = [
-            make_gradients(encoder, own, dtype, mesh, shardings["params"], fixed_encoder)
+            make_gradients(encoder, own, dtype, mesh, shardings["params"], encoders)
             for own in configs
         ]
         update = make_update(config, shardings)
@@ -191,7 +193,7 @@ def train(
                         np.int32(step.number),
                         np.int32(number),
                         trained=trained,
-                        teacher_params=fixed,
+                        fixed=fixed,
                     )
                     total = part if total is None else add(total, part)
                 assert total is not None
@@ -284,32 +286,43 @@ def _check(
     return dataclasses.replace(config, nway=nway)
 
 
-def _check_teacher(
-    teacher: ColBERT | None, model: ColBERT, configs: Sequence[TrainingConfig]
-) -> None:
-    """The teacher is given the student's token ids."""
+def _check_teachers(
+    teachers: Sequence[ColBERT], model: ColBERT, configs: Sequence[TrainingConfig]
+) -> list[np.ndarray | None]:
+    """Each teacher's ids of the model's word pieces."""
     weight = max(config.coupled_weight for config in configs)
-    if (teacher is not None) != (weight > 0):
+    if bool(teachers) != (weight > 0):
         raise ValueError(
-            f"coupled_weight is {weight} and there is {'no' if teacher is None else 'a'} coupled "
+            f"coupled_weight is {weight} and there is {'a' if teachers else 'no'} coupled "
             "teacher: give both or none"
         )
-    if teacher is None:
-        return
-    if teacher.quantization is not None or teacher.query_params is not teacher.params:
-        raise ValueError(
-            "the coupled teacher must be one encoder for queries and documents, loaded without "
-            "quantization"
-        )
-    if teacher.tokenizer.fingerprint != model.tokenizer.fingerprint:
-        raise ValueError("the coupled teacher has another vocabulary than the model")
-    theirs, ours = (dataclasses.asdict(m.config.text) for m in (teacher, model))
-    other = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
-    if other:
-        raise ValueError(
-            f"the coupled teacher makes other tokens of a text: {', '.join(other)}; load it with "
-            "the model's settings"
-        )
+    translations = []
+    for number, teacher in enumerate(teachers, 1):
+        name = "the coupled teacher" if len(teachers) == 1 else f"coupled teacher {number}"
+        if teacher.quantization is not None or teacher.query_params is not teacher.params:
+            raise ValueError(
+                f"{name} must be one encoder for queries and documents, loaded without quantization"
+            )
+        try:
+            translations.append(model.tokenizer.translation(teacher.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{name} cannot read the model's tokens: {error}") from None
+        theirs, ours = (dataclasses.asdict(m.config.text) for m in (teacher, model))
+        other = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
+        if other:
+            raise ValueError(
+                f"{name} makes other tokens of a text: {', '.join(other)}; load it with the "
+                "model's settings"
+            )
+    return translations
+
+
+def _fixed(teacher: ColBERT, ids: np.ndarray | None, mesh: Mesh, config: TrainingConfig) -> Fixed:
+    """A coupled teacher on the devices, spread over them as the model is."""
+    where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
+    params = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Fixed(params, None if ids is None else jax.device_put(ids, everywhere))
 
 
 def _loader(

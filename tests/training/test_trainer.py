@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import support
+from safetensors.numpy import load_file, save_file
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
@@ -304,8 +306,46 @@ def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices)
     np.testing.assert_allclose(losses(two)[:1], losses(lines)[:1], rtol=2e-4)
 
 
+def with_other_ids(folder: Path, copy: Path) -> Path:
+    """The same model, whose word pieces have other ids."""
+    shutil.copytree(folder, copy)
+    words = (folder / "vocab.txt").read_text().split()
+    order = np.random.default_rng(0).permutation(len(words))
+    (copy / "vocab.txt").write_text("".join(f"{words[n]}\n" for n in order))
+    tensors = load_file(folder / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name][order])
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+def test_several_coupled_teachers(start, source, shallow_folder, tmp_path, eight_devices):
+    """The mean of their scores is learned, and a teacher's own ids change nothing."""
+    one, two = (
+        support.write_stanford(tmp_path / name, seed=seed, dim=dim)
+        for name, seed, dim in (("one", 6, 16), ("two", 7, 40))
+    )
+    other = with_other_ids(two, tmp_path / "other")
+    load = partial(ColBERT.from_pretrained, dtype="float32", devices=jax.devices()[:1])
+    config = changed(coupled_weight=1.0, dropout=0.0, maxsteps=1, warmup=1, temperature=2.0)
+
+    def coupled(name: str, *teachers: Path, devices: int = 1) -> float:
+        models = [load(folder) for folder in teachers]
+        folder = tmp_path / "runs" / name
+        return run(start, source, folder, config, devices, teacher=models)[0]["coupled"]
+
+    both = coupled("both", one, two)
+    assert both == pytest.approx(coupled("turned", other, one, devices=8), rel=2e-4)
+    assert both != pytest.approx(coupled("one", one), rel=0.01)
+    assert both != pytest.approx(coupled("two", two), rel=0.01)
+
+    assert coupled("twice", two, other) == pytest.approx(coupled("once", two), rel=2e-4)
+    with pytest.raises(ValueError, match="another run"):
+        coupled("both", two, one)
+
+
 def test_coupled_teacher_that_does_not_fit(start, source, tmp_path):
-    def fails(config: TrainingConfig, teacher: ColBERT | None, message: str) -> None:
+    def fails(config: TrainingConfig, teacher: ColBERT | list | None, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             train(start(), source, tmp_path / "run", config, teacher=teacher)
 
@@ -314,6 +354,10 @@ def test_coupled_teacher_that_does_not_fit(start, source, tmp_path):
     fails(changed(), start(), "coupled_weight is 0.0 and there is a coupled teacher")
     fails(coupled, start(doc_maxlen=20), "other tokens of a text: doc_maxlen 20, not 48")
     fails(coupled, start(quantization="int8"), "loaded without quantization")
+    fails(coupled, [start(), start(doc_maxlen=20)], "coupled teacher 2 makes other tokens")
+    more = support.write_stanford(tmp_path / "more", {"num_hidden_layers": 1})
+    (more / "vocab.txt").write_text((more / "vocab.txt").read_text().replace("##ing", "##gni"))
+    fails(coupled, ColBERT.from_pretrained(more), "lacks 1 of .* pieces: '##ing'")
     fails(changed(freeze_layers=1), None, "freeze_layers is 1, but the model has 1 layers")
     assert not (tmp_path / "run").exists()
 
