@@ -232,7 +232,7 @@ class TrainingConfig:
       temperature: of "contrastive" and of the coupled teacher's scores, the model's and its own.
       coupled_weight: this share of the loss is the KL divergence from the scores that another,
         fixed late-interaction model gives all pairs of the batch (Lin et al., 2021: a tightly
-        coupled teacher), or several do on average; the loss above is the rest.
+        coupled teacher), or several together; the loss above is the rest.
     Optimisation:
       bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
         also bound the in-batch negatives.

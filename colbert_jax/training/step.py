@@ -66,14 +66,27 @@ def make_loss(
         embedded = embed_trained(params, batch, key)
         coupled = None
         if config.coupled_weight:
-            scores = [
-                all_pairs_scores(*embed(own.params, _translated(batch, own.ids), key), mesh=mesh)
+            seen = [
+                embed(own.params, _translated(batch, own.ids), key)
                 for embed, own in zip(embed_fixed, fixed, strict=True)
             ]
-            coupled = jnp.mean(jnp.stack(scores), 0)
+            coupled = all_pairs_scores(*_side_by_side(seen), mesh=mesh)
         return score_loss(config, *embedded, batch.scores, mesh, coupled)
 
     return loss
+
+
+def _side_by_side(
+    seen: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeddings whose similarity is the mean of the teachers', of the same tokens."""
+    queries, documents, masks = zip(*seen, strict=True)
+    scale = len(seen) ** -0.5
+    return (
+        scale * jnp.concatenate(queries, -1),
+        scale * jnp.concatenate(documents, -1),
+        masks[0],
+    )
 
 
 def _translated(batch: Batch, ids: jax.Array | None) -> Batch:

@@ -83,9 +83,9 @@ def train(
       config: None: the defaults, those of ColBERTv2.
       tasks: further sources, each with a loss of its own and a share of the steps; `examples` have
         the rest of them.
-      teacher: of `coupled_weight`; of several the mean of their scores is learned. It is given the
-        model's tokens, so it must have the model's word pieces, under whichever ids, and settings
-        of texts.
+      teacher: of `coupled_weight`; several score as one whose similarity of two tokens is the mean
+        of theirs. It is given the model's tokens, so it must have the model's word pieces, under
+        whichever ids, and settings of texts.
       dev: a small collection to evaluate on every `eval_every` steps.
       devices: None: all of the job.
       overwrite: remove a run that is in `folder` first.

@@ -272,6 +272,30 @@ def teacher(tmp_path_factory) -> ColBERT:
     return ColBERT.from_pretrained(folder, dtype="float32", devices=jax.devices()[:1])
 
 
+def divergence(files, student: ColBERT, *teachers: ColBERT) -> float:
+    """Of the first batch's scores at a temperature of 2; a similarity is the mean of the teachers'."""
+    lines = [json.loads(line) for line in files["examples"].read_text().splitlines()[:8]]
+    queries = dict(line.split("\t") for line in files["queries"].read_text().splitlines())
+    passages = dict(line.split("\t") for line in files["collection"].read_text().splitlines())
+    asked = [queries[str(qid)] for qid, *_ in lines]
+    texts = [passages[str(pid)] for _, *scored in lines for pid, _ in scored]
+
+    def log_probabilities(*models: ColBERT) -> np.ndarray:
+        q = [model.encode_queries(asked) for model in models]
+        d = [list(model.encode_documents(texts, progress=False)) for model in models]
+        scores = [
+            [
+                np.mean([x @ y.T for x, y in zip(query, document, strict=True)], 0).max(1).sum()
+                for document in zip(*d, strict=True)
+            ]
+            for query in zip(*q, strict=True)
+        ]
+        return np.asarray(jax.nn.log_softmax(np.array(scores, np.float64) / 2.0))
+
+    p, q = log_probabilities(*teachers), log_probabilities(student)
+    return (np.exp(p) * (p - q)).sum(1).mean()
+
+
 def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices):
     """The loss of the first step is the divergence over all pairs of the batch, it falls, and it
     does not depend on the number of devices."""
@@ -283,20 +307,7 @@ def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices)
         maxsteps=8,
         length_groups=1,
     )
-    texts = [json.loads(line) for line in files["examples"].read_text().splitlines()[:8]]
-    queries = dict(line.split("\t") for line in files["queries"].read_text().splitlines())
-    passages = dict(line.split("\t") for line in files["collection"].read_text().splitlines())
-
-    def log_probabilities(model: ColBERT) -> np.ndarray:
-        q = model.encode_queries([queries[str(qid)] for qid, *_ in texts])
-        d = model.encode_documents(
-            [passages[str(pid)] for _, *scored in texts for pid, _ in scored], progress=False
-        )
-        scores = np.array([[(x @ y.T).max(1).sum() for y in d] for x in q], np.float64)
-        return np.asarray(jax.nn.log_softmax(scores / 2.0))
-
-    p, q = log_probabilities(teacher), log_probabilities(start())
-    expected = (np.exp(p) * (p - q)).sum(1).mean()
+    expected = divergence(files, start(), teacher)
     lines = run(start, source, tmp_path / "one", config, teacher=teacher)
     assert lines[0]["coupled"] == pytest.approx(expected, rel=1e-4)
     assert [line["coupled"] for line in lines] == pytest.approx(losses(lines))
@@ -319,15 +330,23 @@ def with_other_ids(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def test_several_coupled_teachers(start, source, shallow_folder, tmp_path, eight_devices):
-    """The mean of their scores is learned, and a teacher's own ids change nothing."""
+def test_several_coupled_teachers(start, source, files, tmp_path, eight_devices):
+    """They score with their embeddings side by side, and a teacher's own ids change nothing."""
     one, two = (
         support.write_stanford(tmp_path / name, seed=seed, dim=dim)
         for name, seed, dim in (("one", 6, 16), ("two", 7, 40))
     )
     other = with_other_ids(two, tmp_path / "other")
     load = partial(ColBERT.from_pretrained, dtype="float32", devices=jax.devices()[:1])
-    config = changed(coupled_weight=1.0, dropout=0.0, maxsteps=1, warmup=1, temperature=2.0)
+    config = changed(
+        coupled_weight=1.0,
+        temperature=2.0,
+        dropout=0.0,
+        shuffle=False,
+        maxsteps=1,
+        warmup=1,
+        length_groups=1,
+    )
 
     def coupled(name: str, *teachers: Path, devices: int = 1) -> float:
         models = [load(folder) for folder in teachers]
@@ -335,6 +354,7 @@ def test_several_coupled_teachers(start, source, shallow_folder, tmp_path, eight
         return run(start, source, folder, config, devices, teacher=models)[0]["coupled"]
 
     both = coupled("both", one, two)
+    assert both == pytest.approx(divergence(files, start(), load(one), load(two)), rel=1e-4)
     assert both == pytest.approx(coupled("turned", other, one, devices=8), rel=2e-4)
     assert both != pytest.approx(coupled("one", one), rel=0.01)
     assert both != pytest.approx(coupled("two", two), rel=0.01)
