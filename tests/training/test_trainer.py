@@ -273,7 +273,7 @@ def teacher(tmp_path_factory) -> ColBERT:
 
 
 def divergence(files, student: ColBERT, *teachers: ColBERT) -> float:
-    """Of the first batch's scores at a temperature of 2; a similarity is the mean of the teachers'."""
+    """Of the first batch's scores at a temperature of 2; the teachers' mean similarity counts."""
     lines = [json.loads(line) for line in files["examples"].read_text().splitlines()[:8]]
     queries = dict(line.split("\t") for line in files["queries"].read_text().splitlines())
     passages = dict(line.split("\t") for line in files["collection"].read_text().splitlines())
