@@ -181,7 +181,7 @@ def train(
         )
         bar = progress_bar(config.maxsteps, "training", "step", progress)
         bar.update(first)
-        done, clock, latest = first, _Clock(), {}
+        done, clock, latest, before = first, _Clock(), {}, None
         with steps, bar, _terminated() as terminated:
             for turn, step in steps if first < config.maxsteps else ():
                 trained = ("head",) if step.number < config.warmup_bert else parts
@@ -200,6 +200,10 @@ def train(
                 grads, logged = total
                 state, more = update(state, grads)
                 done = step.number + 1
+                # The devices are kept busy by the step just begun. Further ahead of them, a signal
+                # would wait for all the steps that were begun before it.
+                jax.block_until_ready(before)
+                before = logged
                 bar.update()
                 if terminated.is_set():
                     steps.request_stop()
