@@ -233,6 +233,8 @@ class TrainingConfig:
       coupled_weight: this share of the loss is the KL divergence from the scores that another,
         fixed late-interaction model gives all pairs of the batch (Lin et al., 2021: a tightly
         coupled teacher), or several together; the loss above is the rest.
+      coupled_tokens: so much is added to that divergence of how differently the model and the
+        teacher match each query token (`losses.token_matches`).
     Optimisation:
       bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
         also bound the in-batch negatives.
@@ -269,6 +271,7 @@ class TrainingConfig:
     normalize_student: bool = False
     temperature: float = 1.0
     coupled_weight: float = 0.0
+    coupled_tokens: float = 0.0
     bsize: int = 32
     accumsteps: int = 1
     lr: float = 1e-5
@@ -312,6 +315,10 @@ class TrainingConfig:
         _require(
             0 <= self.coupled_weight <= 1,
             f"coupled_weight must be in [0, 1], got {self.coupled_weight}",
+        )
+        _require(
+            self.coupled_tokens >= 0 and math.isfinite(self.coupled_tokens),
+            f"coupled_tokens must be >= 0 and finite, got {self.coupled_tokens}",
         )
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         _require(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PASSAGES = 60
@@ -113,6 +114,25 @@ def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_pa
     assert len(differences) == 6
     assert all(float(value) < 1e-5 for _, value in differences)
     assert printed(cells["flmr"]).split() == ["(1,", "16,", "16)", "(1,", "48,", "16)"]
+
+
+def test_train_fine_tunes_twice(stanford_folder, tmp_path):
+    teacher = support.write_cross_encoder(tmp_path / "teacher", {"num_hidden_layers": 1})
+    cells = execute(
+        NOTEBOOKS / "train.ipynb",
+        tmp_path,
+        COLBERT_CHECKPOINT=str(stanford_folder),
+        COLBERT_TEACHER=str(teacher),
+        COLBERT_PASSAGES=str(PASSAGES),
+        COLBERT_STEPS="2",
+        COLBERT_BATCH="4",
+    )
+    assert cells["install"].outputs == []
+    assert "54 pairs to train on, 6 queries to measure with" in printed(cells["data"])
+    for name in ("pairs", "distil"):
+        assert re.search(r"after 2 steps: nDCG@10 at best [01]\.\d{3}\n", printed(cells[name]))
+    assert printed(cells["mine"]).startswith("54 examples in mined/examples.jsonl")
+    assert any("image/png" in output.get("data", {}) for output in cells["curve"].outputs)
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

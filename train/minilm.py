@@ -1,40 +1,35 @@
 """A small ColBERT on a plain CPU: all-MiniLM-L6-v2 with a new 128-wide projection.
 
-    python train/minilm.py DATA --checkpoint MINILM --teacher MPNET --folder runs/minilm
+    python train/minilm.py DATA --checkpoint MINILM --folder runs/minilm
 
-DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `debian_descriptions.jsonl.gz`,
-`wikipedia_vital10k.jsonl.gz`) and `msmarco_v2_pool/`: passages, web queries without judgements, and
-129 queries with 64 passages each that a cross-encoder scored.
+DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `wikipedia_vital10k.jsonl.gz`)
+and `msmarco_v2_pool/`: passages, web queries without judgements, and 129 queries with 64 passages
+each that a cross-encoder scored. Nothing is learned from the collections that the result is
+measured on.
 
-1. wide/: a 384-wide projection, the identity to begin with, learns from three sources in turn,
-   each step from one: contrast of pairs (title and abstract, question and answer, ...), Wikipedia's
-   titles and texts, and draws of 12 of the 64 scored passages of the 129 queries. A batch of pairs
-   is of one source, so that its negatives are not told apart by their subject. How MiniLM's own
-   tokens score all pairs of a batch is half of what is learned; of Wikipedia, whose titles are no
-   questions, all of it.
-2. narrow/: the principal components of the wide tokens. Learning at full width first lost less than
-   learning at 128 from the start.
-3. round1/: the model so far retrieves 10 of 9,000 passages for each of 160 web queries. No
-   cross-encoder is at hand, so two teachers score them: the wide tokens, and MPNet's single
-   vectors with half the weight. The narrow projection learns from these lists and the sources
-   before, and in every step from how the wide tokens score the batch.
-4. round2/: the same with the model of round one and other queries.
+1. wide/: the coupled teacher, MiniLM's own tokens at full width, half whitened: principal
+   component i is divided by the fourth root of its variance. What tells passages apart is in
+   components of little variance too.
+2. narrow/: the start, the first 128 such components, of tokens weighted so that each word piece
+   counts alike, however often it occurs.
+3. round1/: the model so far retrieves the 32 nearest passages of each query; draws of them are what
+   the upper half of the encoder and the projection learn from, to score as the teacher does and to
+   match each query token as it does: web queries and titles of Wikipedia over short passages,
+   titles, questions and sentences over long ones. Titles and questions are told which passage is
+   theirs too, by contrast, and the 129 queries what the cross-encoder made of their passages.
+4. round2/: the same with the model of round one, other queries and other passages.
 
-The encoder stays as it is throughout: to move it for the better takes longer than this run, and
-pairs as easy as these move it for the worse. Every setting is below.
-`benchmarks/results/training_minilm.md` says what came of it. Started again, it goes on where it
-stopped.
+Every setting is below. `benchmarks/results/training_minilm.md` says what came of it. Started again,
+it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,140 +39,119 @@ from colbert_jax import ColBERT
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.index import Index
 from colbert_jax.runtime import enable_compilation_cache
-from colbert_jax.training import (
-    LateInteraction,
-    Task,
-    TrainingConfig,
-    load_teacher,
-    pair_examples,
-    stanford_examples,
-    train,
-)
-from colbert_jax.training.mining import make_examples, retrieve, score_ranking
+from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
+from colbert_jax.training.mining import make_examples, retrieve
 
-ROUNDS, NBITS = ("round1", "round2"), 2
-WIDTH, DIM = 384, 128
-TEXT: dict[str, Any] = dict(query_maxlen=32, doc_maxlen=96)
-BATCH = 48
-MOST_PAIRS = {"acl": 5000, "medquad": 5000, "debian": 4000}
-PASSAGES, WEB_QUERIES, K, DRAWS = 9_000, 160, 10, 8
-MPNET_WEIGHT, POOL_WAYS, WEB_WAYS = 0.5, 12, 8
-WIDE_STEPS, ROUND_STEPS = 300, 80
-PCA_EVERY = 4  # one in so many pairs gives tokens to the principal components
+ROUNDS = ("round1", "round2")
+DIM, NBITS = 128, 2
+TEXT: dict[str, Any] = dict(query_maxlen=32, doc_maxlen=180)
+SHORT = 90  # tokens of a short passage at most
 
-# Pairs: the answer to a query among those of the batch.
-WIDE = TrainingConfig(
+# Of each round.
+WEB_PASSAGES, WEB_QUERIES, WIKIPEDIA, ABSTRACTS, ANSWERS = 6_000, 1_500, 2_500, 2_000, 2_000
+NEAREST, WAYS, DRAWS = 32, 4, 6
+POOL_WAYS, POOL_DRAWS = 12, 8
+SAMPLE = 5_000  # passages whose tokens give the principal components
+WHITENING = 0.25  # a component is divided by its variance to this power
+EIGENVALUE = 1e-5  # the smallest variance that is believed
+
+# Titles and questions with their passage and three of the nearest ones.
+ROUND = TrainingConfig(
     loss="contrastive",
-    nway=1,
+    temperature=1 / 3,
+    nway=WAYS,
     use_ib_negatives=False,
-    bsize=BATCH,
+    coupled_weight=0.9,
+    coupled_tokens=0.5,
+    bsize=8,
     dropout=0.0,
-    shuffle=False,  # batches are made up in the file
-    length_groups=2,
-    maxsteps=WIDE_STEPS,
-    warmup=30,
-    warmup_bert=WIDE_STEPS,  # the encoder stays as it is
-    head_lr=1e-3,
-    coupled_weight=0.5,
-    save_every=40,
-)
-ROUND = dataclasses.replace(
-    WIDE,
-    coupled_weight=0.75,
-    maxsteps=ROUND_STEPS,
-    warmup=10,
-    warmup_bert=ROUND_STEPS,
+    freeze_layers=3,
+    lr=1e-4,
     head_lr=3e-4,
-    save_every=20,
+    length_groups=1,
+    maxsteps=200,
+    warmup=10,
+    save_every=50,
 )
-# Lists with a teacher's scores. Teachers have scales of their own: each query's are mapped to 0..8.
-LISTS = dict(
+# Four of the nearest passages, none of which is the answer: the teacher alone knows their order.
+SENTENCES = dict(coupled_weight=1.0)
+NEIGHBOURS = dict(coupled_weight=1.0, bsize=16)
+# A cross-encoder's scores, each query's mapped to 0..8.
+POOL = dict(
     loss="distillation",
+    nway=POOL_WAYS,
+    bsize=4,
+    coupled_weight=0.5,
     normalize_teacher=True,
     distillation_alpha=8.0,
-    shuffle=True,
 )
-POOL = LISTS | dict(nway=POOL_WAYS, bsize=4)
-# Two weak teachers know the order of ten alike passages less well: scores need to differ by 2 only.
-WEB = LISTS | dict(nway=WEB_WAYS, bsize=8, student_temperature=0.25)
+SHARES = {"sentences": 0.2, "neighbours": 0.4, "pool": 0.15}  # of the steps; the rest are pairs
 
 
-def with_projection(args: argparse.Namespace, make: Callable[[], np.ndarray], folder: Path) -> Path:
-    """The encoder with the projection that `make` returns, float32[384, dim]."""
-    if not folder.exists():
-        kernel = make()
-        model = ColBERT.from_pretrained(args.checkpoint, dim=kernel.shape[1], **TEXT)
-        params = model.params
-        params["head"][0]["linear"]["kernel"] = kernel.astype(np.float32)
-        model.set_params(params)
-        model.save_pretrained(folder)
-    return folder
+# --- Texts ----------------------------------------------------------------------------------
 
 
-def narrowed(wide: Path, texts: Path) -> np.ndarray:
-    """The principal components of the wide tokens of some texts, turned at random so that all
-    dimensions vary alike, as the residuals' codec expects; after the wide projection."""
-    model = ColBERT.from_pretrained(wide)
-    rows = [json.loads(line) for line in texts.open()][::PCA_EVERY]
-    tokens = model.encode_documents([row["positive"] for row in rows]).values
-    asked = model.encode_queries([row["query"] for row in rows]).reshape(-1, model.dim)
-    _, directions = np.linalg.eigh(tokens.T @ tokens + asked.T @ asked)
-    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
-    return model.params["head"][0]["linear"]["kernel"] @ directions[:, -DIM:] @ turn
+def read(data: Path, name: str) -> list[dict]:
+    with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def pairs(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Name and (query, passage) pairs of each source; Wikipedia's topics are sources."""
-
-    def read(name: str) -> list[dict]:
-        with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    yield "acl", [(r["title"], r["abstract"]) for r in read("acl_title_abstract")]
-    yield "medquad", [(r["question"], r["answer"]) for r in read("medquad")]
-    yield "debian", [(r["synopsis"], r["description"]) for r in read("debian_descriptions")]
-    topics: dict[str, list[tuple[str, str]]] = {}
-    for r in read("wikipedia_vital10k"):
-        query = f"{r['title']} {r['description']}".strip()
-        topics.setdefault(r["topic"], []).append((query, r["text"]))
-    yield from topics.items()
+def write_tsv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    lines = (f"{key}\t{' '.join(text.split())}\n" for key, text in rows)
+    path.write_text("".join(lines), "utf-8")
 
 
-def write_pairs(data: Path, folder: Path) -> None:
-    """Batches of pairs of one source each, in random order: `pairs.jsonl`, and `wiki.jsonl`."""
-    rng = random.Random(0)
-    batches: dict[str, list[list[dict]]] = {"pairs": [], "wiki": []}
-    for name, rows in pairs(data):
-        seen: set[str] = set()
-        kept = []
-        for query, passage in rows:
-            # One answer a question, one question an answer: the others would be false negatives.
-            known = query in seen or passage[:200] in seen
-            if query.strip() and passage.strip() and not known:
-                seen |= {query, passage[:200]}
-                kept.append({"query": query, "positive": passage})
-        rng.shuffle(kept)
-        kept = kept[: MOST_PAIRS.get(name, len(kept))]
-        file = batches["pairs" if name in MOST_PAIRS else "wiki"]
-        file += [kept[i : i + BATCH] for i in range(0, len(kept) - BATCH + 1, BATCH)]
-    for name, made in batches.items():
-        rng.shuffle(made)
-        lines = [json.dumps(pair) + "\n" for batch in made for pair in batch]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+def write_long(data: Path, folder: Path, number: int, rng: random.Random) -> None:
+    """Abstracts and answers, with titles, questions and sentences as queries of their passages."""
+    abstracts = [(r["title"], r["abstract"]) for r in read(data, "acl_title_abstract")]
+    answers = [(r["question"], r["answer"]) for r in read(data, "medquad")]
+    passages, pairs, sentences = {}, {}, {}
+    for name, rows, count in (("a", abstracts, ABSTRACTS), ("m", answers, ANSWERS)):
+        # One answer a question, one question an answer: the others would be false negatives.
+        rows = list({q: (q, p) for q, p in {p[:200]: (q, p) for q, p in rows}.values()}.values())
+        random.Random(name).shuffle(rows)
+        for i, (query, passage) in enumerate(rows[number * count : (number + 1) * count]):
+            key = f"{name}{i}"
+            pairs[key], passages[key] = query, passage
+            whole = [s for s in passage.split(". ") if 6 <= len(s.split()) <= 24]
+            if whole:
+                sentences[key] = rng.choice(whole)
+    write_tsv(folder / "long.tsv", passages.items())
+    write_tsv(folder / "pairs_queries.tsv", pairs.items())
+    write_tsv(folder / "sentences_queries.tsv", sentences.items())
+
+
+def write_short(
+    data: Path, folder: Path, number: int, rng: random.Random, model: ColBERT, used: set[str]
+) -> None:
+    """Short web passages and articles, with web queries and titles. `used`: queries left out."""
+    pool = data / "msmarco_v2_pool"
+    articles = read(data, "wikipedia_vital10k")
+    random.Random("w").shuffle(articles)
+    articles = articles[number * WIKIPEDIA : (number + 1) * WIKIPEDIA]
+    with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
+        web = [line.rstrip("\n").split("\t")[1] for line in file]
+    random.Random("p").shuffle(web)
+    web = web[number * WEB_PASSAGES : (number + 1) * WEB_PASSAGES]
+    texts = [*web, *(r["text"] for r in articles)]
+    lengths = model.tokenizer.documents(texts).attended
+    kept = [(f"p{i}", text) for i, text in enumerate(texts) if lengths[i] <= SHORT]
+    write_tsv(folder / "short.tsv", kept)
+    asked = [(q, t) for q, t in read_queries(pool / "dev_small_queries.tsv").items()]
+    asked = [(q, t) for q, t in asked if q not in used and t.strip()]
+    titles = [
+        (f"w{i}", f"{r['title']} {r['description'] or ''}".strip()) for i, r in enumerate(articles)
+    ]
+    write_tsv(
+        folder / "neighbours_queries.tsv",
+        [*asked[number * WEB_QUERIES : (number + 1) * WEB_QUERIES], *titles],
+    )
 
 
 def write_pool(pool: Path, folder: Path) -> None:
-    """The collection, all queries, draws of the scored pool, and each round's web queries."""
-    scored = [json.loads(line) for line in (pool / "examples_64way.jsonl").open()]
-    wanted = {str(pid) for _, *passages in scored for pid, _ in passages}
-    with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
-        lines = file.readlines()
-    others = [line for line in lines if line.split("\t")[0] not in wanted]
-    kept = {*others[: PASSAGES - len(wanted)]}
-    chosen = [line for line in lines if line in kept or line.split("\t")[0] in wanted]
-    (folder / "collection.tsv").write_text("".join(chosen), "utf-8")
+    """Draws of the scored passages, their queries and the passages."""
     draws = []
-    for seed in range(DRAWS):
+    for seed in range(POOL_DRAWS):
         draw = folder / "draw.jsonl"
         make_examples(
             pool / "examples_64way.jsonl", draw, nway=POOL_WAYS, seed=seed, overwrite=True
@@ -185,97 +159,126 @@ def write_pool(pool: Path, folder: Path) -> None:
         draws.append(draw.read_text("utf-8"))
     for made in folder.glob("draw.jsonl*"):
         made.unlink()
+    with gzip.open(pool / "collection.tsv.gz", "rb") as file:
+        (folder / "pool.tsv").write_bytes(file.read())
     (folder / "pool.jsonl").write_text("".join(draws), "utf-8")
-    web = (pool / "dev_small_queries.tsv").read_text("utf-8").splitlines(keepends=True)
-    queries = (pool / "queries.tsv").read_text("utf-8").splitlines(keepends=True)
-    ids = {line.split("\t")[0] for line in queries}
-    asked = [line for line in web if line.split("\t")[0] not in ids]
-    for number, name in enumerate(ROUNDS):
-        part = asked[number * WEB_QUERIES : (number + 1) * WEB_QUERIES]
-        queries += part
-        (folder / f"{name}.tsv").write_text("".join(part), "utf-8")
-    (folder / "queries.tsv").write_text("".join(queries), "utf-8")
 
 
-def mine(
-    start: Path,
-    wide: Path,
-    args: argparse.Namespace,
-    queries: Path,
-    collection: Path,
-    folder: Path,
-) -> Path:
-    """Examples of the queries, scored by both teachers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index, ranking = folder / "index", folder / "ranking.tsv"
-    retriever = ColBERT.from_pretrained(start)
+# --- Models ---------------------------------------------------------------------------------
+
+
+def with_projection(checkpoint: str, kernel: np.ndarray, folder: Path) -> None:
+    """The encoder with a projection, float[384, dim]."""
+    model = ColBERT.from_pretrained(checkpoint, dim=kernel.shape[1], **TEXT)
+    params = model.params
+    params["head"][0]["linear"]["kernel"] = kernel.astype(np.float32)
+    model.set_params(params)
+    model.save_pretrained(folder)
+
+
+def whitened(tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The projection to half whitened principal components, float[384, 384], the first first."""
+    second = (tokens * weights[:, None]).T @ tokens / weights.sum()
+    variances, directions = np.linalg.eigh(second)
+    return (directions * np.maximum(variances, EIGENVALUE) ** -WHITENING)[:, ::-1]
+
+
+def make_projections(checkpoint: str, texts: list[str], folder: Path) -> None:
+    """wide/ and narrow/, from the tokens of some texts."""
+    model = ColBERT.from_pretrained(checkpoint, **TEXT)
+    tokens = model.encode_documents(texts).values
+    ids = np.concatenate(model.tokenizer.documents(texts).ids)
+    with_projection(checkpoint, whitened(tokens, np.ones(len(ids))), folder / "wide")
+    # Turned at random, so that all dimensions vary alike, as the residuals' codec expects.
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
+    narrow = whitened(tokens, 1 / np.bincount(ids)[ids])[:, :DIM] @ turn
+    with_projection(checkpoint, narrow, folder / "narrow")
+
+
+# --- A round --------------------------------------------------------------------------------
+
+
+def nearest(model: ColBERT, collection: Path, names: Iterable[str], folder: Path) -> None:
+    """`<name>_ranking.tsv`: of each of the queries of a name the nearest passages."""
+    index = folder / f"{collection.stem}.index"
     if not index.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
-        Index.build(index, retriever, texts, ids=pids, nbits=NBITS)
-    retrieve(Index.open(index), retriever, read_queries(queries), ranking, k=K)
-    tokens = LateInteraction(ColBERT.from_pretrained(wide))
-    vectors = load_teacher(args.teacher, maxlen=TEXT["doc_maxlen"])
-    files = []
-    for name, teacher in (("tokens", tokens), ("vectors", vectors)):
-        files.append(folder / f"{name}.jsonl")
-        score_ranking(ranking, queries, collection, teacher, files[-1])
-    both = folder / "scores.jsonl"
-    both.write_text("".join(combined(*files)), "utf-8")
-    made = make_examples(both, folder / "examples.jsonl", nway=WEB_WAYS, overwrite=True)
-    return made.path
+        Index.build(index, model, texts, ids=pids, nbits=NBITS, store_texts=False)
+    for name in names:
+        queries = read_queries(collection.with_name(f"{name}_queries.tsv"))
+        ranking = folder / f"{name}_ranking.tsv"
+        retrieve(Index.open(index), model, queries, ranking, k=NEAREST, recall="fast")
 
 
-def combined(tokens: Path, vectors: Path) -> Iterator[str]:
-    """Lines of scores: of each query's, both are brought to mean 0 and deviation 1, and added."""
+def drawn(ranking: Path, own_first: bool) -> Iterator[str]:
+    """Examples without scores: WAYS of each query's passages at random, several times.
 
-    def standard(passages: list) -> dict:
-        scores = np.array([score for _, score in passages])
-        scores = (scores - scores.mean()) / max(scores.std(), 1e-9)
-        return {pid: float(score) for (pid, _), score in zip(passages, scores, strict=True)}
+    own_first: the query's own passage, which has its id, is the first of each.
+    """
+    rng = random.Random(0)
+    found: dict[str, list[str]] = {}
+    with ranking.open(encoding="utf-8") as file:
+        for line in file:
+            qid, pid = line.split("\t")[:2]
+            found.setdefault(qid, []).append(pid)
+    for qid, pids in found.items():
+        first = [qid] if own_first else []
+        others = [pid for pid in pids if pid not in first]
+        rng.shuffle(others)
+        step = WAYS - len(first)
+        for start in range(0, min(DRAWS * step, len(others) - step + 1), step):
+            yield json.dumps([qid, *first, *others[start : start + step]]) + "\n"
 
-    for line, other in zip(tokens.open(), vectors.open(), strict=True):
-        (qid, *first), (same, *second) = json.loads(line), json.loads(other)
-        assert qid == same
-        more = standard(second)
-        total = {pid: x + MPNET_WEIGHT * more[pid] for pid, x in standard(first).items()}
-        best_first = sorted(total.items(), key=lambda item: -item[1])
-        yield json.dumps([qid, *([pid, score] for pid, score in best_first)]) + "\n"
+
+def learn(start: Path, wide: Path, data: Path, folder: Path) -> Path:
+    """A round from its texts in `data` to the trained model."""
+    model = ColBERT.from_pretrained(start)
+    nearest(model, data / "long.tsv", ("pairs", "sentences"), folder)
+    nearest(model, data / "short.tsv", ("neighbours",), folder)
+    sources = {}
+    for name, texts in (("pairs", "long"), ("sentences", "long"), ("neighbours", "short")):
+        examples = folder / f"{name}.jsonl"
+        lines = drawn(folder / f"{name}_ranking.tsv", own_first=name == "pairs")
+        examples.write_text("".join(lines), "utf-8")
+        sources[name] = stanford_examples(
+            examples, data / f"{name}_queries.tsv", data / f"{texts}.tsv"
+        )
+    common = data.parent
+    sources["pool"] = stanford_examples(
+        common / "pool.jsonl", common / "pool_queries.tsv", common / "pool.tsv"
+    )
+    own = {"sentences": SENTENCES, "neighbours": NEIGHBOURS, "pool": POOL}
+    tasks = [Task(name, sources[name], SHARES[name], own[name]) for name in SHARES]
+    teacher = ColBERT.from_pretrained(wide)
+    return train(model, sources["pairs"], folder / "run", ROUND, tasks=tasks, teacher=teacher).model
 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--teacher", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     enable_compilation_cache()
-    data = args.folder / "data"
-    if not (data / "queries.tsv").exists():
-        data.mkdir(parents=True, exist_ok=True)
-        write_pairs(args.data, data)
-        write_pool(args.data / "msmarco_v2_pool", data)
-    collection, queries = data / "collection.tsv", data / "queries.tsv"
-
-    answers, wiki = (pair_examples(data / f"{name}.jsonl") for name in ("pairs", "wiki"))
-    pool = stanford_examples(data / "pool.jsonl", queries, collection)
-
-    def learn(start: Path, teacher: Path, name: str, config: TrainingConfig, *tasks: Task) -> Path:
-        fixed, model = (ColBERT.from_pretrained(place) for place in (teacher, start))
-        return train(model, answers, args.folder / name, config, tasks=tasks, teacher=fixed).model
-
-    # Titles are no questions: what the teacher makes of them is learned, not which is whose.
-    titles = Task("wiki", wiki, 0.25, {"coupled_weight": 1.0})
-    draws = Task("pool", pool, 0.3, POOL | {"coupled_weight": 0.3})
-    wide = with_projection(args, lambda: np.eye(WIDTH), args.folder / "wide_start")
-    wide = learn(wide, wide, "wide", WIDE, titles, draws)
-    principal = partial(narrowed, wide, data / "pairs.jsonl")
-    model = with_projection(args, principal, args.folder / "narrow")
+    data, pool = args.folder / "data", args.data / "msmarco_v2_pool"
+    if not (data / "pool_queries.tsv").exists():
+        model = ColBERT.from_pretrained(args.checkpoint, **TEXT)
+        used = set(read_queries(pool / "queries.tsv"))
+        for number, name in enumerate(ROUNDS):
+            (data / name).mkdir(parents=True, exist_ok=True)
+            write_long(args.data, data / name, number, random.Random(number))
+            write_short(args.data, data / name, number, random.Random(number), model, used)
+        write_pool(pool, data)
+        (data / "pool_queries.tsv").write_bytes((pool / "queries.tsv").read_bytes())
+    if not (args.folder / "narrow").exists():
+        files = [data / ROUNDS[0] / f"{name}.tsv" for name in ("short", "long")]
+        texts = [text for file in files for _, text in read_collection(file)]
+        texts = random.Random(0).sample(texts, min(SAMPLE, len(texts)))
+        make_projections(args.checkpoint, texts, args.folder)
+    model = args.folder / "narrow"
     for name in ROUNDS:
-        mined = mine(model, wide, args, data / f"{name}.tsv", collection, args.folder / name)
-        web = stanford_examples(mined, queries, collection)
-        lists = Task("web", web, 0.2, WEB | {"coupled_weight": 0.3})
-        model = learn(model, wide, f"{name}/run", ROUND, titles, draws, lists)
+        (args.folder / name).mkdir(exist_ok=True)
+        model = learn(model, args.folder / "wide", data / name, args.folder / name)
 
 
 if __name__ == "__main__":

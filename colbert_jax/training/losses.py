@@ -153,6 +153,33 @@ def margin_mse(scores: jax.Array, teacher: jax.Array) -> jax.Array:
     return jnp.square(margin).mean()
 
 
+def token_matches(matches: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """How differently two models match the query tokens: half the sum over a query's tokens of the
+    variance over documents of (m - t) / temperature, m[b, i, n] being the best similarity of token
+    i of query b in document n.
+
+    What shifts all documents alike changes no ranking and costs nothing. Where errors of tokens are
+    independent and documents score alike, this is the divergence of the scores' softmaxes to second
+    order, so that it adds to `distillation` in the same unit.
+
+    Args:
+      matches, teacher: [B, Lq, N]; zeros for query rows that are no token.
+
+    Returns:
+      float32[].
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    _require_alike(matches, teacher)
+    present = _present(matches) & _present(teacher)
+    count = jnp.maximum(present.sum(axis=-1, keepdims=True), 1)
+    difference = jnp.where(present, matches.astype(jnp.float32) - teacher, 0.0) / temperature
+    mean = difference.sum(axis=-1, keepdims=True) / count
+    squares = jnp.where(present, jnp.square(difference - mean), 0.0) / count
+    return 0.5 * squares.sum(axis=(1, 2)).mean()
+
+
 def encode_chunked(encode: Callable[[Any, Any], Any], params: Any, rows: Any, chunk: int) -> Any:
     """`encode(params, rows)` with the activations of one chunk in memory at a time.
 

@@ -70,7 +70,7 @@ def make_loss(
                 embed(own.params, _translated(batch, own.ids), key)
                 for embed, own in zip(embed_fixed, fixed, strict=True)
             ]
-            coupled = all_pairs_scores(*_side_by_side(seen), mesh=mesh)
+            coupled = _matches(config, *_side_by_side(seen), mesh)
         return score_loss(config, *embedded, batch.scores, mesh, coupled)
 
     return loss
@@ -87,6 +87,23 @@ def _side_by_side(
         scale * jnp.concatenate(documents, -1),
         masks[0],
     )
+
+
+def _matches(
+    config: TrainingConfig,
+    queries: jax.Array,
+    documents: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Every query with every document: float32[B, Lq, N], the best similarity of each query token,
+    or float32[B, 1, N], their sum, where the loss does not look at tokens.
+    """
+    if not (config.coupled_weight and config.coupled_tokens):
+        return all_pairs_scores(queries, documents, mask, mesh=mesh)[:, None]
+    batch, length, dim = queries.shape
+    tokens = queries.reshape(batch * length, 1, dim)
+    return all_pairs_scores(tokens, documents, mask, mesh=mesh).reshape(batch, length, -1)
 
 
 def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
@@ -162,7 +179,7 @@ def score_loss(
       queries: float32[B, Lq, D].
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
-      coupled: float32[B, B * W], the coupled teacher's scores of all pairs; None: there is none.
+      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `_matches`; None: there is none.
 
     Returns:
       the loss, float32[], and its parts by name.
@@ -170,7 +187,8 @@ def score_loss(
     batch, ways = queries.shape[0], documents.shape[0] // queries.shape[0]
     every = config.use_ib_negatives or config.loss == "contrastive" or coupled is not None
     if every:
-        pairs = all_pairs_scores(queries, documents, mask, mesh=mesh)
+        matches = _matches(config, queries, documents, mask, mesh)
+        pairs = matches.sum(axis=1)
         own = pairs.reshape(batch, batch, ways)[jnp.arange(batch), jnp.arange(batch)]
     else:
         split = (batch, ways, *documents.shape[1:])
@@ -204,11 +222,17 @@ def score_loss(
     if coupled is not None:
         parts["coupled"] = losses.distillation(
             pairs,
-            coupled,
+            coupled.sum(axis=1),
             student_temperature=config.temperature,
             teacher_temperature=config.temperature,
         )
-        total = (1 - config.coupled_weight) * total + config.coupled_weight * parts["coupled"]
+        learned = parts["coupled"]
+        if config.coupled_tokens:
+            parts["coupled_tokens"] = losses.token_matches(
+                matches, coupled, temperature=config.temperature
+            )
+            learned = learned + config.coupled_tokens * parts["coupled_tokens"]
+        total = (1 - config.coupled_weight) * total + config.coupled_weight * learned
     return total, parts
 
 

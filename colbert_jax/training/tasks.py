@@ -30,6 +30,7 @@ OWN = (
     "normalize_student",
     "temperature",
     "coupled_weight",
+    "coupled_tokens",
     "bsize",
     "accumsteps",
     "shuffle",

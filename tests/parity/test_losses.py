@@ -108,10 +108,15 @@ ON_PAIRS = {
 
 
 def compare(ours, theirs, data):
-    queries, documents, mask, teacher = data
+    teacher = torch.tensor(data[3])
+    compare_scores(ours, lambda q, d, mask: theirs(torch_pairs(q, d, mask), teacher), data)
+
+
+def compare_scores(ours, theirs, data):
+    queries, documents, mask, _ = data
     value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(queries, documents)
     q, d = (torch.tensor(x, requires_grad=True) for x in (queries, documents))
-    expected = theirs(torch_pairs(q, d, torch.tensor(mask)), torch.tensor(teacher))
+    expected = theirs(q, d, torch.tensor(mask))
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for got, want in zip(gradients, (q.grad.numpy(), d.grad.numpy()), strict=True):
@@ -139,3 +144,22 @@ def test_of_every_document(data, name):
         return loss(all_pairs_scores(queries, documents, data[2]))
 
     compare(ours, theirs, data)
+
+
+def test_of_every_query_token(data):
+    """The best similarities of the tokens of queries one by one, as the sums of all of them."""
+    mask = data[2]
+    rng = np.random.default_rng(4)
+    teacher = rng.normal(0, 1, (B, LQ, B * W)).astype(np.float32)
+
+    def ours(queries, documents):
+        tokens = all_pairs_scores(queries.reshape(B * LQ, 1, D), documents, mask)
+        matches = tokens.reshape(teacher.shape)
+        return losses.token_matches(matches, teacher, temperature=0.5)
+
+    def theirs(queries, documents, mask):
+        pairs = torch_pairs(queries.reshape(B * LQ, 1, D), documents, mask)
+        difference = (pairs.reshape(teacher.shape) - torch.tensor(teacher)) / 0.5
+        return difference.var(dim=-1, correction=0).sum(dim=1).mean() / 2
+
+    compare_scores(ours, theirs, data)

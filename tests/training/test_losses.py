@@ -190,6 +190,38 @@ def test_devices_change_nothing(data, eight_devices, devices):
     np.testing.assert_allclose(everything(*spread), one_by_one(*data), rtol=1e-5)
 
 
+def test_token_matches():
+    """Of each query token the variance over documents of the difference, absent ones left out."""
+    rng = np.random.default_rng(2)
+    student, teacher = (rng.normal(0, 1, (B, 5, 7)).astype(np.float32) for _ in range(2))
+    student[:, :, 3] = teacher[:, :, 3] = -np.inf
+    student[4] = -np.inf
+    expected = 0.0
+    for b in range(B):
+        for s, t in zip(student[b], teacher[b], strict=True):
+            both = np.isfinite(s) & np.isfinite(t)
+            expected += np.var(s[both] - t[both]) / 0.5**2 / 2 / B if both.any() else 0
+    program = jax.jit(jax.value_and_grad(partial(losses.token_matches, temperature=0.5)))
+    loss, gradient = program(student, teacher)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert np.isfinite(gradient).all()
+    shifted = student + rng.normal(0, 1, (B, 5, 1)).astype(np.float32)
+    np.testing.assert_allclose(program(shifted, teacher)[0], loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="the same queries and documents"):
+        losses.token_matches(student, teacher[:, :4])
+
+
+def test_token_matches_add_in_the_unit_of_the_divergence():
+    """Where documents score alike: half the variance is the divergence, to second order."""
+    student = np.random.default_rng(3).normal(0, 0.02, (B, 1, 6)).astype(np.float32)
+    teacher = np.zeros_like(student)
+    tokens = losses.token_matches(student, teacher, temperature=0.5)
+    scores = losses.distillation(
+        student[:, 0], teacher[:, 0], student_temperature=0.5, teacher_temperature=0.5
+    )
+    np.testing.assert_allclose(tokens, scores, rtol=0.1)
+
+
 def test_bad_arguments(data):
     own, teacher, every = data
     with pytest.raises(ValueError, match=r"\(8, 4\), the teacher's \(8, 3\)"):

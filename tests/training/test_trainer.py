@@ -272,24 +272,29 @@ def teacher(tmp_path_factory) -> ColBERT:
     return ColBERT.from_pretrained(folder, dtype="float32", devices=jax.devices()[:1])
 
 
-def divergence(files, student: ColBERT, *teachers: ColBERT) -> float:
-    """Of the first batch's scores at a temperature of 2; the teachers' mean similarity counts."""
+def matches(files, *models: ColBERT) -> list[np.ndarray]:
+    """Of each query of the first batch float[Lq, N]: the best similarity, by the models' mean, of
+    its tokens in every document of the batch."""
     lines = [json.loads(line) for line in files["examples"].read_text().splitlines()[:8]]
     queries = dict(line.split("\t") for line in files["queries"].read_text().splitlines())
     passages = dict(line.split("\t") for line in files["collection"].read_text().splitlines())
     asked = [queries[str(qid)] for qid, *_ in lines]
     texts = [passages[str(pid)] for _, *scored in lines for pid, _ in scored]
+    q = [model.encode_queries(asked) for model in models]
+    d = [list(model.encode_documents(texts, progress=False)) for model in models]
+
+    def best(query: tuple, document: tuple) -> np.ndarray:
+        return np.mean([x @ y.T for x, y in zip(query, document, strict=True)], 0).max(1)
+
+    documents = list(zip(*d, strict=True))
+    return [np.stack([best(x, y) for y in documents], 1) for x in zip(*q, strict=True)]
+
+
+def divergence(files, student: ColBERT, *teachers: ColBERT) -> float:
+    """Of the first batch's scores at a temperature of 2; the teachers' mean similarity counts."""
 
     def log_probabilities(*models: ColBERT) -> np.ndarray:
-        q = [model.encode_queries(asked) for model in models]
-        d = [list(model.encode_documents(texts, progress=False)) for model in models]
-        scores = [
-            [
-                np.mean([x @ y.T for x, y in zip(query, document, strict=True)], 0).max(1).sum()
-                for document in zip(*d, strict=True)
-            ]
-            for query in zip(*q, strict=True)
-        ]
+        scores = [tokens.sum(0) for tokens in matches(files, *models)]
         return np.asarray(jax.nn.log_softmax(np.array(scores, np.float64) / 2.0))
 
     p, q = log_probabilities(*teachers), log_probabilities(student)
@@ -315,6 +320,16 @@ def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices)
     config = dataclasses.replace(config, fsdp=True, chunk=4, maxsteps=2)
     two = run(start, source, tmp_path / "two", config, devices=2, teacher=teacher)
     np.testing.assert_allclose(losses(two)[:1], losses(lines)[:1], rtol=2e-4)
+
+    config = dataclasses.replace(config, coupled_weight=0.8, coupled_tokens=0.5)
+    line = run(start, source, tmp_path / "tokens", config, devices=2, teacher=teacher)[0]
+    pairs = zip(matches(files, start()), matches(files, teacher), strict=True)
+    tokens = np.mean([((s - t) / 2.0).var(axis=1).sum() / 2 for s, t in pairs])
+    assert line["coupled"] == pytest.approx(expected, rel=1e-4)
+    assert line["coupled_tokens"] == pytest.approx(tokens, rel=1e-4)
+    own = lines[0]["distillation"] + lines[0].get("in_batch", 0)
+    learned = line["coupled"] + 0.5 * line["coupled_tokens"]
+    assert line["loss"] == pytest.approx(0.2 * own + 0.8 * learned, rel=1e-4)
 
 
 def with_other_ids(folder: Path, copy: Path) -> Path:
