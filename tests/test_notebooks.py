@@ -116,12 +116,14 @@ def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_pa
     assert printed(cells["flmr"]).split() == ["(1,", "16,", "16)", "(1,", "48,", "16)"]
 
 
-def test_train_fine_tunes_twice(stanford_folder, tmp_path):
-    teacher = support.write_cross_encoder(tmp_path / "teacher", {"num_hidden_layers": 1})
+def test_train_fine_tunes_twice(tmp_path):
+    one_layer = {"num_hidden_layers": 1}
+    checkpoint = support.write_stanford(tmp_path / "checkpoint", one_layer)
+    teacher = support.write_cross_encoder(tmp_path / "teacher", one_layer)
     cells = execute(
         NOTEBOOKS / "train.ipynb",
         tmp_path,
-        COLBERT_CHECKPOINT=str(stanford_folder),
+        COLBERT_CHECKPOINT=str(checkpoint),
         COLBERT_TEACHER=str(teacher),
         COLBERT_PASSAGES=str(PASSAGES),
         COLBERT_STEPS="2",
