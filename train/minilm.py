@@ -74,10 +74,10 @@ ROUND = TrainingConfig(
     save_every=50,
 )
 # Four of the nearest passages, none of which is the answer: the teacher alone knows their order.
-SENTENCES = dict(coupled_weight=1.0)
-NEIGHBOURS = dict(coupled_weight=1.0, bsize=16)
+SENTENCES: dict[str, Any] = dict(coupled_weight=1.0)
+NEIGHBOURS: dict[str, Any] = dict(coupled_weight=1.0, bsize=16)
 # A cross-encoder's scores, each query's mapped to 0..8.
-POOL = dict(
+POOL: dict[str, Any] = dict(
     loss="distillation",
     nway=POOL_WAYS,
     bsize=4,
@@ -168,7 +168,9 @@ def write_pool(pool: Path, folder: Path) -> None:
 
 
 def with_projection(checkpoint: str, kernel: np.ndarray, folder: Path) -> None:
-    """The encoder with a projection, float[384, dim]."""
+    """The encoder with a projection, float[384, dim], unless it is there."""
+    if folder.exists():
+        return
     model = ColBERT.from_pretrained(checkpoint, dim=kernel.shape[1], **TEXT)
     params = model.params
     params["head"][0]["linear"]["kernel"] = kernel.astype(np.float32)
@@ -262,12 +264,12 @@ def run() -> None:
     enable_compilation_cache()
     data, pool = args.folder / "data", args.data / "msmarco_v2_pool"
     if not (data / "pool_queries.tsv").exists():
-        model = ColBERT.from_pretrained(args.checkpoint, **TEXT)
+        reader = ColBERT.from_pretrained(args.checkpoint, **TEXT)
         used = set(read_queries(pool / "queries.tsv"))
         for number, name in enumerate(ROUNDS):
             (data / name).mkdir(parents=True, exist_ok=True)
             write_long(args.data, data / name, number, random.Random(number))
-            write_short(args.data, data / name, number, random.Random(number), model, used)
+            write_short(args.data, data / name, number, random.Random(number), reader, used)
         write_pool(pool, data)
         (data / "pool_queries.tsv").write_bytes((pool / "queries.tsv").read_bytes())
     if not (args.folder / "narrow").exists():
