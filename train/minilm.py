@@ -73,7 +73,7 @@ ROUND = TrainingConfig(
     warmup=10,
     save_every=50,
 )
-# Four of the nearest passages, none of which is the answer: the teacher alone knows their order.
+# Any four of the nearest passages: no one is marked as the answer, so only the teacher teaches.
 SENTENCES: dict[str, Any] = dict(coupled_weight=1.0)
 NEIGHBOURS: dict[str, Any] = dict(coupled_weight=1.0, bsize=16)
 # A cross-encoder's scores, each query's mapped to 0..8.
@@ -121,9 +121,7 @@ def write_long(data: Path, folder: Path, number: int, rng: random.Random) -> Non
     write_tsv(folder / "sentences_queries.tsv", sentences.items())
 
 
-def write_short(
-    data: Path, folder: Path, number: int, rng: random.Random, model: ColBERT, used: set[str]
-) -> None:
+def write_short(data: Path, folder: Path, number: int, model: ColBERT, used: set[str]) -> None:
     """Short web passages and articles, with web queries and titles. `used`: queries left out."""
     pool = data / "msmarco_v2_pool"
     articles = read(data, "wikipedia_vital10k")
@@ -137,8 +135,8 @@ def write_short(
     lengths = model.tokenizer.documents(texts).attended
     kept = [(f"p{i}", text) for i, text in enumerate(texts) if lengths[i] <= SHORT]
     write_tsv(folder / "short.tsv", kept)
-    asked = [(q, t) for q, t in read_queries(pool / "dev_small_queries.tsv").items()]
-    asked = [(q, t) for q, t in asked if q not in used and t.strip()]
+    web_queries = read_queries(pool / "dev_small_queries.tsv")
+    asked = [(q, t) for q, t in web_queries.items() if q not in used and t.strip()]
     titles = [
         (f"w{i}", f"{r['title']} {r['description'] or ''}".strip()) for i, r in enumerate(articles)
     ]
@@ -202,14 +200,15 @@ def make_projections(checkpoint: str, texts: list[str], folder: Path) -> None:
 
 def nearest(model: ColBERT, collection: Path, names: Iterable[str], folder: Path) -> None:
     """`<name>_ranking.tsv`: of each of the queries of a name the nearest passages."""
-    index = folder / f"{collection.stem}.index"
-    if not index.exists():
+    path = folder / f"{collection.stem}.index"
+    if not path.exists():
         pids, texts = zip(*read_collection(collection), strict=True)
-        Index.build(index, model, texts, ids=pids, nbits=NBITS, store_texts=False)
+        Index.build(path, model, texts, ids=pids, nbits=NBITS, store_texts=False)
+    index = Index.open(path)
     for name in names:
         queries = read_queries(collection.with_name(f"{name}_queries.tsv"))
         ranking = folder / f"{name}_ranking.tsv"
-        retrieve(Index.open(index), model, queries, ranking, k=NEAREST, recall="fast")
+        retrieve(index, model, queries, ranking, k=NEAREST, recall="fast")
 
 
 def drawn(ranking: Path, own_first: bool) -> Iterator[str]:
@@ -269,7 +268,7 @@ def run() -> None:
         for number, name in enumerate(ROUNDS):
             (data / name).mkdir(parents=True, exist_ok=True)
             write_long(args.data, data / name, number, random.Random(number))
-            write_short(args.data, data / name, number, random.Random(number), reader, used)
+            write_short(args.data, data / name, number, reader, used)
         write_pool(pool, data)
         (data / "pool_queries.tsv").write_bytes((pool / "queries.tsv").read_bytes())
     if not (args.folder / "narrow").exists():
