@@ -7,11 +7,13 @@ and `msmarco_v2_pool/`: passages, web queries without judgements, and 129 querie
 each that a cross-encoder scored. Nothing is learned from the collections that the result is
 measured on.
 
-1. wide/: the coupled teacher, MiniLM's own tokens at full width, half whitened: principal
-   component i is divided by the fourth root of its variance. What tells passages apart is in
-   components of little variance too.
-2. narrow/: the start, the first 128 such components, of tokens weighted so that each word piece
-   counts alike, however often it occurs.
+1. wide/: the coupled teacher, a 384-wide projection. It starts from MiniLM's own tokens, half
+   whitened: principal component i is divided by the fourth root of its variance, for what tells
+   passages apart is in components of little variance too. It learns from titles and questions with
+   their passages, from what the cross-encoder made of the 129 queries' passages, and to score as it
+   did before. The encoder stays as it is, so its tokens are computed once, and 300 steps are short.
+2. narrow/: the start, the first 128 half whitened components of these tokens, weighted so that each
+   word piece counts alike, however often it occurs.
 3. round1/: the model so far retrieves the 32 nearest passages of each query; draws of them are what
    the upper half of the encoder and the projection learn from, to score as the teacher does and to
    match each query token as it does: web queries and titles of Wikipedia over short passages,
@@ -27,23 +29,31 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax import ColBERT
+from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.index import Index
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
 from colbert_jax.training.mining import make_examples, retrieve
+from colbert_jax.training.optimizer import apply_gradients, init_moments
+from colbert_jax.training.step import matches, score_loss
 
 ROUNDS = ("round1", "round2")
-DIM, NBITS = 128, 2
+WIDTH, DIM, NBITS = 384, 128, 2
 TEXT: dict[str, Any] = dict(query_maxlen=32, doc_maxlen=180)
 SHORT = 90  # tokens of a short passage at most
 
@@ -51,9 +61,34 @@ SHORT = 90  # tokens of a short passage at most
 WEB_PASSAGES, WEB_QUERIES, WIKIPEDIA, ABSTRACTS, ANSWERS = 6_000, 1_500, 2_500, 2_000, 2_000
 NEAREST, WAYS, DRAWS = 32, 4, 6
 POOL_WAYS, POOL_DRAWS = 12, 8
-SAMPLE = 5_000  # passages whose tokens give the principal components
 WHITENING = 0.25  # a component is divided by its variance to this power
 EIGENVALUE = 1e-5  # the smallest variance that is believed
+
+# The wide projection. Titles and questions with their passage, those of the batch as negatives.
+WIDE = TrainingConfig(
+    loss="contrastive",
+    temperature=1 / 3,
+    nway=1,
+    use_ib_negatives=False,
+    coupled_weight=0.5,
+    coupled_tokens=0.5,
+    bsize=40,
+    head_lr=1e-3,
+    maxsteps=300,
+    warmup=30,
+)
+WIDE_NEIGHBOURS = replace(WIDE, coupled_weight=1.0, bsize=16, nway=WAYS)  # any passages
+# A cross-encoder's scores, each query's mapped to 0..8.
+POOL: dict[str, Any] = dict(
+    loss="distillation",
+    nway=POOL_WAYS,
+    bsize=4,
+    normalize_teacher=True,
+    distillation_alpha=8.0,
+)
+WIDE_POOL = replace(WIDE, **POOL, coupled_weight=0.3)
+WIDE_SHARES = {"pool": 0.3, "neighbours": 0.25}  # of the steps; the rest are pairs
+WIDE_LONG, WIDE_SHORT = 2_500, 4_000  # passages
 
 # Titles and questions with their passage and three of the nearest ones.
 ROUND = TrainingConfig(
@@ -69,22 +104,14 @@ ROUND = TrainingConfig(
     lr=1e-4,
     head_lr=3e-4,
     length_groups=1,
-    maxsteps=200,
+    maxsteps=150,
     warmup=10,
     save_every=50,
 )
 # Any four of the nearest passages: no one is marked as the answer, so only the teacher teaches.
 SENTENCES: dict[str, Any] = dict(coupled_weight=1.0)
 NEIGHBOURS: dict[str, Any] = dict(coupled_weight=1.0, bsize=16)
-# A cross-encoder's scores, each query's mapped to 0..8.
-POOL: dict[str, Any] = dict(
-    loss="distillation",
-    nway=POOL_WAYS,
-    bsize=4,
-    coupled_weight=0.5,
-    normalize_teacher=True,
-    distillation_alpha=8.0,
-)
+ROUND_POOL = POOL | {"coupled_weight": 0.8}
 SHARES = {"sentences": 0.2, "neighbours": 0.4, "pool": 0.15}  # of the steps; the rest are pairs
 
 
@@ -157,9 +184,12 @@ def write_pool(pool: Path, folder: Path) -> None:
         draws.append(draw.read_text("utf-8"))
     for made in folder.glob("draw.jsonl*"):
         made.unlink()
-    with gzip.open(pool / "collection.tsv.gz", "rb") as file:
-        (folder / "pool.tsv").write_bytes(file.read())
     (folder / "pool.jsonl").write_text("".join(draws), "utf-8")
+    lines = [json.loads(line) for draw in draws for line in draw.splitlines()]
+    drawn = {str(pid) for _, *scored in lines for pid, _ in scored}
+    with gzip.open(pool / "collection.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
+        kept = [line for line in file if line.split("\t")[0] in drawn]
+    (folder / "pool.tsv").write_text("".join(kept), "utf-8")
 
 
 # --- Models ---------------------------------------------------------------------------------
@@ -183,16 +213,109 @@ def whitened(tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (directions * np.maximum(variances, EIGENVALUE) ** -WHITENING)[:, ::-1]
 
 
-def make_projections(checkpoint: str, texts: list[str], folder: Path) -> None:
-    """wide/ and narrow/, from the tokens of some texts."""
+class Encoded(NamedTuple):
+    """Texts as the encoder's own tokens, by their ids.
+
+    queries: float32[Lq, 384] each; rows of zeros fill up.
+    documents: float32[Ld, 384] each.
+    pieces: int[T], the word pieces of all documents.
+    """
+
+    queries: dict[str, np.ndarray]
+    documents: dict[str, np.ndarray]
+    pieces: np.ndarray
+
+
+def encoded(model: ColBERT, queries: Path, collection: Path, most: int | None = None) -> Encoded:
+    """The queries of a file and passages of another, of these at most so many."""
+    asked, found = read_queries(queries), list(read_collection(collection))
+    texts = dict(random.Random(0).sample(found, min(most or len(found), len(found))))
+    passages = list(texts.values())
+    return Encoded(
+        dict(zip(asked, model.encode_queries(list(asked.values())), strict=True)),
+        dict(zip(texts, model.encode_documents(passages), strict=True)),
+        np.concatenate(model.tokenizer.documents(passages).ids),
+    )
+
+
+def wide_batches(long: Encoded, short: Encoded, pool: Encoded, draws: Path) -> Iterator[tuple]:
+    """Without end: settings, queries, passages and their mask, a cross-encoder's scores if any."""
+    rng = random.Random(0)
+    scored = [json.loads(line) for line in draws.read_text("utf-8").splitlines()]
+    own = sorted(long.queries.keys() & long.documents.keys())
+    # Pairs of one source: an answer is not to be told by its subject.
+    sources = [[key for key in own if key[0] == kind] for kind in "am"]
+
+    def made(config: TrainingConfig, texts: Encoded, qids: list, pids: list, scores: Any = None):
+        rows = DocumentEmbeddings.from_list([texts.documents[pid] for pid in pids], WIDTH)
+        queries = np.stack([texts.queries[qid] for qid in qids])
+        return config, queries, *rows.padded(TEXT["doc_maxlen"]), scores
+
+    while True:
+        chance = rng.random()
+        if chance < WIDE_SHARES["pool"]:
+            lines = rng.sample(scored, WIDE_POOL.bsize)
+            pairs = [pair for _, *pairs in lines for pair in pairs]
+            scores = np.array([score for _, score in pairs]).reshape(len(lines), -1)
+            pids = [str(pid) for pid, _ in pairs]
+            yield made(WIDE_POOL, pool, [str(qid) for qid, *_ in lines], pids, scores)
+        elif chance < WIDE_SHARES["pool"] + WIDE_SHARES["neighbours"]:
+            count = WIDE_NEIGHBOURS.bsize
+            qids = rng.sample(sorted(short.queries), count)
+            pids = rng.sample(sorted(short.documents), count * WAYS)
+            yield made(WIDE_NEIGHBOURS, short, qids, pids)
+        else:
+            keys = rng.sample(rng.choice(sources), WIDE.bsize)
+            yield made(WIDE, long, keys, keys)
+
+
+def projected(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
+    """float32[..., D] of length 1; rows of zeros stay."""
+    x = tokens @ kernel
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
+def learned(start: np.ndarray, batches: Iterator[tuple]) -> np.ndarray:
+    """The wide projection after its steps, float32[384, 384]. The encoder is left as it is, so its
+    tokens are computed once; the coupled teacher is the projection that it started with."""
+    fixed = jnp.asarray(start, jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def step(config, params, moments, number, queries, documents, mask, scores):
+        teacher = projected(queries, fixed), projected(documents, fixed)
+        coupled = matches(config, *teacher, mask, None)
+
+        def loss(params: dict) -> jax.Array:
+            tokens = projected(queries, params["head"]), projected(documents, params["head"])
+            return score_loss(config, *tokens, mask, scores, coupled=coupled)[0]
+
+        return apply_gradients(WIDE, params, moments, jax.grad(loss)(params), number)[:2]
+
+    params = {"head": fixed}
+    moments = init_moments(WIDE, params)
+    steps = itertools.islice(batches, WIDE.maxsteps)
+    for number, (config, *batch) in enumerate(steps):
+        params, moments = step(config, params, moments, number, *batch)
+    return np.asarray(params["head"])
+
+
+def make_projections(checkpoint: str, data: Path, folder: Path) -> None:
+    """wide/ and narrow/, from texts of the first round."""
     model = ColBERT.from_pretrained(checkpoint, **TEXT)
-    tokens = model.encode_documents(texts).values
-    ids = np.concatenate(model.tokenizer.documents(texts).ids)
-    with_projection(checkpoint, whitened(tokens, np.ones(len(ids))), folder / "wide")
+    texts = data / ROUNDS[0]
+    long = encoded(model, texts / "pairs_queries.tsv", texts / "long.tsv", WIDE_LONG)
+    short = encoded(model, texts / "neighbours_queries.tsv", texts / "short.tsv", WIDE_SHORT)
+    pool = encoded(model, data / "pool_queries.tsv", data / "pool.tsv")
+    tokens = np.concatenate([*long.documents.values(), *short.documents.values()])
+    pieces = np.concatenate([long.pieces, short.pieces])
+    start = whitened(tokens, np.ones(len(tokens)))
+    wide = learned(start, wide_batches(long, short, pool, data / "pool.jsonl"))
     # Turned at random, so that all dimensions vary alike, as the residuals' codec expects.
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
-    narrow = whitened(tokens, 1 / np.bincount(ids)[ids])[:, :DIM] @ turn
-    with_projection(checkpoint, narrow, folder / "narrow")
+    learnt = np.asarray(projected(jnp.asarray(tokens), jnp.asarray(wide)))
+    components = whitened(learnt, 1 / np.bincount(pieces)[pieces])
+    with_projection(checkpoint, wide @ components[:, :DIM] @ turn, folder / "narrow")
+    with_projection(checkpoint, wide, folder / "wide")
 
 
 # --- A round --------------------------------------------------------------------------------
@@ -248,7 +371,7 @@ def learn(start: Path, wide: Path, data: Path, folder: Path) -> Path:
     sources["pool"] = stanford_examples(
         common / "pool.jsonl", common / "pool_queries.tsv", common / "pool.tsv"
     )
-    own = {"sentences": SENTENCES, "neighbours": NEIGHBOURS, "pool": POOL}
+    own = {"sentences": SENTENCES, "neighbours": NEIGHBOURS, "pool": ROUND_POOL}
     tasks = [Task(name, sources[name], SHARES[name], own[name]) for name in SHARES]
     teacher = ColBERT.from_pretrained(wide)
     return train(model, sources["pairs"], folder / "run", ROUND, tasks=tasks, teacher=teacher).model
@@ -271,11 +394,8 @@ def run() -> None:
             write_short(args.data, data / name, number, reader, used)
         write_pool(pool, data)
         (data / "pool_queries.tsv").write_bytes((pool / "queries.tsv").read_bytes())
-    if not (args.folder / "narrow").exists():
-        files = [data / ROUNDS[0] / f"{name}.tsv" for name in ("short", "long")]
-        texts = [text for file in files for _, text in read_collection(file)]
-        texts = random.Random(0).sample(texts, min(SAMPLE, len(texts)))
-        make_projections(args.checkpoint, texts, args.folder)
+    if not (args.folder / "wide").exists():
+        make_projections(args.checkpoint, data, args.folder)
     model = args.folder / "narrow"
     for name in ROUNDS:
         (args.folder / name).mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def make_loss(
                 embed(own.params, _translated(batch, own.ids), key)
                 for embed, own in zip(embed_fixed, fixed, strict=True)
             ]
-            coupled = _matches(config, *_side_by_side(seen), mesh)
+            coupled = matches(config, *_side_by_side(seen), mesh)
         return score_loss(config, *embedded, batch.scores, mesh, coupled)
 
     return loss
@@ -89,7 +89,7 @@ def _side_by_side(
     )
 
 
-def _matches(
+def matches(
     config: TrainingConfig,
     queries: jax.Array,
     documents: jax.Array,
@@ -179,7 +179,7 @@ def score_loss(
       queries: float32[B, Lq, D].
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
-      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `_matches`; None: there is none.
+      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`; None: there is none.
 
     Returns:
       the loss, float32[], and its parts by name.
@@ -187,8 +187,8 @@ def score_loss(
     batch, ways = queries.shape[0], documents.shape[0] // queries.shape[0]
     every = config.use_ib_negatives or config.loss == "contrastive" or coupled is not None
     if every:
-        matches = _matches(config, queries, documents, mask, mesh)
-        pairs = matches.sum(axis=1)
+        matched = matches(config, queries, documents, mask, mesh)
+        pairs = matched.sum(axis=1)
         own = pairs.reshape(batch, batch, ways)[jnp.arange(batch), jnp.arange(batch)]
     else:
         split = (batch, ways, *documents.shape[1:])
@@ -229,7 +229,7 @@ def score_loss(
         learned = parts["coupled"]
         if config.coupled_tokens:
             parts["coupled_tokens"] = losses.token_matches(
-                matches, coupled, temperature=config.temperature
+                matched, coupled, temperature=config.temperature
             )
             learned = learned + config.coupled_tokens * parts["coupled_tokens"]
         total = (1 - config.coupled_weight) * total + config.coupled_weight * learned

@@ -26,12 +26,17 @@ def recipe():
     own = dict(bsize=2, maxsteps=8, warmup=1, save_every=4, freeze_layers=1, log_every=1)
     module.ROUND = dataclasses.replace(module.ROUND, **own)
     module.NEIGHBOURS |= {"bsize": 2}
-    module.POOL |= {"bsize": 2, "nway": 4}
+    module.ROUND_POOL |= {"bsize": 2, "nway": 4}
+    own = dict(bsize=2, maxsteps=6, warmup=1)
+    for name, ways in (("WIDE", 1), ("WIDE_NEIGHBOURS", module.WAYS), ("WIDE_POOL", 4)):
+        setattr(module, name, dataclasses.replace(getattr(module, name), nway=ways, **own))
     module.TEXT = dict(query_maxlen=16, doc_maxlen=40)
-    module.DIM, module.SHORT, module.POOL_WAYS, module.POOL_DRAWS = 8, 30, 4, 2
+    module.WIDTH, module.DIM, module.SHORT = 32, 8, 30
+    module.POOL_WAYS, module.POOL_DRAWS = 4, 2
     for name, value in SMALL.items():
         setattr(module, name, value)
-    module.NEAREST, module.DRAWS, module.SAMPLE = 10, 2, 20
+    module.NEAREST, module.DRAWS = 10, 2
+    module.WIDE_LONG = module.WIDE_SHORT = 14
     return module
 
 
