@@ -96,8 +96,15 @@ def matches(
     mask: jax.Array,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Every query with every document: float32[B, Lq, N], the best similarity of each query token,
-    or float32[B, 1, N], their sum, where the loss does not look at tokens.
+    """Scores of every query with every document, as the coupled part of a loss compares them.
+
+    Args:
+      queries: float32[B, Lq, D], rows of zeros where there is no token.
+      documents, mask: float32[N, Ld, D] and bool[N, Ld].
+
+    Returns:
+      float32[B, Lq, N], the best similarity of each query token, or float32[B, 1, N], their sum,
+      where the loss does not look at tokens.
     """
     if not (config.coupled_weight and config.coupled_tokens):
         return all_pairs_scores(queries, documents, mask, mesh=mesh)[:, None]
