@@ -46,6 +46,7 @@ from colbert_jax import ColBERT
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.index import Index
+from colbert_jax.models.colbert import unit_length
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
 from colbert_jax.training.mining import make_examples, retrieve
@@ -53,7 +54,7 @@ from colbert_jax.training.optimizer import apply_gradients, init_moments
 from colbert_jax.training.step import matches, score_loss
 
 ROUNDS = ("round1", "round2")
-WIDTH, DIM, NBITS = 384, 128, 2
+DIM, NBITS = 128, 2
 TEXT: dict[str, Any] = dict(query_maxlen=32, doc_maxlen=180)
 SHORT = 90  # tokens of a short passage at most
 
@@ -245,9 +246,11 @@ def wide_batches(long: Encoded, short: Encoded, pool: Encoded, draws: Path) -> I
     own = sorted(long.queries.keys() & long.documents.keys())
     # Pairs of one source: an answer is not to be told by its subject.
     sources = [[key for key in own if key[0] == kind] for kind in "am"]
+    asked, passages = sorted(short.queries), sorted(short.documents)
 
     def made(config: TrainingConfig, texts: Encoded, qids: list, pids: list, scores: Any = None):
-        rows = DocumentEmbeddings.from_list([texts.documents[pid] for pid in pids], WIDTH)
+        documents = [texts.documents[pid] for pid in pids]
+        rows = DocumentEmbeddings.from_list(documents, documents[0].shape[1])
         queries = np.stack([texts.queries[qid] for qid in qids])
         return config, queries, *rows.padded(TEXT["doc_maxlen"]), scores
 
@@ -261,18 +264,11 @@ def wide_batches(long: Encoded, short: Encoded, pool: Encoded, draws: Path) -> I
             yield made(WIDE_POOL, pool, [str(qid) for qid, *_ in lines], pids, scores)
         elif chance < WIDE_SHARES["pool"] + WIDE_SHARES["neighbours"]:
             count = WIDE_NEIGHBOURS.bsize
-            qids = rng.sample(sorted(short.queries), count)
-            pids = rng.sample(sorted(short.documents), count * WAYS)
+            qids, pids = rng.sample(asked, count), rng.sample(passages, count * WAYS)
             yield made(WIDE_NEIGHBOURS, short, qids, pids)
         else:
             keys = rng.sample(rng.choice(sources), WIDE.bsize)
             yield made(WIDE, long, keys, keys)
-
-
-def projected(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
-    """float32[..., D] of length 1; rows of zeros stay."""
-    x = tokens @ kernel
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
 def learned(start: np.ndarray, batches: Iterator[tuple]) -> np.ndarray:
@@ -282,11 +278,12 @@ def learned(start: np.ndarray, batches: Iterator[tuple]) -> np.ndarray:
 
     @partial(jax.jit, static_argnums=0)
     def step(config, params, moments, number, queries, documents, mask, scores):
-        teacher = projected(queries, fixed), projected(documents, fixed)
-        coupled = matches(config, *teacher, mask, None)
+        teacher = unit_length(queries @ fixed), unit_length(documents @ fixed)
+        coupled = matches(config, *teacher, mask)
 
         def loss(params: dict) -> jax.Array:
-            tokens = projected(queries, params["head"]), projected(documents, params["head"])
+            kernel = params["head"]
+            tokens = unit_length(queries @ kernel), unit_length(documents @ kernel)
             return score_loss(config, *tokens, mask, scores, coupled=coupled)[0]
 
         return apply_gradients(WIDE, params, moments, jax.grad(loss)(params), number)[:2]
@@ -312,7 +309,7 @@ def make_projections(checkpoint: str, data: Path, folder: Path) -> None:
     wide = learned(start, wide_batches(long, short, pool, data / "pool.jsonl"))
     # Turned at random, so that all dimensions vary alike, as the residuals' codec expects.
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
-    learnt = np.asarray(projected(jnp.asarray(tokens), jnp.asarray(wide)))
+    learnt = np.asarray(unit_length(jnp.asarray(tokens) @ wide))
     components = whitened(learnt, 1 / np.bincount(pieces)[pieces])
     with_projection(checkpoint, wide @ components[:, :DIM] @ turn, folder / "narrow")
     with_projection(checkpoint, wide, folder / "wide")

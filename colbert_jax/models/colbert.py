@@ -107,6 +107,13 @@ class Dense(nnx.Module):
         return y
 
 
+def unit_length(x: jax.Array) -> jax.Array:
+    """Rows [..., D] divided by their length; rows of zeros stay, and their gradient is 0."""
+    # The root of what is at least 1e-24: the gradient of a row of zeros is not NaN.
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(squares, 1e-24))
+
+
 class TokenEncoder(nnx.Module):
     """Token ids to token embeddings of unit length (Khattab and Zaharia, 2020, section 3.2).
 
@@ -141,10 +148,7 @@ class TokenEncoder(nnx.Module):
           float32[B, L, D], rows of unit length.
         """
         x = self.hidden(ids, attended, train)
-        x = x * kept[..., None]
-        # The root of what is at least 1e-24: its gradient is 0, not NaN, where a row is masked.
-        squares = jnp.sum(x * x, axis=-1, keepdims=True)
-        return x / jnp.sqrt(jnp.maximum(squares, 1e-24))
+        return unit_length(x * kept[..., None])
 
     def hidden(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None

@@ -94,7 +94,7 @@ def matches(
     queries: jax.Array,
     documents: jax.Array,
     mask: jax.Array,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Scores of every query with every document, as the coupled part of a loss compares them.
 

@@ -31,8 +31,7 @@ def recipe():
     for name, ways in (("WIDE", 1), ("WIDE_NEIGHBOURS", module.WAYS), ("WIDE_POOL", 4)):
         setattr(module, name, dataclasses.replace(getattr(module, name), nway=ways, **own))
     module.TEXT = dict(query_maxlen=16, doc_maxlen=40)
-    module.WIDTH, module.DIM, module.SHORT = 32, 8, 30
-    module.POOL_WAYS, module.POOL_DRAWS = 4, 2
+    module.DIM, module.SHORT, module.POOL_WAYS, module.POOL_DRAWS = 8, 30, 4, 2
     for name, value in SMALL.items():
         setattr(module, name, value)
     module.NEAREST, module.DRAWS = 10, 2
