@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from passages import load
 
-from colbert_jax.compression import host
+from colbert_jax.compression import cpu
 from colbert_jax.compression.kmeans import num_centroids_for, train_kmeans
 from colbert_jax.compression.refill import refill
-from colbert_jax.threads import num_threads
+from colbert_jax.runtime import num_threads
 
 _BLOCK = 8192
 
@@ -71,14 +71,14 @@ def main() -> None:
     points, rest = values[~held_out], values[held_out]
     num_centroids = num_centroids_for(len(values))
     warm = train_kmeans(points[:20_000], 2048, iterations=2, progress=False)  # compiles
-    host.nearest(host.group_centroids(warm, distance=False), rest[:1000])
+    cpu.nearest(cpu.group_centroids(warm, distance=False), rest[:1000])
 
     start = time.perf_counter()
     ours = train_kmeans(
         points, num_centroids, iterations=args.iterations, max_points_per_centroid=10**9
     )
     trained = time.perf_counter()
-    codes = host.nearest(host.group_centroids(ours, distance=False), rest)
+    codes = cpu.nearest(cpu.group_centroids(ours, distance=False), rest)
     assigned = time.perf_counter()
     exact = exact_kmeans(points, num_centroids, args.iterations, 123)
     exact_trained = time.perf_counter()

@@ -29,11 +29,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
+from colbert_jax.data.examples import stanford_examples
 from colbert_jax.runtime import compute_dtype, enable_compilation_cache
 from colbert_jax.scoring.gradient import all_pairs_scores
 from colbert_jax.scoring.maxsim import maxsim_all_pairs
 from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.loader import Loader
 from colbert_jax.training.state import parameter_sharding
 from colbert_jax.training.step import init_state, make_gradients, make_update

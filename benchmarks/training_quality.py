@@ -231,7 +231,7 @@ def make_system(args: argparse.Namespace, cache: Path) -> tuple[System, dict[str
         packages = {name: version(name) for name in ("bm25s", "PyStemmer")}
         return bm25, {"note": note, "settings": _BM25, "versions": packages}
     if args.single_vector:
-        from colbert_jax.training.teacher import BiEncoder, load_teacher
+        from colbert_jax.mining.teacher import BiEncoder, load_teacher
 
         settings = dict(args.set)
         if settings.keys() - {"maxlen"}:

@@ -23,12 +23,12 @@ from colbert_jax.evaluation import (
 )
 from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
 from colbert_jax.index import Index
-from colbert_jax.index.conversion import TARGETS, convert_index
 from colbert_jax.index.format import FORMAT_VERSION
+from colbert_jax.index.layouts.convert import TARGETS, convert_index
 from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.search.arrays import Hits, concatenate_hits
-from colbert_jax.training.arguments import add_arguments, given, make, merge, read_settings
+from colbert_jax.settings import add_arguments, given, make, merge, read_settings
 from colbert_jax.training.recipes import RECIPES
 
 _BATCH = 32  # queries searched in one call

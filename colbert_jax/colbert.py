@@ -12,11 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax import runtime
-from colbert_jax.batching import Batch, ladder_length, next_power_of_two, pad_rows
+from colbert_jax.batching import (
+    Batch,
+    BatchRunner,
+    ladder_length,
+    next_power_of_two,
+    one_ahead,
+    pad_rows,
+)
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.checkpoints.common import fingerprint
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.devices import BatchRunner, one_ahead
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.models.colbert import (
     EncoderConfig,

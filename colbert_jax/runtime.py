@@ -1,10 +1,12 @@
-"""The machine: compilation cache, default dtype."""
+"""The machine: compilation cache, default dtype, host threads."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -45,9 +47,37 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def host_kernels() -> bool:
+def use_cpu_kernels() -> bool:
     """Whether the ragged loops run as numba's kernels: on a CPU, where numba is installed.
 
-    `COLBERT_JAX_HOST_KERNELS=0` leaves all work to XLA.
+    `COLBERT_JAX_CPU_KERNELS=0` leaves all work to XLA.
     """
-    return on_cpu() and os.environ.get("COLBERT_JAX_HOST_KERNELS", "1") != "0" and _has_numba()
+    return on_cpu() and os.environ.get("COLBERT_JAX_CPU_KERNELS", "1") != "0" and _has_numba()
+
+
+@functools.cache
+def num_threads() -> int:
+    """The cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def spread(worker: Callable[[int], None], threads: int) -> None:
+    """Run worker(0), ..., worker(threads - 1) side by side, the last of them here."""
+    others = [_pool().submit(worker, lane) for lane in range(threads - 1)]
+    try:
+        worker(threads - 1)
+    finally:
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads(), thread_name_prefix="colbert_jax")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
 from colbert_jax.config import TextConfig
-from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 
 class TokenIds(NamedTuple):

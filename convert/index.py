@@ -1,6 +1,6 @@
 """Write an index in another layout: `python convert/index.py SRC DST --to LAYOUT`.
 
-The same as `colbert-jax convert-index`; the work is done by `colbert_jax.index.conversion`.
+The same as `colbert-jax convert-index`; the work is done by `colbert_jax.index.layouts.convert`.
 """
 
 import sys

@@ -6,8 +6,7 @@ import pytest
 import support
 
 from colbert_jax import ColBERT, maxsim
-from colbert_jax.batching import plan_batches
-from colbert_jax.devices import TOKENS_PER_DEVICE
+from colbert_jax.batching import TOKENS_PER_DEVICE, plan_batches
 
 
 def test_documents_do_not_depend_on_company_or_order(model, texts):
@@ -33,7 +32,7 @@ def test_eight_devices_change_nothing(model, stanford_folder, texts, eight_devic
 
 def test_windows_are_seamless(model, texts, monkeypatch):
     whole = model.encode_documents(texts)
-    monkeypatch.setattr("colbert_jax.devices.WINDOW", 17)
+    monkeypatch.setattr("colbert_jax.batching.WINDOW", 17)
     pieces = model.encode_documents(texts)
     assert (whole.offsets == pieces.offsets).all()
     np.testing.assert_allclose(whole.values, pieces.values, atol=2e-6)

@@ -9,9 +9,9 @@ import pytest
 import support
 import tokenizers
 
+from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
 from colbert_jax.config import TextConfig
 from colbert_jax.text import TextTokenizer
-from colbert_jax.tokenizer_files import ModelTokenizer, read_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -46,10 +46,10 @@ from colbert_jax import ColBERT
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.index import Index
+from colbert_jax.mining.stages import make_examples, retrieve
 from colbert_jax.models.colbert import unit_length
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
-from colbert_jax.training.mining import make_examples, retrieve
 from colbert_jax.training.optimizer import apply_gradients, init_moments
 from colbert_jax.training.step import matches, score_loss
 

@@ -18,9 +18,9 @@ from colbert_jax.checkpoints.common import (
     write_base,
 )
 from colbert_jax.checkpoints.names import PREFIXES
-from colbert_jax.checkpoints.tensors import WEIGHT_FILES, Tensors, state_dict
-from colbert_jax.checkpoints.torch_file import read_torch_file, write_torch_file
-from colbert_jax.tokenizer_files import read_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
+from colbert_jax.tensors.weights import WEIGHT_FILES, Tensors, state_dict
 
 SUFFIX = ".dnn"
 NAME = "colbert.dnn"

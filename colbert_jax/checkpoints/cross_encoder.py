@@ -14,12 +14,12 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.modules import Module
 from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.sentence_transformers import longest_text
-from colbert_jax.checkpoints.tensors import find_tensors
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object
 from colbert_jax.models.config import BertConfig
 from colbert_jax.models.cross_encoder import cross_encoder_config
-from colbert_jax.tokenizer_files import read_tokenizer
+from colbert_jax.tensors.weights import find_tensors
 
 _CLASS = "BertForSequenceClassification"
 _KIND = "ForSequenceClassification"

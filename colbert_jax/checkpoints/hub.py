@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from colbert_jax.checkpoints import colbertv1, flmr
-from colbert_jax.checkpoints.tensors import WEIGHT_FILES
+from colbert_jax.tensors.weights import WEIGHT_FILES
 
 # What the readers open beside weights, in the root and in the folders of modules and tokenizers.
 _SETTINGS = (

@@ -17,11 +17,11 @@ from colbert_jax.checkpoints.common import (
     read_pooler,
     refuse_unknown,
 )
-from colbert_jax.checkpoints.tensors import find_tensors
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
-from colbert_jax.tokenizer_files import read_tokenizer
+from colbert_jax.tensors.weights import find_tensors
 
 
 def read(folder: Path, *, dim: int | None, seed: int) -> Checkpoint:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import runtime
-from colbert_jax.compression import host
+from colbert_jax.compression import cpu
 from colbert_jax.compression.assign import block_size, nearest, nearest_blocks, pad_to
 from colbert_jax.compression.sharding import check_mesh, data_mesh, rows_spec, shard_rows
 from colbert_jax.config import BUCKETS, NBITS
@@ -73,8 +73,8 @@ def train_codec(
     check_packable(centroids.shape[1], nbits)
     if buckets not in BUCKETS:
         raise ValueError(f"buckets must be one of {BUCKETS}, got {buckets!r}")
-    if runtime.host_kernels():
-        codes = host.nearest(host.group_centroids(centroids, distance=False), heldout)
+    if runtime.use_cpu_kernels():
+        codes = cpu.nearest(cpu.group_centroids(centroids, distance=False), heldout)
     else:
         codes = nearest_blocks(heldout, jnp.asarray(centroids))
     residuals = (np.asarray(heldout, np.float32) - centroids[codes]).ravel()
@@ -118,9 +118,9 @@ def compress(
     Raises:
       ValueError: another kind of mesh, or devices of other processes.
     """
-    if mesh is None and runtime.host_kernels():
-        groups = host.groups_of(codec.centroids)
-        return host.compress(groups, codec.bucket_cutoffs, reversed_bits(codec.nbits), values)
+    if mesh is None and runtime.use_cpu_kernels():
+        groups = cpu.groups_of(codec.centroids)
+        return cpu.compress(groups, codec.bucket_cutoffs, reversed_bits(codec.nbits), values)
     mesh = data_mesh() if mesh is None else mesh
     check_mesh(mesh)
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):

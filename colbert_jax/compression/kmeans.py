@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from colbert_jax import runtime
-from colbert_jax.compression import host
+from colbert_jax.compression import cpu
 from colbert_jax.compression.assign import block_size, nearest, pad_to
 from colbert_jax.compression.refill import refill
 from colbert_jax.compression.sharding import (
@@ -62,7 +62,7 @@ def train_kmeans(
 
     Euclidean Lloyd iterations from randomly chosen points; a cluster that loses all its points is
     refilled by splitting one of the largest; normalised at the end, as Stanford's are. On a CPU,
-    without a mesh, two-level (`compression.host`).
+    without a mesh, two-level (`compression.cpu`).
 
     A device holds the centroids twice (K * D * 8 bytes), a block of 65,536 points, and its scores.
 
@@ -95,8 +95,8 @@ def train_kmeans(
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
     n = len(rows)
-    if on_host and runtime.host_kernels():
-        centroids = host.train(points, rows, num_centroids, iterations, rng, progress)
+    if on_host and runtime.use_cpu_kernels():
+        centroids = cpu.train(points, rows, num_centroids, iterations, rng, progress)
         return _normalised(centroids)
     initial = np.sort(rng.choice(rows, num_centroids, replace=False))
     centroids = np.asarray(points[initial], np.float32)

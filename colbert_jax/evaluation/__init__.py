@@ -1,6 +1,6 @@
 """Collections, queries and judgements from files; measures of rankings; run files."""
 
-from colbert_jax.evaluation.collections import read_collection, read_qrels, read_queries
+from colbert_jax.data.collections import read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import MEASURES, evaluate_ranking
 from colbert_jax.evaluation.runs import write_run
 

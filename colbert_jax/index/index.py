@@ -22,8 +22,8 @@ from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.sources import EmbeddingSource, PassageSource
 from colbert_jax.search.arrays import Hits, IndexArrays, check_k, with_inverse_norms
+from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_search
 from colbert_jax.search.exact import exact_search
-from colbert_jax.search.host import HostArrays, host_arrays, host_exact, host_search
 from colbert_jax.search.plaid import initial_capacity, plaid_search
 from colbert_jax.search.sharded import (
     ShardedArrays,
@@ -64,11 +64,11 @@ class Index:
         self._files = arrays
         self._device = None if mesh is None else mesh.devices.flat[0]
         self._shards: ShardedArrays | None = None
-        self._host: HostArrays | None = None
+        self._host: CpuArrays | None = None
         if mesh is not None and sharded:
             self._shards = shard_arrays(self._mapped(), mesh)
-        elif mesh is None and runtime.host_kernels():
-            self._host = host_arrays(self._mapped())
+        elif mesh is None and runtime.use_cpu_kernels():
+            self._host = cpu_arrays(self._mapped())
         elif metadata["num_tokens"] > _INT32:
             raise NotImplementedError(
                 f"{path}: {metadata['num_tokens']} tokens; one device holds at most {_INT32}: "
@@ -325,7 +325,7 @@ class Index:
     def _plaid(self, queries: np.ndarray, k: int, settings: SearchConfig) -> Hits:
         ncells = int(settings.ncells or 1)
         if self._host is not None:
-            ids, scores = host_search(self._host, queries, k, settings)
+            ids, scores = cpu_search(self._host, queries, k, settings)
         else:
             ids, scores = self._plaid_by_xla(queries, k, settings, ncells)
         short = np.flatnonzero((ids == len(self)).any(axis=1))
@@ -359,7 +359,7 @@ class Index:
         if self._shards is not None:
             return sharded_exact_search(self._shards, self.lengths, queries, k)
         if self._host is not None:
-            return Hits(*host_exact(self._host, queries, k))
+            return Hits(*cpu_exact(self._host, queries, k))
         return exact_search(self.arrays, self.lengths, jnp.asarray(queries), k)
 
 

@@ -1,17 +1,17 @@
 """Training: examples, losses, the loop, teachers, mining, the papers' recipes."""
 
 from colbert_jax.config import TrainingConfig
-from colbert_jax.training.dev import DevCollection
-from colbert_jax.training.examples import (
+from colbert_jax.data.examples import (
     Example,
     concatenate,
     dataset_examples,
     pair_examples,
     stanford_examples,
 )
-from colbert_jax.training.mining import mine
+from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.mining.stages import mine
+from colbert_jax.mining.teacher import LateInteraction, load_teacher
 from colbert_jax.training.tasks import Task
-from colbert_jax.training.teacher import LateInteraction, load_teacher
 from colbert_jax.training.trainer import Trained, train
 
 __all__ = [

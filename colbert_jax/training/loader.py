@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from colbert_jax.batching import ladder_length, pad_rows
+from colbert_jax.data.examples import Example, Source
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
 from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.examples import Example, Source
 
 # Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
 _LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colbert_jax.config import TrainingConfig
-from colbert_jax.training.examples import Source
+from colbert_jax.data.examples import Source
 from colbert_jax.training.loader import Loader, Step
 
 # Settings that say what a step learns; all others are the run's.

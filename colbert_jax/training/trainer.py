@@ -27,10 +27,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from colbert_jax import processes, runtime
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
+from colbert_jax.data.examples import Source
+from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.progress import progress_bar
 from colbert_jax.training.batch import Batch
-from colbert_jax.training.dev import DevCollection
-from colbert_jax.training.examples import Source
 from colbert_jax.training.loader import Loader, check_divides
 from colbert_jax.training.metrics import Metrics
 from colbert_jax.training.state import (
@@ -78,7 +78,7 @@ def train(
 
     Args:
       model: what training starts from.
-      examples: see `training.examples`.
+      examples: see `data.examples`.
       folder: of the run.
       config: None: the defaults, those of ColBERTv2.
       tasks: further sources, each with a loss of its own and a share of the steps; `examples` have

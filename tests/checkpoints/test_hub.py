@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.checkpoints import hub, read_checkpoint, write_checkpoint
-from colbert_jax.checkpoints.torch_file import write_torch_file
+from colbert_jax.tensors.torch_file import write_torch_file
 
 ID = "somebody/colbert"
 TOKEN = "hf_of_somebody"

@@ -17,9 +17,9 @@ from colbert_jax.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from colbert_jax.checkpoints.tensors import find_tensors
-from colbert_jax.checkpoints.torch_file import write_torch_file
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig
+from colbert_jax.tensors.torch_file import write_torch_file
+from colbert_jax.tensors.weights import find_tensors
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import support
 from safetensors.numpy import load_file, save_file
 
 from colbert_jax.checkpoints import cross_encoder
-from colbert_jax.checkpoints.torch_file import write_torch_file
 from colbert_jax.models.colbert import make_encoder
 from colbert_jax.models.cross_encoder import pair_scores
+from colbert_jax.tensors.torch_file import write_torch_file
 
 
 @pytest.fixture(scope="module")

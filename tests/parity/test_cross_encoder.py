@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import support
 
-from colbert_jax.training.teacher import CrossEncoder, load_teacher
+from colbert_jax.mining.teacher import CrossEncoder, load_teacher
 
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import support
 
+from colbert_jax.data.examples import stanford_examples
 from colbert_jax.training import trainer
-from colbert_jax.training.examples import stanford_examples
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,9 +14,9 @@ from support import passages
 
 from colbert_jax import processes
 from colbert_jax.config import TextConfig
+from colbert_jax.data.examples import Example, stanford_examples
 from colbert_jax.processes import Group, PeerError
 from colbert_jax.text import TextTokenizer
-from colbert_jax.training.examples import Example, stanford_examples
 from colbert_jax.training.loader import Loader, padded_length, permutation
 
 

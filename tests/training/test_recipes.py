@@ -11,7 +11,7 @@ import support
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.cli import main
-from colbert_jax.training.arguments import make, merge
+from colbert_jax.settings import make, merge
 from colbert_jax.training.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def test_scripts_say_the_recipes_values(script):
     """What a script spells out is what the library does by default."""
     names = runpy.run_path(str(ROOT / "train" / f"{script}.py"))
     from colbert_jax.cli import _parser
-    from colbert_jax.training.arguments import given
+    from colbert_jax.settings import given
 
     recipe = script.replace("_", "-")
     kind, _ = RECIPES[recipe]

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
+from colbert_jax.data.examples import stanford_examples
+from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.dev import DevCollection
-from colbert_jax.training.examples import stanford_examples
 from colbert_jax.training.state import Checkpoints
 from colbert_jax.training.step import make_gradients
 from colbert_jax.training.trainer import train
@@ -109,7 +109,7 @@ from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import loader
-from colbert_jax.training.examples import stanford_examples
+from colbert_jax.data.examples import stanford_examples
 from colbert_jax.training.trainer import train
 enable_compilation_cache()
 loader._LADDER = (48, 512)

@@ -1,0 +1,309 @@
+"""k-means and compression on a CPU, where comparing tokens with all centroids is the whole cost.
+
+Two levels: centroids fall into about sqrt(K) groups, and a point is compared with the groups, then
+with the centroids of its nearest few groups. k-means starts hierarchically: points are cut into
+groups, each group gets its share of the centroids and some Lloyd iterations of its own; iterations
+over all points then mend the borders. `benchmarks/kmeans.py` measures what this loses against
+comparing with all.
+
+The loops are in `compression.cpu_kernels`. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colbert_jax.compression.refill import refill
+from colbert_jax.progress import progress_bar
+from colbert_jax.runtime import num_threads, spread
+
+EXACT = 1024  # up to so many centroids every point is compared with all
+_BLOCK = 1 << 14  # points of one thread's step
+_PROBES = 8  # groups a point is compared with when it is compressed
+_TRAINING_PROBES = 4  # and while centroids still move
+_COARSE_POINTS = 256  # a group, to find the groups with
+_GROUP_ITERATIONS = 6
+
+
+class CentroidGroups(NamedTuple):
+    """Centroids and the groups they fall into.
+
+    centroids, bias: float32[K, D] and [K]; the nearest has the largest dot product plus bias.
+    coarse, coarse_bias: float32[G, D] and [G], the groups' own centroids.
+    members, starts: int32[K] and int32[G+1], the centroids of each group.
+    """
+
+    centroids: np.ndarray
+    bias: np.ndarray
+    coarse: np.ndarray
+    coarse_bias: np.ndarray
+    members: np.ndarray
+    starts: np.ndarray
+
+
+def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
+    """The two levels over centroids float32[K, D].
+
+    Args:
+      distance: the nearest is the one at the smallest distance; else the one with the largest dot
+        product, which is the same where all have unit length.
+    """
+    from colbert_jax.compression import cpu_kernels
+
+    centroids = np.ascontiguousarray(centroids, np.float32)
+    bias = _half_squares(centroids) if distance else np.zeros(len(centroids), np.float32)
+    num_groups = _num_groups(len(centroids))
+    coarse = _cluster(centroids, num_groups, np.random.default_rng(0))
+    best, group = np.empty(len(centroids), np.float32), np.empty(len(centroids), np.int32)
+    cpu_kernels.nearest_all(centroids, coarse, _half_squares(coarse), best, group)
+    members = np.argsort(group, kind="stable").astype(np.int32)
+    starts = np.searchsorted(group[members], np.arange(num_groups + 1)).astype(np.int32)
+    return CentroidGroups(centroids, bias, coarse, _half_squares(coarse), members, starts)
+
+
+def groups_of(centroids: Any) -> CentroidGroups:
+    """`group_centroids` of unit centroids, kept for the next call with the same array."""
+    return _groups_of(_Same(centroids))
+
+
+class _Same:
+    """An array as a key: equal to itself only."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.array is other.array
+
+
+@functools.lru_cache(maxsize=1)
+def _groups_of(key: _Same) -> CentroidGroups:
+    return group_centroids(np.asarray(key.array), distance=False)
+
+
+def _num_groups(num_centroids: int) -> int:
+    """A power of two near the square root."""
+    return 1 << round(np.log2(max(num_centroids, 1)) / 2)
+
+
+def _half_squares(rows: np.ndarray) -> np.ndarray:
+    return (-0.5 * np.square(rows).sum(axis=1)).astype(np.float32)
+
+
+def nearest(groups: CentroidGroups, points: np.ndarray) -> np.ndarray:
+    """The nearest centroid of every point [n, D], float16 or float32: int32[n]."""
+    codes = np.empty(len(points), np.int32)
+
+    def work(block: slice) -> None:
+        codes[block] = _nearest(groups, np.asarray(points[block], np.float32), _PROBES)
+
+    _over_blocks(work, len(points))
+    return codes
+
+
+def _nearest(groups: CentroidGroups, points: np.ndarray, probes: int) -> np.ndarray:
+    from colbert_jax.compression import cpu_kernels
+
+    best, code = np.empty(len(points), np.float32), np.empty(len(points), np.int32)
+    if len(groups.centroids) <= EXACT:
+        cpu_kernels.nearest_all(points, groups.centroids, groups.bias, best, code)
+        return code
+    cpu_kernels.nearest_in_groups(
+        points,
+        groups.coarse,
+        groups.coarse_bias,
+        min(probes, len(groups.coarse)),
+        groups.members,
+        groups.starts,
+        groups.centroids,
+        groups.bias,
+        best,
+        code,
+    )
+    return code
+
+
+def train(
+    points: np.ndarray,
+    rows: np.ndarray,
+    num_centroids: int,
+    iterations: int,
+    rng: np.random.Generator,
+    progress: bool | None,
+) -> np.ndarray:
+    """Euclidean k-means.
+
+    Up to EXACT centroids these are Lloyd iterations from random points. Above, half as many over
+    all points follow the hierarchical start.
+
+    Memory beside the centroids and their sums: 12 bytes a row, a group of points and a block of
+    points a thread.
+
+    Args:
+      points: [n, D], float16 or float32, in memory or mapped.
+      rows: int[m], ascending, the points to train on; at least `num_centroids`.
+
+    Returns:
+      float32[K, D], not normalised.
+    """
+    if num_centroids <= EXACT:
+        start = np.sort(rng.choice(rows, num_centroids, replace=False))
+        centroids = np.asarray(points[start], np.float32)
+        total = iterations
+    else:
+        total = max(iterations // 2, 1)
+    title = f"k-means, {num_centroids} centroids"
+    passes = total if num_centroids <= EXACT else total + 1
+    with progress_bar(passes * len(rows), title, "tok", progress) as bar:
+        if num_centroids > EXACT:
+            centroids = _hierarchical(points, rows, num_centroids, rng, bar)
+        for _ in range(total):
+            centroids = _lloyd(points, rows, centroids, bar)
+    return centroids
+
+
+def _lloyd(points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, bar: Any) -> np.ndarray:
+    """One iteration over all points."""
+    from colbert_jax.compression import cpu_kernels
+
+    threads, num_centroids = num_threads(), len(centroids)
+    groups = group_centroids(centroids, distance=True)
+    sums, counts = np.zeros_like(centroids), np.zeros(num_centroids, np.int64)
+    bounds = np.linspace(0, num_centroids, threads + 1).astype(int).tolist()
+    for start in range(0, len(rows), threads * _BLOCK):
+        block = np.asarray(points[rows[start : start + threads * _BLOCK]], np.float32)
+        code = np.empty(len(block), np.int32)
+
+        def assign(piece: slice, block=block, code=code) -> None:
+            code[piece] = _nearest(groups, block[piece], _TRAINING_PROBES)
+
+        def add(lane: int, block=block, code=code) -> None:
+            cpu_kernels.add_to_clusters(block, code, bounds[lane], bounds[lane + 1], sums, counts)
+
+        _over_blocks(assign, len(block))
+        spread(add, threads)
+        bar.update(len(block))
+    return _means(sums, counts)
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    means = sums / np.maximum(counts, 1)[:, None].astype(np.float32)
+    return np.ascontiguousarray(refill(means, counts.astype(np.float32)), np.float32)
+
+
+def _hierarchical(
+    points: np.ndarray, rows: np.ndarray, num_centroids: int, rng: np.random.Generator, bar: Any
+) -> np.ndarray:
+    """Centroids of groups of points: each group is clustered by itself.
+
+    A group's share of the centroids is its share of the squared distances to the groups' centres.
+    """
+    from colbert_jax.compression import cpu_kernels
+
+    num_groups = _num_groups(num_centroids)
+    some = rng.choice(rows, min(len(rows), _COARSE_POINTS * num_groups), replace=False)
+    coarse = _cluster(np.asarray(points[np.sort(some)], np.float32), num_groups, rng)
+    bias = _half_squares(coarse)
+    group, spread_of = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+
+    def assign(block: slice) -> None:
+        values = np.asarray(points[rows[block]], np.float32)
+        cpu_kernels.nearest_all(values, coarse, bias, spread_of[block], group[block])
+        spread_of[block] = np.square(values).sum(axis=1) - 2 * spread_of[block]
+
+    _over_blocks(assign, len(rows))
+    counts = np.bincount(group, minlength=num_groups)
+    weights = np.bincount(group, weights=np.maximum(spread_of, 0), minlength=num_groups)
+    shares = _shares(weights, counts, num_centroids)
+    order = rows[np.argsort(group, kind="stable")]
+    ends = np.cumsum(counts)
+    seeds = rng.integers(0, 2**63, num_groups)
+    parts: list[np.ndarray] = [np.empty(0)] * num_groups
+
+    def cluster(first: int) -> None:
+        for g in range(first, num_groups, threads):
+            mine = np.sort(order[ends[g] - counts[g] : ends[g]])
+            values = np.asarray(points[mine], np.float32)
+            parts[g] = _cluster(values, int(shares[g]), np.random.default_rng(seeds[g]))
+            bar.update(len(mine))
+
+    threads = num_threads()
+    spread(cluster, threads)
+    return np.concatenate(parts)
+
+
+def _cluster(values: np.ndarray, num_centroids: int, rng: np.random.Generator) -> np.ndarray:
+    """A few Lloyd iterations over points float32[n, D] that fit in the cache or nearly so."""
+    from colbert_jax.compression import cpu_kernels
+
+    start = np.sort(rng.choice(len(values), num_centroids, replace=False))
+    centroids = values[start]
+    best, code = np.empty(len(values), np.float32), np.empty(len(values), np.int32)
+    for _ in range(_GROUP_ITERATIONS if num_centroids > 1 else min(num_centroids, 1)):
+        cpu_kernels.nearest_all(values, centroids, _half_squares(centroids), best, code)
+        sums, counts = np.zeros_like(centroids), np.zeros(num_centroids, np.int64)
+        cpu_kernels.add_to_clusters(values, code, 0, num_centroids, sums, counts)
+        centroids = _means(sums, counts)
+    return centroids
+
+
+def _shares(weights: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
+    """`total` split by weight into whole numbers, none above its count."""
+    shares = np.zeros(len(counts), np.int64)
+    while (left := total - int(shares.sum())) > 0:
+        room = counts - shares
+        open_ = np.where(room > 0, np.maximum(weights, 1e-12), 0)
+        exact = open_ / open_.sum() * left
+        more = np.minimum(np.floor(exact).astype(np.int64), room)
+        if more.sum() == 0:  # less than one each: the largest remainders
+            more[np.argsort(-np.where(room > 0, exact, -1), kind="stable")[:left]] = 1
+            more = np.minimum(more, room)
+        shares += more
+    return shares
+
+
+def compress(
+    groups: CentroidGroups, cutoffs: Any, reversed_bits: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int32[n] and packed residuals uint8[n, D * b / 8] of embeddings [n, D].
+
+    Args:
+      cutoffs: float32[2^b - 1].
+      reversed_bits: int[2^b], see `codec.reversed_bits`.
+    """
+    from colbert_jax.compression import cpu_kernels
+
+    cutoffs = np.asarray(cutoffs)
+    nbits = len(cutoffs).bit_length()
+    reversed_bits = reversed_bits.astype(np.uint8)
+    codes = np.empty(len(values), np.int32)
+    packed = np.empty((len(values), values.shape[1] * nbits // 8), np.uint8)
+
+    def work(block: slice) -> None:
+        points = np.ascontiguousarray(values[block], np.float32)
+        codes[block] = _nearest(groups, points, _PROBES)
+        cpu_kernels.pack_residuals(
+            points, codes[block], groups.centroids, cutoffs, reversed_bits, nbits, packed[block]
+        )
+
+    _over_blocks(work, len(values))
+    return codes, packed
+
+
+def _over_blocks(work: Callable[[slice], None], n: int) -> None:
+    """Run work on blocks of 0..n, in turn on every thread."""
+    threads = num_threads()
+    size = min(_BLOCK, -(-n // threads)) or 1
+
+    def lane(first: int) -> None:
+        for start in range(first * size, n, threads * size):
+            work(slice(start, min(start + size, n)))
+
+    spread(lane, threads if n > size else 1)

@@ -1,0 +1,483 @@
+"""Training examples by position: Stanford's files, pairs in JSONL, Hugging Face data sets.
+
+Nothing is read into memory but line offsets: a line is parsed when its example is asked for.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from colbert_jax.data.collections import json_object, json_value
+from colbert_jax.data.lines import Lines
+from colbert_jax.data.texts import Texts, checked_text
+from colbert_jax.progress import progress_bar
+
+_CHECKED_BYTES = 1 << 30  # a file up to this size is checked whole before training
+_CHECKED_FIRST = 10_000  # examples of a larger one
+_SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
+_INSTALL = 'pip install "colbert-jax[train]"'
+
+
+class Example(NamedTuple):
+    """A query and W documents, the first of them the positive.
+
+    scores: the teacher's, W; None: without.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    scores: tuple[float, ...] | None
+
+
+class Source(Protocol):
+    """Examples by position, to be read from any thread.
+
+    nway: documents of every example.
+    scored: whether examples have scores.
+    fingerprint: of the content; a resumed run compares it.
+    """
+
+    nway: int
+    scored: bool
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example:
+        """Raises ValueError naming file and line of what can't be read."""
+        ...
+
+
+def stanford_examples(
+    examples: str | Path,
+    queries: str | Path,
+    collection: str | Path,
+    *,
+    nway: int | None = None,
+    scores: bool = True,
+    progress: bool | None = None,
+) -> Source:
+    """Stanford ColBERT's training files.
+
+    Every line's form, ids and scores are checked here, and that the texts are not empty; of an
+    examples file beyond 1 GB the first 10,000 lines, the others when they are read.
+
+    Args:
+      examples: JSONL of `[qid, pid+, pid-, ...]` or `[qid, [pid, score], ...]`, the positive first,
+        or v1's TSV of `qid, pid+, pid-`.
+      queries: TSV of `qid, text` (further columns are ignored), or JSONL with `qid` and `question`.
+      collection: what `evaluation.read_collection` reads.
+      nway: how many passages of each line to take, from the left; None: as many as the first has.
+      scores: False: leave scores out.
+      progress: whether to show a bar while checking; None: on a terminal.
+
+    Raises:
+      ValueError: naming file and line: not JSON, a missing or non-finite score, scores on some
+        lines only, an id that is unknown or there twice, fewer passages than `nway`, an empty text.
+    """
+    lines = Lines(examples)
+    texts = Texts.queries(queries), Texts.passages(collection)
+    source = _StanfordExamples(lines, *texts, nway, scores)
+    source.check(_number_to_check(lines), progress)
+    return source
+
+
+def pair_examples(
+    path: str | Path,
+    *,
+    query: str = "query",
+    positive: str = "positive",
+    negatives: str | Sequence[str] | None = None,
+    scores: str | None = None,
+    nway: int | None = None,
+    progress: bool | None = None,
+) -> Source:
+    """Texts in JSONL, by field names, or in a TSV, as ColBERTv1's triples of texts are.
+
+    Every line is checked here; of a file beyond 1 GB the first 10,000, the others when read.
+
+    Args:
+      path: JSONL; a name in .tsv: query, positive and negatives with tabs between, to which the
+        field names do not apply. With .gz at its end the file is unpacked into memory.
+      query, positive: fields of a text each.
+      negatives: a field of a text or a list of texts, or several such fields; None: without.
+      scores: a field of a list of numbers, the positive's first; None: without.
+      nway: how many documents to take, the positive and the first negatives; None: as many as the
+        first line has.
+      progress: whether to show a bar while checking; None: on a terminal.
+
+    Raises:
+      ValueError: naming file and line: not JSON, a missing field or empty text, fewer documents
+        than `nway`, another number of scores than documents, a score that is not finite.
+    """
+    lines = Lines(path)
+    columns = _Columns(query, positive, _names(negatives), scores)
+    parse = json_object
+    if ".tsv" in Path(path).suffixes[-2:]:
+        columns, parse = _Columns("query", None, ("documents",), None), _tsv_record
+    source = _Records(
+        len(lines),
+        lambda i: lines.read(i, parse),
+        lines.where,
+        columns,
+        lines.fingerprint,
+        nway,
+    )
+    _check(source, _number_to_check(lines), progress)
+    return source
+
+
+def dataset_examples(
+    dataset: Any,
+    *,
+    query: str,
+    positive: str | None = None,
+    negatives: str | Sequence[str] | None = None,
+    documents: str | Sequence[str] | None = None,
+    scores: str | None = None,
+    nway: int | None = None,
+    split: str = "train",
+    progress: bool | None = None,
+    **load: Any,
+) -> Source:
+    """A Hugging Face data set, by column names.
+
+    The first 10,000 rows are checked here, the others when they are read.
+
+    Args:
+      dataset: a `datasets.Dataset` or `DatasetDict`, the folder of one (`save_to_disk`), or what
+        `datasets.load_dataset` takes.
+      query: column of texts.
+      positive, negatives: see `pair_examples`.
+      documents: instead of these two, a column of lists of texts, or several columns; the positive
+        comes first.
+      scores: column of lists of numbers, one a document.
+      nway: how many documents to take; None: as many as the first row has.
+      split: of a name, a folder or a `DatasetDict`.
+      progress: whether to show a bar while checking; None: on a terminal.
+      load: passed to `load_dataset` (`name`, `revision`, ...).
+
+    Raises:
+      ImportError: `datasets` is not installed.
+      ValueError: a column that is not there, streamed data, and what `pair_examples` raises.
+    """
+    if (documents is None) == (positive is None) or (negatives and documents):
+        raise ValueError(
+            "name either the column of `documents` (the positive first in each list) or those of "
+            "`positive` and `negatives`"
+        )
+    columns = _Columns(query, positive, _names(negatives) + _names(documents), scores)
+    table, name = _open_dataset(dataset, split, load)
+    missing = [column for column in columns.all() if column not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{name}: no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, table.column_names))}"
+        )
+    if not len(table):
+        raise ValueError(f"{name}: the data set is empty")
+    table = table.with_format(None).select_columns(columns.all())
+    ends = json.dumps([table[0], table[len(table) - 1]], default=str)
+    source = _Records(
+        len(table),
+        lambda i: table[int(i)],
+        lambda i: f"{name}, row {i}",
+        columns,
+        f"{len(table)}:{hashlib.sha256(ends.encode()).hexdigest()}",
+        nway,
+    )
+    _check(source, min(len(table), _CHECKED_FIRST), progress)
+    return source
+
+
+def concatenate(sources: Sequence[Source]) -> Source:
+    """The sources' examples, one source after the other.
+
+    Raises:
+      ValueError: no source; another number of documents, or scores in some only.
+    """
+    if not sources:
+        raise ValueError("no source to concatenate")
+    for name, hint in (("nway", "give each the same `nway`"), ("scored", "leave scores out")):
+        values = [getattr(source, name) for source in sources]
+        if len(set(values)) > 1:
+            raise ValueError(f"sources of one run need the same {name}, got {values}: {hint}")
+    return _Concatenated(sources)
+
+
+class _StanfordExamples:
+    """Lines of ids over two tables of texts."""
+
+    def __init__(
+        self, lines: Lines, queries: Texts, passages: Texts, nway: int | None, scores: bool
+    ):
+        self._lines, self._queries, self._passages = lines, queries, passages
+        self._ignore_scores = not scores
+        self._parse = _json_ids if lines[0].lstrip().startswith(("[", "{")) else _tsv_ids
+        _, *first = lines.read(0, self._parse)
+        self.scored = scores and any(isinstance(item, list) for item in first)
+        self.nway = _checked_nway(nway, lambda: len(first))
+        content = (texts.fingerprint for texts in (lines, queries, passages))
+        self.fingerprint = _digest(*content, self.nway, self.scored)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, i: int) -> Example:
+        i = range(len(self))[i]
+        query, passages, scores = self._lines.read(i, self._rows)
+        try:
+            texts = tuple(map(self._passages.text, passages))
+            return Example(self._queries.text(query), texts, scores)
+        except ValueError as error:
+            raise ValueError(f"{self._lines.where(i)}: {error}") from None
+
+    def check(self, count: int, progress: bool | None) -> None:
+        """Read the first `count` lines, and the texts that may be empty."""
+        short = self._passages.line_bytes() < _SHORT
+        with progress_bar(count, "checking examples", "line", progress) as bar:
+            for i in range(count):
+                query, passages, _ = self._lines.read(i, self._rows)
+                try:
+                    self._queries.text(query)
+                    rows = np.array(passages)
+                    for row in rows[short[rows]]:
+                        self._passages.text(int(row))
+                        short[row] = False
+                except ValueError as error:
+                    raise ValueError(f"{self._lines.where(i)}: {error}") from None
+                bar.update(1)
+
+    def _rows(self, line: str) -> tuple[int, list[int], tuple[float, ...] | None]:
+        """Rows of the query and the passages, and the scores."""
+        qid, *items = self._parse(line)
+        if len(items) < self.nway:
+            raise ValueError(
+                f"{len(items)} passages, but nway is {self.nway}: lower nway or take the line out"
+            )
+        items = items[: self.nway]
+        scores = None
+        if self.scored:
+            items, scores = _scored(items)
+        elif any(isinstance(item, list) for item in items):
+            if not self._ignore_scores:
+                raise ValueError(
+                    "scores here, but none on the first line: score every line or pass scores=False"
+                )
+            items = [item[0] if isinstance(item, list) and item else item for item in items]
+        return self._queries.rows([qid])[0], self._passages.rows(items), scores
+
+
+def _json_ids(line: str) -> list[Any]:
+    items = json_value(line)
+    if not isinstance(items, list) or len(items) < 2:
+        raise ValueError(
+            f"expected [qid, pid, ...] or [qid, [pid, score], ...], got {line[:80]!r}; "
+            "JSON objects with texts are for pair_examples"
+        )
+    return items
+
+
+def _tsv_ids(line: str) -> list[Any]:
+    items = line.split("\t")
+    if len(items) < 2:
+        raise ValueError(
+            "expected JSON, [qid, pid, ...], or qid, positive and negative pid with tabs between, "
+            f"got {line[:80]!r}"
+        )
+    return items
+
+
+def _tsv_record(line: str) -> dict[str, Any]:
+    query, *documents = line.split("\t")
+    if not documents:
+        raise ValueError(f"expected query, positive, ... with tabs between, got {line[:80]!r}")
+    return {"query": query, "documents": documents}
+
+
+def _scored(items: list[Any]) -> tuple[list[Any], tuple[float, ...]]:
+    """pids and scores of [pid, score] pairs."""
+    for place, item in enumerate(items, 1):
+        if type(item) is not list or len(item) < 2:
+            raise ValueError(
+                f"passage {place}, {json.dumps(item)}, has no score: write [pid, score], or pass "
+                "scores=False to train without"
+            )
+        if len(item) > 2:
+            raise ValueError(f"passage {place}: expected [pid, score], got {json.dumps(item)}")
+    pids, scores = zip(*items, strict=True)
+    return list(pids), _finite(scores)
+
+
+def _finite(scores: Sequence[Any]) -> tuple[float, ...]:
+    for place, score in enumerate(scores, 1):
+        number = type(score) is float or type(score) is int
+        if not number or not -_LARGEST_SCORE <= score <= _LARGEST_SCORE:
+            raise ValueError(
+                f"the score of document {place} is {score!r:.40}, not a finite number: score the "
+                "example again or take it out"
+            )
+    return tuple(map(float, scores))
+
+
+class _Columns(NamedTuple):
+    """Names of fields. positive: of a text; documents: of texts or lists of them, which follow."""
+
+    query: str
+    positive: str | None
+    documents: tuple[str, ...]
+    scores: str | None
+
+    def all(self) -> list[str]:
+        names = (self.query, self.positive, *self.documents, self.scores)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def example(self, record: Mapping[str, Any], nway: int | None) -> Example:
+        """A record's example with `nway` documents or all. Raises ValueError, without the place."""
+        documents = []
+        if self.positive is not None:
+            documents.append((self.positive, _field(record, self.positive)))
+        for name in self.documents:
+            value = _field(record, name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            documents += [(name, item) for item in values]
+        scores = None if self.scores is None else _field(record, self.scores)
+        if self.scores is not None:
+            if not isinstance(scores, (list, tuple)):
+                raise ValueError(f"field {self.scores!r} must be a list of scores, got {scores!r}")
+            if len(scores) != len(documents):
+                raise ValueError(
+                    f"{len(scores)} scores for {len(documents)} documents: give each one"
+                )
+            scores = _finite(scores[:nway])
+        if len(documents) < (nway or 1):
+            raise ValueError(
+                f"{len(documents)} documents, but nway is {nway or 'at least 1'}: lower nway or "
+                "take the example out"
+            )
+        return Example(
+            _text(_field(record, self.query), self.query),
+            tuple(_text(item, name) for name, item in documents[:nway]),
+            scores,
+        )
+
+
+class _Records:
+    """Examples from records with named fields."""
+
+    def __init__(
+        self,
+        count: int,
+        read: Callable[[int], Mapping[str, Any]],
+        where: Callable[[int], str],
+        columns: _Columns,
+        fingerprint: str,
+        nway: int | None,
+    ):
+        self._count, self._read, self._where, self._columns = count, read, where, columns
+        self.scored = columns.scores is not None
+        self.nway = _checked_nway(nway, lambda: len(self._example(0, None).documents))
+        self.fingerprint = _digest(fingerprint, columns, self.nway)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Example:
+        return self._example(range(self._count)[i], self.nway)
+
+    def _example(self, i: int, nway: int | None) -> Example:
+        record = self._read(i)
+        try:
+            return self._columns.example(record, nway)
+        except ValueError as error:
+            raise ValueError(f"{self._where(i)}: {error}") from None
+
+
+class _Concatenated:
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self.nway, self.scored = sources[0].nway, sources[0].scored
+        self.fingerprint = _digest(*(source.fingerprint for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: int) -> Example:
+        i = range(len(self))[i]
+        part = bisect.bisect_right(self._ends, i)
+        return self._sources[part][i - (self._ends[part - 1] if part else 0)]
+
+
+def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, str]:
+    """The `datasets.Dataset`, and a name for errors."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"data sets need `datasets`: {_INSTALL}") from error
+    name = "the data set"
+    if isinstance(dataset, (str, os.PathLike)):
+        name, folder = str(dataset), Path(dataset)
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name, split=split, **load)
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{name}: no split {split!r}, it has {', '.join(dataset) or 'none'}")
+        dataset = dataset[split]
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}: streamed data can "
+            "be neither shuffled nor resumed, so load it without streaming=True"
+        )
+    return dataset, name
+
+
+def _check(source: Source, count: int, progress: bool | None) -> None:
+    with progress_bar(count, "checking examples", "line", progress) as bar:
+        for i in range(count):
+            source[i]
+            bar.update(1)
+
+
+def _number_to_check(lines: Lines) -> int:
+    return len(lines) if lines.num_bytes <= _CHECKED_BYTES else min(len(lines), _CHECKED_FIRST)
+
+
+def _checked_nway(nway: int | None, count_first: Callable[[], int]) -> int:
+    if nway is None:
+        return count_first()
+    if nway < 1:
+        raise ValueError(f"nway must be at least 1, got {nway}")
+    return nway
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    if name not in record:
+        raise ValueError(f"no field {name!r}, it has {', '.join(map(repr, record)) or 'none'}")
+    return record[name]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} must hold texts, got {value!r:.80}")
+    return checked_text(value, f"field {name!r}")
+
+
+def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

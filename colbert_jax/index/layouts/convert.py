@@ -1,0 +1,298 @@
+"""Converting indexes: Stanford ColBERT's and fast-plaid's into ours, ours and fast-plaid's into
+Stanford's.
+
+Codes, residual bytes and inverted lists are copied as they are, a block at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.index import format as fmt
+from colbert_jax.index.build import _check_free, _locked
+from colbert_jax.index.index import describe, resolved
+from colbert_jax.index.inverted import write_inverted_lists
+from colbert_jax.index.layouts.fastplaid import read_fastplaid
+from colbert_jax.index.layouts.stanford import (
+    CHUNK_PASSAGES,
+    check_stanford,
+    read_stanford,
+    write_collection,
+    write_ids,
+    write_stanford,
+)
+from colbert_jax.index.layouts.stored import Codec, StoredIndex, read_npy
+from colbert_jax.index.sources import write_pids
+from colbert_jax.progress import progress_bar
+
+if TYPE_CHECKING:
+    from colbert_jax.colbert import ColBERT
+
+TARGETS = ("flax", "stanford")
+_TEXTS = 1024  # passages written at a time
+
+
+def convert_index(
+    source: str | Path,
+    folder: str | Path,
+    to: str = "flax",
+    *,
+    model: ColBERT | None = None,
+    collection: Iterable[tuple[str, str]] | None = None,
+    chunk_passages: int = CHUNK_PASSAGES,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> StoredIndex:
+    """Write an index in another layout. Returns what was read, its layout among it.
+
+    The folder appears when it is whole. Memory is bounded by a block of tokens and, beside it, the
+    centroids and about 50 bytes a document.
+
+    Args:
+      source: an index of ours, of Stanford ColBERT or of fast-plaid; its files tell which.
+      folder: where to write.
+      to: "flax", our own layout, or "stanford".
+      model: the model whose embeddings are indexed, for the new index to remember.
+      collection: (id, text) of every document in the index's order, to be kept in an index of ours.
+      chunk_passages: most passages in a chunk of a Stanford index.
+      overwrite: replace an index that is at `folder`; it stays until the new one is whole.
+      progress: None: a bar on a terminal.
+
+    Raises:
+      FileNotFoundError: no index at `source`, or a file of it is missing.
+      FileExistsError: something is at `folder` and must not be replaced.
+      ValueError: damaged or inconsistent, naming the file; or impossible in the other layout.
+      RuntimeError: another process builds at `folder`.
+    """
+    source, path = Path(source).expanduser(), resolved(folder)
+    if to not in TARGETS:
+        raise ValueError(f"an index is written as one of {', '.join(TARGETS)}, not {to!r}")
+    if path == source.resolve() or path in source.resolve().parents:
+        raise ValueError(f"{path}: holds the source; choose another folder")
+    if chunk_passages < 1:
+        raise ValueError(f"chunk_passages must be >= 1, got {chunk_passages}")
+    _check_free(path, overwrite)
+    layout = detect_index(source)
+    if layout == to:
+        raise ValueError(f"{source}: already in the {to} layout; copy the folder")
+    index = _READERS[layout](source)
+    if index.num_tokens == 0:
+        raise ValueError(f"{source}: no document has a token: nothing to convert")
+    if model is not None and model.dim != index.dim:
+        raise ValueError(
+            f"the checkpoint's embeddings have {model.dim} dimensions, {source} has {index.dim}"
+        )
+    if to == "stanford":
+        check_stanford(index)
+        if collection is not None:
+            raise ValueError("a Stanford index keeps no passages; collection= is for ours")
+
+    building = fmt.building_folder(path)
+    building.mkdir(parents=True, exist_ok=True)
+    with _locked(building):
+        fmt.recover(path)
+        _check_free(path, overwrite)  # another process may have published since
+        try:
+            for left in building.iterdir():
+                left.unlink()
+            with progress_bar(len(index.lengths), "converting", "doc", progress) as bar:
+                write = _write_ours if to == "flax" else _write_theirs
+                for passages in write(index, building, path, model, collection, chunk_passages):
+                    bar.update(passages)
+            fmt.publish(building, path)
+        except BaseException:  # starting again is as quick as going on would be
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    return index
+
+
+def detect_index(folder: Path) -> str:
+    """The layout of the index in a folder, told by its files.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if (folder / "centroids.pt").is_file():
+        return "stanford"
+    if (folder / "codes.npy").is_file():
+        return "flax"
+    if (folder / "centroids.npy").is_file():
+        return "fast-plaid"
+    for name, layout in (("plan.json", "Stanford ColBERT"), (fmt.METADATA, "")):
+        if (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder}: an incomplete index{' of ' * bool(layout)}{layout}: {name} is there, "
+                "centroids.pt or centroids.npy is not"
+            )
+    raise FileNotFoundError(
+        f"{folder}: no index there (of ours codes.npy, of Stanford ColBERT centroids.pt, of "
+        "fast-plaid centroids.npy)"
+    )
+
+
+def read_ours(path: Path) -> StoredIndex:
+    """An index of ours. Raises FileNotFoundError or IndexFormatError as `Index.open`."""
+    folder, metadata, arrays = fmt.open_arrays(path)
+    origin = metadata.get("origin") or {}
+    codec = Codec(
+        np.array(arrays["centroids"]),
+        np.array(arrays["bucket_cutoffs"]),
+        np.array(arrays["bucket_weights"]),
+        avg_residual=origin.get("avg_residual"),
+    )
+    config = origin.get("config") or {}
+    checkpoint = config.get("checkpoint")
+    if metadata["model"]:
+        checkpoint = metadata["model"]["load"]["name_or_path"]
+    return StoredIndex(
+        layout="flax",
+        folder=folder,
+        codec=codec,
+        lengths=np.diff(arrays["offsets"]),
+        codes=[read_npy(folder / "codes.npy")],
+        residuals=[read_npy(folder / "residuals.npy")],
+        lists=read_npy(folder / "lists.npy"),
+        list_lengths=np.diff(arrays["list_offsets"]),
+        config=config,
+        checkpoint=checkpoint,
+    )
+
+
+_READERS: dict[str, Callable[[Path], StoredIndex]] = {
+    "flax": read_ours,
+    "stanford": read_stanford,
+    "fast-plaid": read_fastplaid,
+}
+
+
+def _write_ours(
+    index: StoredIndex,
+    folder: Path,
+    path: Path,
+    model: ColBERT | None,
+    collection: Iterable[tuple[str, str]] | None,
+    chunk_passages: int,
+) -> Iterator[int]:
+    columns = _write_passages(folder, collection, len(index.lengths))
+    codec = index.codec
+    for name in ("centroids", "bucket_cutoffs", "bucket_weights"):
+        fmt.write_array(folder / f"{name}.npy", getattr(codec, name))
+    offsets = offsets_from_lengths(index.lengths)
+    fmt.write_array(folder / "offsets.npy", offsets)
+    row = (index.dim * codec.nbits // 8,)
+    with (
+        fmt.ArrayWriter(folder / "codes.npy", np.int32) as codes,
+        fmt.ArrayWriter(folder / "residuals.npy", np.uint8, row) as residuals,
+    ):
+        for block in index.code_blocks(0, index.num_tokens):
+            codes.append(block)
+        done = 0
+        for block in index.residual_blocks(0, index.num_tokens):
+            residuals.append(block)
+            whole = int(np.searchsorted(offsets[1:], residuals.rows, side="right"))
+            yield whole - done
+            done = whole
+    entries = _write_lists(index, folder, offsets)
+    metadata = {
+        "format_version": fmt.FORMAT_VERSION,
+        "build": uuid.uuid4().hex,
+        "num_documents": len(index.lengths),
+        "num_empty_documents": int((index.lengths == 0).sum()),
+        "num_tokens": index.num_tokens,
+        "num_centroids": index.num_centroids,
+        "num_list_entries": entries,
+        "dim": index.dim,
+        "nbits": codec.nbits,
+        "settings": {"nbits": codec.nbits, "converted_from": index.layout},
+        "model": None if model is None else describe(model),
+        "origin": {
+            "layout": index.layout,
+            "config": dict(index.config),
+            "avg_residual": codec.avg_residual,
+        },
+        "text_columns": sorted(columns),
+        **{f"num_{name}_bytes": size for name, size in columns.items()},
+    }
+    names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
+    metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
+    fmt.write_json(folder / fmt.METADATA, metadata)
+
+
+def _write_passages(
+    folder: Path, collection: Iterable[tuple[str, str]] | None, num_documents: int
+) -> dict[str, int]:
+    """Texts, and ids where they are not 0..N-1; how many bytes each column has."""
+    if collection is None:
+        return {}
+    with fmt.StringWriter(folder, "text") as texts:
+
+        def ids() -> Iterator[str]:
+            block: list[str] = []
+            for pid, text in collection:
+                block.append(text)
+                if len(block) == _TEXTS:
+                    texts.extend(block)
+                    block.clear()
+                yield pid
+            texts.extend(block)
+
+        try:
+            pids = write_pids(folder, ids(), num_documents)
+        except ValueError as error:
+            raise ValueError(f"the collection does not fit the index: {error}") from None
+    columns = {"text": texts.num_bytes, "pid": pids.num_bytes}
+    return {name: size for name, size in columns.items() if size is not None}
+
+
+def _write_lists(index: StoredIndex, folder: Path, offsets: np.ndarray) -> int:
+    """`lists.npy` and `list_offsets.npy`, copied or made of `codes.npy`; the number of entries."""
+    if index.list_lengths is None:
+        codes = np.load(folder / "codes.npy", mmap_mode="r")
+        return write_inverted_lists(folder, codes, offsets, index.num_centroids)
+    with fmt.ArrayWriter(folder / "lists.npy", np.int32) as lists:
+        for block in index.list_blocks():
+            lists.append(block)
+    fmt.write_array(folder / "list_offsets.npy", offsets_from_lengths(index.list_lengths))
+    return lists.rows
+
+
+def _write_theirs(
+    index: StoredIndex,
+    folder: Path,
+    path: Path,
+    model: ColBERT | None,
+    collection: Iterable[tuple[str, str]] | None,
+    chunk_passages: int,
+) -> Iterator[int]:
+    made: list[Path] = []
+    if index.list_lengths is None:
+        names = ("codes", "lists", "list_offsets")
+        made = [folder / f"{name}.npy" for name in names]
+        with fmt.ArrayWriter(made[0], np.int32) as codes:
+            for block in index.code_blocks(0, index.num_tokens):
+                codes.append(block)
+        _write_lists(index, folder, offsets_from_lengths(index.lengths))
+        lengths = np.diff(np.load(made[2]))
+        index = replace(index, lists=read_npy(made[1]), list_lengths=lengths)
+    checkpoint = index.checkpoint if model is None else model.load["name_or_path"]
+    config: dict[str, Any] = {**index.config, "checkpoint": checkpoint}
+    if index.layout == "flax":
+        _, metadata, arrays = fmt.open_arrays(index.folder)
+        columns = {
+            name: fmt.Strings(arrays[f"{name}s"], arrays[f"{name}_offsets"])
+            for name in metadata["text_columns"]
+        }
+        if "text" in columns:
+            config["collection"] = str(path / write_collection(folder, columns["text"]).name)
+        if "pid" in columns:
+            write_ids(folder, columns["pid"])
+    yield from write_stanford(index, folder, config, chunk_passages)
+    for file in made:
+        file.unlink()

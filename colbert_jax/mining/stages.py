@@ -1,0 +1,623 @@
+"""Mining: from queries and a collection to scored n-way examples, ColBERTv2's supervision.
+
+The model of one round retrieves passages for the training queries, a teacher scores them, and of
+each query one positive and a sample of the others becomes an example of the next round (Santhanam
+et al., 2022, section 3.2). The files are Stanford ColBERT's:
+
+    ranking.tsv     qid, pid, rank from 1, score, separated by tabs
+    scores.jsonl    [qid, [pid, score], ...], best first
+    examples.jsonl  [qid, [pid, score] x nway], the positive first
+
+Ids that are whole numbers are written as numbers in JSON.
+
+Each stage goes on from its last whole block when it is started again with the same inputs after a
+kill, and on the same kind of device writes the same bytes as an uninterrupted run. What it was made
+from stays in `<file>.meta`; a finished file is kept. Under `jax.distributed` every process makes
+the same call with the files in a folder that they share: the first process does the work of a stage
+on its own devices, the others wait for it. Only the index of `mine` is built by all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from colbert_jax import processes
+from colbert_jax.colbert import ColBERT
+from colbert_jax.data.collections import json_value, read_collection, read_queries
+from colbert_jax.data.lines import Lines
+from colbert_jax.data.texts import Texts, whole_number
+from colbert_jax.files import read_object
+from colbert_jax.index import Index
+from colbert_jax.index.format import write_json
+from colbert_jax.mining.ranking import (
+    MappedTexts,
+    RankedPairs,
+    TextsById,
+    check_labels,
+    hash_texts,
+)
+from colbert_jax.mining.resumable import BlockFile, check_settings
+from colbert_jax.mining.teacher import BiEncoder
+from colbert_jax.progress import progress_bar
+from colbert_jax.search.arrays import check_k
+
+_PAIRS = 8192  # pairs scored between two commits, at least: what a kill loses
+_PASSAGES = 8192  # passages embedded between two commits
+_LINES = 1024  # examples made between two commits
+
+Positives = Mapping[str, Collection[str]]
+
+
+class Teacher(Protocol):
+    """What `teacher.load_teacher` gives, or anything else that scores pairs of texts.
+
+    fingerprint: equal for teachers that score equally.
+    """
+
+    fingerprint: str
+
+    def score(
+        self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None
+    ) -> np.ndarray:
+        """float32[N], the scores of queries[i] with documents[i]."""
+        ...
+
+
+class Mined(NamedTuple):
+    """What a stage wrote.
+
+    path: the file.
+    queries: how many it has.
+    left_out: queries with fewer than nway passages, of `make_examples`.
+    """
+
+    path: Path
+    queries: int
+    left_out: int = 0
+
+
+def retrieve(
+    index: Index,
+    model: ColBERT,
+    queries: Mapping[str, str],
+    output: str | Path,
+    *,
+    k: int = 500,
+    batch: int = 32,
+    recall: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Mined:
+    """Write the k best passages of each query as a ranking.
+
+    Args:
+      index: of the collection, made with this model; not sharded over several processes.
+      queries: qid -> text.
+      k: passages a query; the paper has 500.
+      batch: queries searched in one call, and lost by a kill.
+      recall: as of `Index.search`.
+      overwrite: make the file anew where it is there.
+
+    Raises:
+      ValueError: an empty query, an id with a tab in it, an index of another model.
+      FileExistsError: `output` was made with other settings.
+    """
+    k = check_k(k)
+    if batch < 1:
+        raise ValueError(f"batch must be >= 1, got {batch}")
+    _check_queries(queries)
+    made_with = (index.metadata["model"] or {}).get("fingerprint")
+    fingerprint = model.fingerprint()
+    if made_with not in (None, fingerprint):
+        raise ValueError(
+            f"{index.path}: built with another model, or other document settings, than this one "
+            f"(fingerprint {made_with}, not {fingerprint})"
+        )
+    settings = {
+        "stage": "retrieve",
+        "index": index.metadata["build"],
+        "model": fingerprint,
+        "query settings": repr(model.config.text),
+        "queries": hash_texts(queries),
+        "k": k,
+        "recall": recall,
+    }
+    qids = list(queries)
+
+    def block(first: int) -> Block:
+        part = qids[first : first + batch]
+        hits = index.search(model.encode_queries([queries[q] for q in part]), k, recall=recall)
+        rows = []
+        for qid, ids, scores in zip(part, hits.ids.tolist(), hits.scores.tolist(), strict=True):
+            for rank, (n, score) in enumerate(zip(ids, scores, strict=True), 1):
+                rows.append(f"{qid}\t{_tabless(index.pids[n], 'passage')}\t{rank}\t{score:.6f}\n")
+        return Block("".join(rows), len(part))
+
+    def run() -> Mined:
+        with BlockFile(output, settings, overwrite=overwrite) as file:
+            if not file.finished:
+                _write(file, block, len(qids), "retrieving", progress)
+                file.publish()
+            return Mined(file.output, len(qids))
+
+    return _first_process("retrieving", run)
+
+
+def score_ranking(
+    ranking: str | Path,
+    queries: Mapping[str, str] | TextsById | str | Path,
+    collection: Mapping[str, str] | TextsById | str | Path,
+    teacher: Teacher,
+    output: str | Path,
+    *,
+    positives: Positives | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Mined:
+    """Score every passage of a ranking with a teacher.
+
+    A bi-encoder embeds each distinct passage once, into `<output>.vectors`, which is deleted in the
+    end: 4 H bytes a passage.
+
+    Args:
+      ranking: TSV of `qid, pid, rank, ...`; the lines of a query together, by rank.
+      queries: texts by id, or a file that `texts.Texts.queries` reads.
+      collection: texts by id, or a file that `evaluation.read_collection` reads.
+      positives: qid -> pids of labelled passages, which are scored too where they were not
+        retrieved. Queries that are not in the ranking are passed over.
+      overwrite: make the file anew where it is there.
+
+    Memory: 12 bytes a line of the ranking.
+
+    Raises:
+      ValueError: naming file and line: a line of another form, an unknown query or passage, one
+        that is there twice; a score that is not finite.
+      FileExistsError: `output` was made with other settings.
+    """
+    labels = _as_text(positives)
+
+    def run() -> Mined:
+        texts = _texts(queries, Texts.queries), _texts(collection, Texts.passages)
+        settings = {
+            "stage": "score",
+            "ranking": _hash_file(Path(ranking)),
+            "queries": texts[0].fingerprint,
+            "collection": texts[1].fingerprint,
+            "positives": _hash(labels),
+            "teacher": teacher.fingerprint,
+        }
+        vectors = Path(f"{output}.vectors")
+        with BlockFile(output, settings, overwrite=overwrite) as file:
+            if not file.finished:
+                pairs = RankedPairs(Path(ranking), *texts, labels, progress)
+                if isinstance(teacher, BiEncoder):
+                    scores = _embed(pairs, teacher, vectors, settings, progress)
+                else:
+                    scores = _read_together(pairs, teacher)
+
+                def block(first: int) -> Block:
+                    last = pairs.run(first, _PAIRS)
+                    text = _scored_lines(pairs, first, last, scores(first, last))
+                    return Block(text, last - first)
+
+                _write(file, block, len(pairs), "scoring", progress)
+                file.publish()
+        done = _count(file)
+        vectors.unlink(missing_ok=True)
+        Path(f"{vectors}.meta").unlink(missing_ok=True)
+        return Mined(file.output, done)
+
+    return _first_process("scoring", run)
+
+
+def make_examples(
+    scored: str | Path,
+    output: str | Path,
+    *,
+    nway: int = 64,
+    positives: Positives | None = None,
+    seed: int = 0,
+    depth: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Mined:
+    """Write n-way examples from a teacher's scores.
+
+    The positive is the best-scored of the query's labelled passages, without any the best-scored
+    passage. The negatives are drawn without replacement from the others, in random order; another
+    labelled passage is none. What is drawn depends on the seed and the ids of query and passages
+    only. Queries with fewer than nway passages are left out and counted.
+
+    Args:
+      scored: what `score_ranking` wrote.
+      nway: passages of an example.
+      positives: qid -> pids of labelled passages; None: without labels.
+      depth: draw from so many best-scored passages of each query; None: all that are there.
+      overwrite: make the file anew where it is there.
+
+    Raises:
+      ValueError: naming file and line: a line of another form, a score that is not finite, a
+        passage twice, a query none of whose labelled passages was scored; no example at all.
+      FileExistsError: `output` was made with other settings.
+    """
+    if nway < 2:
+        raise ValueError(f"nway must be >= 2, got {nway}")
+    if depth is not None and depth < nway:
+        raise ValueError(f"depth must be at least nway, {nway}, got {depth}")
+    labels = _as_text(positives)
+
+    def run() -> Mined:
+        settings = {
+            "stage": "examples",
+            "scores": _hash_file(Path(scored)),
+            "nway": nway,
+            "positives": _hash(labels),
+            "seed": seed,
+            "depth": depth,
+        }
+        with BlockFile(output, settings, overwrite=overwrite) as file:
+            if not file.finished:
+                lines = Lines(scored)
+
+                def block(first: int) -> Block:
+                    rows = range(first, min(first + _LINES, len(lines)))
+                    made = [
+                        lines.read(row, lambda line: _example(line, nway, labels, seed, depth))
+                        for row in rows
+                    ]
+                    return Block("".join(filter(None, made)), len(rows), made.count(None))
+
+                _write(file, block, len(lines), "making examples", progress)
+                if file.counts["left_out"] == len(lines):
+                    raise ValueError(
+                        f"{scored}: no query has {nway} passages to make an example of; retrieve "
+                        "more, or take a smaller nway"
+                    )
+                file.publish()
+        left_out = file.counts.get("left_out", 0)
+        return Mined(file.output, _count(file) - left_out, left_out)
+
+    return _first_process("making examples", run)
+
+
+def mine(
+    model: ColBERT,
+    collection: str | Path,
+    queries: str | Path,
+    folder: str | Path,
+    teacher: Teacher,
+    *,
+    nway: int = 64,
+    k: int = 500,
+    nbits: int | None = None,
+    positives: Positives | None = None,
+    seed: int = 0,
+    depth: int | None = None,
+    recall: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Mined:
+    """All stages into one folder: `index`, `ranking.tsv`, `scores.jsonl`, `examples.jsonl`.
+
+    Args:
+      model: the checkpoint of the round before.
+      collection: a file that `evaluation.read_collection` reads.
+      queries: a file that `evaluation.read_queries` reads.
+      nbits: of the index; None: what the checkpoint asks for, else 2.
+      nway, k, positives, seed, depth, recall: as of the stages.
+      overwrite: make everything anew; False: keep what is finished, go on with what is not.
+
+    Returns:
+      what `make_examples` wrote.
+
+    Raises as the stages do.
+    """
+    folder = Path(folder)
+    if k < nway:
+        raise ValueError(f"k must be at least nway, {nway}, got {k}")
+    texts, passages = read_queries(queries), Texts.passages(collection)
+    check_labels(_as_text(positives), passages)
+    index = _index(model, passages, folder, nbits, overwrite, progress)
+    again: Any = {"overwrite": overwrite, "progress": progress}
+    ranking = retrieve(index, model, texts, folder / "ranking.tsv", k=k, recall=recall, **again)
+    del index
+    scored = score_ranking(
+        ranking.path,
+        texts,
+        passages,
+        teacher,
+        folder / "scores.jsonl",
+        positives=positives,
+        **again,
+    )
+    return make_examples(
+        scored.path,
+        folder / "examples.jsonl",
+        nway=nway,
+        positives=positives,
+        seed=seed,
+        depth=depth,
+        **again,
+    )
+
+
+def _index(
+    model: ColBERT,
+    collection: Texts,
+    folder: Path,
+    nbits: int | None,
+    overwrite: bool,
+    progress: bool | None,
+) -> Index:
+    """The index in a folder, built where it is not there; built by all processes together."""
+    path, meta = folder / "index", folder / "index.meta"
+    settings = {
+        "stage": "index",
+        "collection": collection.fingerprint,
+        "model": model.fingerprint(),
+        "nbits": nbits,
+    }
+    with processes.group("the index") as group:
+        built = None
+        if group.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            built = (path / "metadata.json").is_file() and not overwrite
+            if built and meta.is_file():
+                check_settings(read_object(meta).get("settings"), settings, path, "was made")
+        built = group.exchange("the index", built)[0]
+    if built:
+        return Index.open(path)
+    index = Index.build(
+        path,
+        model,
+        (text for _, text in read_collection(collection.path)),
+        ids=(pid for pid, _ in read_collection(collection.path)),
+        nbits=nbits,
+        store_texts=False,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if jax.process_index() == 0:
+        write_json(meta, {"settings": settings})
+    return index
+
+
+class Block(NamedTuple):
+    """Lines to be appended, how many queries they are of, and how many of these were left out."""
+
+    text: str
+    queries: int
+    left_out: int = 0
+
+
+def _write(
+    file: BlockFile,
+    make: Callable[[int], Block],
+    total: int,
+    name: str,
+    progress: bool | None,
+) -> None:
+    """Append the blocks that are not there yet; `make` is told the first query of a block."""
+    with progress_bar(total, name, "query", progress) as bar:
+        bar.initial = bar.n = file.counts.get("queries", 0)
+        while file.counts.get("queries", 0) < total:
+            text, queries, left_out = make(file.counts.get("queries", 0))
+            file.append(text.encode(), queries=queries, left_out=left_out)
+            bar.update(queries)
+
+
+def _count(file: BlockFile) -> int:
+    """Queries of a finished file; its lines, where it came without a word on how it was made."""
+    return file.counts["queries"] if "queries" in file.counts else len(Lines(file.output))
+
+
+def _first_process(what: str, run: Callable[[], Mined]) -> Mined:
+    """Let the first process of the job work, and tell the others what it wrote."""
+    with processes.group(what) as group:
+        done = run() if group.is_first else None
+        told = None if done is None else [str(done.path), *done[1:]]
+        path, *counts = group.exchange(what, told)[0]
+        return Mined(Path(path), *counts)
+
+
+def _texts(
+    given: Mapping[str, str] | TextsById | str | Path, read: Callable[[str | Path], Texts]
+) -> TextsById:
+    if isinstance(given, str | Path):
+        return read(given)
+    return MappedTexts(given) if isinstance(given, Mapping) else given
+
+
+# --- Scores ---------------------------------------------------------------------------------
+
+_Scores = Callable[[int, int], np.ndarray]  # of all pairs of the queries from ... up to ...
+
+
+def _read_together(pairs: RankedPairs, teacher: Teacher) -> _Scores:
+    def scores(first: int, last: int) -> np.ndarray:
+        counts = pairs.counts(first, last)
+        queries = [
+            text
+            for i, count in zip(range(first, last), counts, strict=True)
+            for text in [pairs.query(i)] * count
+        ]
+        return teacher.score(queries, pairs.documents(first, last), progress=False)
+
+    return scores
+
+
+def _embed(
+    pairs: RankedPairs,
+    teacher: BiEncoder,
+    path: Path,
+    settings: dict[str, Any],
+    progress: bool | None,
+) -> _Scores:
+    """Scores of a bi-encoder, whose vectors of the distinct passages it first writes to a file."""
+    distinct = np.unique(pairs.rows)
+    settings = settings | {"stage": "vectors"}
+    try:
+        vectors = BlockFile(path, settings)
+    except FileExistsError:  # left by another run, of no use
+        vectors = BlockFile(path, settings, overwrite=True)
+    with vectors as file, progress_bar(len(distinct), "embedding", "passage", progress) as bar:
+        bar.initial = bar.n = file.counts.get("passages", 0)
+        for start in range(file.counts.get("passages", 0), len(distinct), _PASSAGES):
+            rows = distinct[start : start + _PASSAGES].tolist()
+            texts = [pairs.passages.text(row) for row in rows]
+            embedded = teacher.encode_documents(texts, progress=False)
+            file.append(np.asarray(embedded, np.float32).tobytes(), passages=len(rows))
+            bar.update(len(rows))
+        if not file.finished:
+            file.publish()
+    mapped = np.memmap(path, np.float32, "r", shape=(len(distinct), teacher.dim))
+
+    def scores(first: int, last: int) -> np.ndarray:
+        queries = teacher.encode_queries([pairs.query(i) for i in range(first, last)])
+        rows = np.repeat(np.arange(last - first), pairs.counts(first, last))
+        columns = np.searchsorted(distinct, pairs.rows_of(first, last))
+        return teacher.similarity(queries, mapped, rows, columns)
+
+    return scores
+
+
+def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray) -> str:
+    """A line of `scores.jsonl` for each of these queries. Raises ValueError for NaN."""
+    scores = np.asarray(scores, np.float32)
+    expected = int(pairs.counts(first, last).sum())
+    if scores.shape != (expected,):
+        raise ValueError(f"the teacher gave scores of shape {scores.shape} for {expected} pairs")
+    lines, start = [], 0
+    for i in range(first, last):
+        pids = pairs.pids(i)
+        own = scores[start : start + len(pids)]
+        start += len(pids)
+        bad = np.flatnonzero(~np.isfinite(own))
+        if len(bad):
+            raise ValueError(
+                f"the teacher gave query {pairs.qids[i]!r} and passage {pids[bad[0]]!r} the score "
+                f"{own[bad[0]]}"
+            )
+        best_first = np.argsort(-own, kind="stable").tolist()
+        lines.append(_line(pairs.qids[i], [(pids[n], _shortest(own[n])) for n in best_first]))
+    return "".join(lines)
+
+
+def _shortest(score: np.float32) -> float:
+    """The number with the fewest digits that is this one in float32."""
+    return float(str(score))
+
+
+def _line(qid: str, scored: Iterable[tuple[str, float]]) -> str:
+    row = [_json_id(qid), *([_json_id(pid), score] for pid, score in scored)]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _json_id(key: str) -> int | str:
+    """A number where an id is a whole number written as numbers are."""
+    number = whole_number(key)
+    return key if number is None else number
+
+
+# --- Examples -------------------------------------------------------------------------------
+
+
+def _example(
+    line: str, nway: int, positives: Mapping[str, list[str]] | None, seed: int, depth: int | None
+) -> str | None:
+    """A line of `examples.jsonl`; None where there are too few passages."""
+    qid, scored = _parse_scored(line)
+    labelled = set((positives or {}).get(qid, ()))
+    best_first = sorted(scored.items(), key=lambda item: -item[1])
+    hits = [pid for pid, _ in best_first if pid in labelled]
+    if labelled and not hits:
+        raise ValueError(
+            f"query {qid!r}: none of its labelled passages has a score; pass positives to "
+            "score_ranking too"
+        )
+    positive = hits[0] if labelled else best_first[0][0]
+    others = [pid for pid, _ in best_first[:depth] if pid != positive and pid not in labelled]
+    if len(others) < nway - 1:
+        return None
+    # The order of hashes is a random order that any machine and version finds again.
+    drawn = sorted(others, key=lambda pid: _draw(seed, qid, pid))[: nway - 1]
+    return _line(qid, [(pid, scored[pid]) for pid in (positive, *drawn)])
+
+
+def _draw(seed: int, qid: str, pid: str) -> bytes:
+    return hashlib.blake2b(json.dumps([seed, qid, pid]).encode(), digest_size=16).digest()
+
+
+def _parse_scored(line: str) -> tuple[str, dict[str, float]]:
+    """The query's id, and pid -> score. Raises ValueError, without the place."""
+    row = json_value(line)
+    if not isinstance(row, list) or len(row) < 2 or not _is_id(row[0]):
+        raise ValueError(f"expected '[qid, [pid, score], ...]', got {line[:80]!r}")
+    scored: dict[str, float] = {}
+    for pair in row[1:]:
+        if not isinstance(pair, list) or len(pair) != 2 or not _is_id(pair[0]):
+            raise ValueError(f"expected pairs of a passage's id and a score, got {pair!r:.80}")
+        pid, score = str(pair[0]), pair[1]
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, int | float)
+            or not math.isfinite(score)
+        ):
+            raise ValueError(f"the score of passage {pid!r} must be a finite number, got {score!r}")
+        if pid in scored:
+            raise ValueError(f"passage {pid!r} appears twice")
+        scored[pid] = float(score)
+    return str(row[0]), scored
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+# --- What a file was made from --------------------------------------------------------------
+
+
+def _as_text(positives: Positives | None) -> dict[str, list[str]] | None:
+    """Labels with their ids as strings, in order."""
+    if positives is None:
+        return None
+    for qid, pids in positives.items():
+        if isinstance(pids, str):
+            raise TypeError(f"positives of query {qid!r} must be a collection of ids, got a string")
+    return {str(qid): sorted(map(str, pids)) for qid, pids in positives.items()}
+
+
+def _hash(value: Any) -> str | None:
+    if value is None:
+        return None
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_queries(queries: Mapping[str, str]) -> None:
+    if not queries:
+        raise ValueError("there are no queries")
+    for qid, text in queries.items():
+        _tabless(qid, "query")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"query {qid!r} is empty, or not a string")
+
+
+def _tabless(key: str, kind: str) -> str:
+    if any(mark in key for mark in "\t\r\n"):
+        raise ValueError(
+            f"the {kind} id {key!r} has a tab or a line end in it; a ranking cannot say it"
+        )
+    return key

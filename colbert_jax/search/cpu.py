@@ -1,0 +1,277 @@
+"""PLAID on a CPU: the stages of `search.plaid` over mapped arrays that are never copied.
+
+The loops are in `search.cpu_kernels`. A single query is spread over the threads stage by stage; of
+a batch, every thread takes whole queries.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colbert_jax.compression.codec import unpack
+from colbert_jax.config import SearchConfig
+from colbert_jax.runtime import num_threads, spread
+from colbert_jax.search.arrays import IndexArrays
+
+_WIDTH = 8  # query rows are padded to a multiple: whole vector registers
+_TOKENS = 64  # of a document, decompressed at a time
+_SMALL = 256  # candidates that are not worth a second thread
+
+
+class CpuArrays(NamedTuple):
+    """A compressed index in the host's memory, mapped or not; see `IndexArrays`.
+
+    centroids: float32[K, D].
+    table: [256, m] words of memory: the 8 / b bucket weights that a residual byte stands for.
+    codes: int32[T].
+    residuals: uint8[T, D * b / 8].
+    offsets: int64[N+1].
+    lists: int32[sum].
+    list_offsets: int64[K+1].
+    """
+
+    centroids: np.ndarray
+    table: np.ndarray
+    codes: np.ndarray
+    residuals: np.ndarray
+    offsets: np.ndarray
+    lists: np.ndarray
+    list_offsets: np.ndarray
+
+
+def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
+    """Views of an index's arrays on the host, of the one type that the kernels are compiled for."""
+    weights = np.ascontiguousarray(arrays.bucket_weights, np.float32)
+    nbits = len(weights).bit_length() - 1
+    table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
+    word = np.uint64 if nbits < 8 else np.float32  # two weights at a time, where a byte has them
+    return CpuArrays(
+        _view(arrays.centroids, np.float32),
+        _view(table.view(word), word),
+        _view(arrays.codes, np.int32),
+        _view(arrays.residuals, np.uint8),
+        _view(arrays.offsets, np.int64),
+        _view(arrays.lists, np.int32),
+        _view(arrays.list_offsets, np.int64),
+    )
+
+
+def _view(array: Any, dtype: type) -> np.ndarray:
+    view = np.ascontiguousarray(array, dtype).view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
+def cpu_search(
+    arrays: CpuArrays, queries: np.ndarray, k: int, settings: SearchConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """PLAID for a batch of queries.
+
+    Args:
+      queries: float32[B, Lq, D]; rows of zeros are padding.
+      k: results wanted.
+      settings: resolved (`SearchConfig.resolve`).
+
+    Returns:
+      ids int32[B, k] and scores float32[B, k], best first, equal scores by the smaller id; where a
+      query has fewer than k candidates filled up with id N and -inf.
+    """
+    num_documents = len(arrays.offsets) - 1
+    ids = np.full((len(queries), k), num_documents, np.int32)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    threads = min(num_threads(), len(queries)) if len(queries) > 1 else 1
+
+    def worker(lane: int) -> None:
+        for i in range(lane, len(queries), threads):
+            best = _search_one(arrays, queries[i], k, settings, threads == 1)
+            n = len(best[0])
+            ids[i, :n], scores[i, :n] = best
+
+    spread(worker, threads)
+    return ids, scores
+
+
+def cpu_exact(arrays: CpuArrays, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact scores of every document: the k best, as `cpu_search` returns them."""
+    packed = np.stack([_rows(query, len(query))[0] for query in queries])
+    everyone = np.flatnonzero(np.diff(arrays.offsets)).astype(np.int32)
+    scores = np.empty((len(queries), len(everyone)), np.float32)
+    cuts = np.searchsorted(
+        arrays.offsets[everyone],
+        np.linspace(0, arrays.offsets[-1], num_threads() + 1)[1:-1],
+    )
+    bounds = [0, *cuts.tolist(), len(everyone)]
+
+    spread(
+        lambda lane: _score_exactly(
+            arrays, packed, everyone, bounds[lane], bounds[lane + 1], scores
+        ),
+        num_threads(),
+    )
+    best = [_sorted(everyone, row, k) for row in scores]
+    return np.stack([ids for ids, _ in best]), np.stack([row for _, row in best])
+
+
+class _Scratch(threading.local):
+    """Arrays that a thread uses again for its next query: fresh memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        size = int(np.prod(shape))
+        array = self._arrays.get(name)
+        if array is None or array.size < size or array.dtype != dtype:
+            array = self._arrays[name] = np.zeros(size, dtype)
+        return array[:size].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
+def _search_one(
+    arrays: CpuArrays, query: np.ndarray, k: int, settings: SearchConfig, parallel: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    from colbert_jax.search import cpu_kernels
+
+    rows, num_rows = _rows(query)
+    if num_rows == 0:
+        return np.empty(0, np.int32), np.empty(0, np.float32)
+    width = len(rows)
+    num_centroids, num_documents = len(arrays.centroids), len(arrays.offsets) - 1
+    ncells = min(int(settings.ncells or 1), num_centroids)
+    threads = num_threads() if parallel else 1
+
+    num_blocks = -(-num_centroids // cpu_kernels.BLOCK)
+    keys = _scratch("keys", (num_centroids, width), np.int32)
+    block_best = _scratch("block_best", (num_blocks, width), np.int32)
+    centroid_best = _scratch("centroid_best", (num_centroids,), np.int32)
+
+    def centroid_scores(start: int, stop: int) -> None:
+        stop = min(stop * cpu_kernels.BLOCK, num_centroids)
+        cpu_kernels.score_centroids(
+            arrays.centroids,
+            rows,
+            num_rows,
+            start * cpu_kernels.BLOCK,
+            stop,
+            keys.view(np.float32),
+            keys,
+            block_best,
+            centroid_best,
+        )
+
+    _split(centroid_scores, num_blocks, threads)
+    cells = _scratch("cells", (num_rows, ncells), np.int32)
+    cpu_kernels.probe(keys, block_best, num_rows, ncells, cells)
+
+    marks = _scratch("marks", (-(-num_documents // 8) * 8,), np.uint8)
+    ids = _scratch("ids", (num_documents,), np.int32)
+    count = cpu_kernels.candidates(
+        cells, arrays.lists, arrays.list_offsets, marks, marks.view(np.uint64), ids
+    )
+    approximate = _scratch("scores", (num_documents,), np.float32)
+
+    def interaction(threshold: np.int32) -> Callable[[int, int], None]:
+        def work(start: int, stop: int) -> None:
+            cpu_kernels.interact(
+                keys,
+                centroid_best,
+                threshold,
+                arrays.codes,
+                arrays.offsets,
+                ids,
+                start,
+                stop,
+                approximate,
+            )
+
+        return work
+
+    pruning = _key(settings.centroid_score_threshold)
+    ndocs = int(settings.ndocs or 1)
+    _split(interaction(pruning), count, threads)
+    count = cpu_kernels.keep_best(ids, approximate, count, max(ndocs, k))
+    if count > max(ndocs // 4, k):
+        _split(interaction(cpu_kernels.LOWEST), count, threads)
+        count = cpu_kernels.keep_best(ids, approximate, count, max(ndocs // 4, k))
+
+    exact = _scratch("exact", (1, count), np.float32)
+    _split(
+        lambda start, stop: _score_exactly(arrays, rows[None], ids, start, stop, exact),
+        count,
+        threads,
+        small=16,
+    )
+    best = _sorted(ids[:count], exact[0], k)
+    found = np.isfinite(best[1])  # lists made elsewhere may name a document without a token
+    return best[0][found], best[1][found]
+
+
+def _rows(query: np.ndarray, least: int = 0) -> tuple[np.ndarray, int]:
+    """The rows of a query that are not zero, padded with zeros to whole registers, and how many.
+
+    Rows of zeros are kept where they make up at least `least` rows.
+    """
+    real = query[query.any(axis=1)]
+    width = -(-max(len(real), least, 1) // _WIDTH) * _WIDTH
+    rows = np.zeros((width, query.shape[1]), np.float32)
+    rows[: len(real)] = real
+    return rows, len(real)
+
+
+def _key(threshold: float | None) -> np.int32:
+    from colbert_jax.search import cpu_kernels
+
+    bits = np.float32(-np.inf if threshold is None else threshold).view(np.int32)
+    return np.int32(cpu_kernels.as_key(bits))
+
+
+def _score_exactly(
+    arrays: CpuArrays,
+    queries: np.ndarray,
+    ids: np.ndarray,
+    start: int,
+    stop: int,
+    scores: np.ndarray,
+) -> None:
+    from colbert_jax.search import cpu_kernels
+
+    tokens = _scratch("tokens", (_TOKENS, arrays.centroids.shape[1]), np.float32)
+    cpu_kernels.score_exactly(
+        arrays.centroids,
+        arrays.table,
+        queries,
+        arrays.codes,
+        arrays.residuals,
+        arrays.offsets,
+        ids,
+        start,
+        stop,
+        tokens,
+        tokens.view(arrays.table.dtype),
+        scores,
+    )
+
+
+def _sorted(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best, best first; ids are ascending, so a stable sort orders ties by the smaller."""
+    if len(ids) > 4 * k:
+        least = np.partition(scores, len(ids) - k)[len(ids) - k]
+        chosen = scores >= least
+        ids, scores = ids[chosen], scores[chosen]
+    order = np.argsort(-scores, kind="stable")[:k]
+    return ids[order].copy(), scores[order].copy()
+
+
+def _split(work: Callable[[int, int], None], total: int, threads: int, small: int = _SMALL) -> None:
+    """Run work(start, stop) over parts of 0..total, a thread each; here where there is little."""
+    if threads == 1 or total < 2 * small:
+        work(0, total)
+        return
+    bounds = np.linspace(0, total, threads + 1).astype(int).tolist()
+    spread(lambda lane: work(bounds[lane], bounds[lane + 1]), threads)

@@ -1,0 +1,257 @@
+"""PLAID's ragged loops for a CPU, compiled by numba: no padding, no copy of the index.
+
+XLA's CPU backend is several times slower on these (reference: the comparison in
+`benchmarks/results`). Every function releases the GIL and works on a range of centroids, candidates
+or documents, so that `search.cpu` can spread one query, or a batch of them, over threads.
+
+Approximate scores are compared as integers: `as_key` maps float32 to int32 in the same order, and
+integer maxima vectorise where float ones (NaN has to be thought of) do not. Nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from colbert_jax.compression.cpu_kernels import compiled, dots, insert
+
+BLOCK = 64  # centroids whose maxima are kept, so that few of them are looked at when probing
+LOWEST = np.int32(-(2**31))
+_PRUNED = np.float32(-9999.0)  # per query token, for a document without a token left
+_ZERO = np.float32(0)
+_TINY = np.float32(1e-12)
+
+
+@compiled
+def as_key(bits):
+    """The bits of a float32 as an int32 of the same order; its own inverse."""
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+@compiled
+def score_centroids(
+    centroids, query, num_rows, start, stop, scores, keys, block_best, centroid_best
+):
+    """Centroid scores as keys, with the maximum of every block and of every centroid.
+
+    Args:
+      centroids: float32[K, D].
+      query: float32[W, D], W a multiple of 4; rows from num_rows on are padding.
+      start, stop: centroids of this call, `start` a multiple of BLOCK.
+      scores, keys: float32[K, W], and int32[K, W] over the same memory; filled with keys.
+      block_best: int32[K / BLOCK, W], filled.
+      centroid_best: int32[K], filled.
+    """
+    width = len(query)
+    for first in range(start, stop, 2):
+        second = min(first + 1, stop - 1)
+        a, b = centroids[first], centroids[second]
+        for q in range(0, width, 4):
+            q0, q1, q2, q3 = query[q], query[q + 1], query[q + 2], query[q + 3]
+            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
+            row = scores[second]
+            row[q], row[q + 1], row[q + 2], row[q + 3] = b0, b1, b2, b3
+            row = scores[first]
+            row[q], row[q + 1], row[q + 2], row[q + 3] = a0, a1, a2, a3
+    for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
+        best = block_best[block]
+        for q in range(width):
+            best[q] = LOWEST
+        for c in range(block * BLOCK, min((block + 1) * BLOCK, stop)):
+            row = keys[c]
+            most = LOWEST
+            for q in range(width):
+                row[q] = as_key(row[q])
+            for q in range(num_rows):
+                most = max(most, row[q])
+            for q in range(width):
+                best[q] = max(best[q], row[q])
+            centroid_best[c] = most
+
+
+@compiled
+def probe(keys, block_best, num_rows, ncells, cells):
+    """The best `ncells` centroids of each of the first `num_rows` query rows into cells [.., n].
+
+    Equal scores: the smaller centroid.
+    """
+    num_centroids = keys.shape[0]
+    best = np.empty(ncells, np.int32)
+    for q in range(num_rows):
+        filled = 0
+        for block in range(block_best.shape[0]):
+            if filled == ncells and block_best[block, q] <= best[ncells - 1]:
+                continue
+            for c in range(block * BLOCK, min((block + 1) * BLOCK, num_centroids)):
+                filled = insert(keys[c, q], c, ncells, filled, best, cells[q])
+
+
+@compiled
+def candidates(cells, lists, list_offsets, marks, words, ids):
+    """The distinct documents of the probed inverted lists, ascending, into ids; returns how many.
+
+    Args:
+      cells: int32[rows, ncells].
+      marks: uint8[at least N], zeros; zeros again when this returns.
+      words: uint64, the same memory.
+      ids: int32[N].
+    """
+    for row in cells:
+        for c in row:
+            for entry in range(list_offsets[c], list_offsets[c + 1]):
+                marks[lists[entry]] = 1
+    count = 0
+    for w in range(len(words)):
+        if words[w] != 0:
+            for i in range(8 * w, 8 * w + 8):
+                if marks[i] != 0:
+                    ids[count] = i
+                    count += 1
+            words[w] = 0
+    return count
+
+
+@compiled
+def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, scores):
+    """Approximate scores of candidates start..stop-1: MaxSim over their tokens' centroids.
+
+    Args:
+      threshold: a key; tokens whose centroid's best key is below it do not count.
+      scores: float32[n], filled.
+    """
+    width = keys.shape[1]
+    best = np.empty(width, np.int32)
+    values = best.view(np.float32)
+    kept = np.empty(256, np.uint32)
+    for j in range(start, stop):
+        token, end = offsets[ids[j]], offsets[ids[j] + 1]
+        for q in range(width):
+            best[q] = LOWEST
+        any_kept = False
+        while token < end:
+            n = 0
+            for t in range(token, min(token + 256, end)):
+                code = np.uint32(codes[t])
+                kept[n] = code
+                n += centroid_best[code] >= threshold
+            token += 256
+            any_kept = any_kept or n > 0
+            t = 0
+            while t + 1 < n:
+                r0, r1 = keys[kept[t]], keys[kept[t + 1]]
+                for q in range(width):
+                    best[q] = max(best[q], max(r0[q], r1[q]))
+                t += 2
+            if t < n:
+                r0 = keys[kept[t]]
+                for q in range(width):
+                    best[q] = max(best[q], r0[q])
+        if not any_kept:
+            scores[j] = _PRUNED * np.float32(width)
+            continue
+        for q in range(width):
+            best[q] = as_key(best[q])
+        total = _ZERO
+        for q in range(width):
+            total += values[q]
+        scores[j] = total
+
+
+@compiled
+def keep_best(ids, scores, count, n):
+    """Move the n best of `count` candidates to the front, ascending by id; returns how many.
+
+    Equal scores: the smaller id.
+    """
+    if count <= n:
+        return count
+    least = np.partition(scores[:count], count - n)[count - n]
+    room = n
+    for j in range(count):
+        room -= scores[j] > least
+    kept = 0
+    for j in range(count):
+        if scores[j] > least or (scores[j] == least and room > 0):
+            room -= scores[j] == least
+            ids[kept] = ids[j]
+            scores[kept] = scores[j]
+            kept += 1
+    return kept
+
+
+@compiled
+def decompress(centroids, table, codes, residuals, first, n, tokens, words, scale):
+    """Tokens first..first+n-1 into the first rows of `tokens`, and 1 / their lengths into `scale`.
+
+    Args:
+      table: [256, m], m words of memory that hold the 8 / b bucket weights of a residual byte.
+      words: [rows, P * m], the memory of `tokens` as such words.
+    """
+    dim = tokens.shape[1]
+    per_byte = table.shape[1]
+    for t in range(n):
+        packed = residuals[first + t]
+        target = words[t]
+        if per_byte == 1:
+            for p in range(len(packed)):
+                target[p] = table[packed[p], 0]
+        else:
+            for p in range(len(packed)):
+                row = table[packed[p]]
+                for m in range(per_byte):
+                    target[p * per_byte + m] = row[m]
+    # Not in the loop above: a load of what was just stored in smaller pieces would wait for them.
+    for t in range(n):
+        centroid = centroids[np.uint32(codes[first + t])]
+        values = tokens[t]
+        square = _ZERO
+        for d in range(dim):
+            value = values[d] + centroid[d]
+            values[d] = value
+            square += value * value
+        scale[t] = np.float32(1) / max(np.sqrt(square), _TINY)
+
+
+@compiled
+def update_best(tokens, scale, n, rows, best):
+    """best[q] = max(best[q], the largest rows[q] . tokens[t] * scale[t] of the first n tokens)."""
+    for t in range(0, n, 2):
+        u = min(t + 1, n - 1)
+        a, b = tokens[t], tokens[u]
+        sa, sb = scale[t], scale[u]
+        for q in range(0, len(rows), 4):
+            q0, q1, q2, q3 = rows[q], rows[q + 1], rows[q + 2], rows[q + 3]
+            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
+            best[q] = max(best[q], max(a0 * sa, b0 * sb))
+            best[q + 1] = max(best[q + 1], max(a1 * sa, b1 * sb))
+            best[q + 2] = max(best[q + 2], max(a2 * sa, b2 * sb))
+            best[q + 3] = max(best[q + 3], max(a3 * sa, b3 * sb))
+
+
+@compiled
+def score_exactly(
+    centroids, table, queries, codes, residuals, offsets, ids, start, stop, tokens, words, scores
+):
+    """MaxSim of queries with documents ids[start..stop-1] on their decompressed embeddings.
+
+    Args:
+      table, words: see `decompress`.
+      queries: float32[B, W, D], W a multiple of 4.
+      tokens: float32[at least 2, D], room for a few decompressed tokens.
+      scores: float32[B, n], filled; -inf for a document without a token.
+    """
+    num_queries, width, _ = queries.shape
+    best = np.empty((num_queries, width), np.float32)
+    scale = np.empty(len(tokens), np.float32)
+    for j in range(start, stop):
+        first, end = offsets[ids[j]], offsets[ids[j] + 1]
+        best[:] = -np.inf
+        for base in range(first, end, len(tokens)):
+            n = min(len(tokens), end - base)
+            decompress(centroids, table, codes, residuals, base, n, tokens, words, scale)
+            for b in range(num_queries):
+                update_best(tokens, scale, n, queries[b], best[b])
+        for b in range(num_queries):
+            total = _ZERO
+            for q in range(width):
+                total += best[b, q]
+            scores[b, j] = total

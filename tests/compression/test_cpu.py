@@ -1,0 +1,100 @@
+"""The CPU's k-means and compression against comparing every point with all centroids."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from support import unit_rows
+
+from colbert_jax.compression import cpu
+from colbert_jax.compression.codec import _compressed, compress, train_codec
+from colbert_jax.compression.kmeans import train_kmeans
+from colbert_jax.compression.sharding import data_mesh
+
+
+def clustered(rng, n, centres, dim=16, noise=0.25):
+    rows = centres[rng.integers(0, len(centres), n)] + noise * rng.normal(size=(n, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def points():
+    rng = np.random.default_rng(0)
+    return clustered(rng, 30_000, unit_rows(rng, 500, 16))
+
+
+def true_nearest(points, centroids, bias=0.0):
+    return np.argmax(points @ centroids.T + bias, axis=1)
+
+
+def test_all_groups_probed_is_exact(points, monkeypatch):
+    centroids = points[::20].copy()  # 1,500: two levels
+    some = points[7:4000:3]
+    for distance in (False, True):
+        groups = cpu.group_centroids(0.9 * centroids, distance=distance)
+        assert sorted(groups.members) == list(range(len(centroids)))
+        monkeypatch.setattr(cpu, "_PROBES", len(groups.coarse))
+        expected = true_nearest(some, groups.centroids, groups.bias)
+        np.testing.assert_array_equal(cpu.nearest(groups, some), expected)
+
+
+def test_few_groups_find_nearly_all(points):
+    centroids = train_kmeans(points, 2048, iterations=4, progress=False)
+    found = cpu.nearest(cpu.group_centroids(centroids, distance=False), points)
+    best = true_nearest(points, centroids)
+    assert (found == best).mean() > 0.9
+
+    def error(codes):
+        return np.square(points - centroids[codes]).sum(axis=1).mean()
+
+    assert error(found) < 1.02 * error(best)
+
+
+def test_two_levels_stay_near_lloyd(points, monkeypatch):
+    def error(centroids):
+        codes = true_nearest(points, centroids)
+        return np.square(points - centroids[codes]).sum(axis=1).mean()
+
+    two_level = error(train_kmeans(points, 2048, iterations=4, progress=False))
+    monkeypatch.setattr(cpu, "EXACT", 4096)
+    lloyd = error(train_kmeans(points, 2048, iterations=4, progress=False))
+    assert two_level < 1.05 * lloyd
+
+
+def test_threads_change_nothing(points, monkeypatch):
+    def build():
+        centroids = train_kmeans(points[:8000], 1500, iterations=2, progress=False)
+        codec = train_codec(centroids, points[8000:9000], 2)
+        return centroids, *compress(codec, points[:5000])
+
+    several = build()
+    monkeypatch.setattr(cpu, "num_threads", lambda: 1)
+    for a, b in zip(several, build(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_bytes_are_those_of_the_xla_program(points, nbits):
+    codec = train_codec(points[:50], points[100:900], nbits)
+    codes, residuals = compress(codec, points[1000:1777])
+    for rows, block in _compressed(data_mesh(), codec, points[1000:1777]):
+        np.testing.assert_array_equal(codes[rows], block[0][: rows.stop - rows.start])
+        np.testing.assert_array_equal(residuals[rows], block[1][: rows.stop - rows.start])
+
+
+def test_shares_add_up_and_fit():
+    for weights, counts, total in (
+        ([1, 1, 1], [5, 5, 5], 7),
+        ([0, 0, 9], [4, 4, 4], 12),
+        ([9, 1, 0], [2, 50, 50], 40),
+        ([0, 0, 0], [3, 0, 3], 5),
+    ):
+        shares = cpu._shares(np.array(weights, float), np.array(counts), total)
+        assert shares.sum() == total and (shares <= counts).all() and (shares >= 0).all()
+
+
+def test_as_many_centroids_as_points():
+    points = unit_rows(np.random.default_rng(1), 1100, 8)
+    centroids = train_kmeans(points, 5000, iterations=2, progress=False)
+    assert centroids.shape == points.shape and np.isfinite(centroids).all()

@@ -1,0 +1,83 @@
+"""Settings from flags and JSON."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+import pytest
+
+from colbert_jax.config import TrainingConfig
+from colbert_jax.settings import add_arguments, given, make, merge, to_json
+from colbert_jax.training.recipes import FIRST, RECIPES, DenoisedSupervision, Distillation
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    name: str | None = "a"
+
+
+SECOND = Inner(size=7)
+
+
+@dataclass(frozen=True)
+class Outer:
+    path: str
+    rate: float = 0.5
+    words: tuple[str, ...] = ()
+    on: bool = False
+    training: Inner = Inner()
+    second: Inner = SECOND
+
+
+def parse(*flags: str, settings: dict | None = None) -> Outer:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--other")
+    add_arguments(parser, Outer)
+    return make(Outer, merge(settings or {}, given(parser.parse_args(flags))))
+
+
+def test_flags():
+    got = parse(
+        *("--path", "x", "--rate", "1e-3", "--words", "a,b", "--on", "true", "--other", "y"),
+        *("--size", "4", "--name", "none", "--second-name", "b"),
+    )
+    assert got == Outer("x", 1e-3, ("a", "b"), True, Inner(4, None), Inner(7, "b"))
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults():
+    file = {"path": "file", "rate": 2.0, "second": {"name": "f"}}
+    assert parse("--rate", "3", settings=file) == Outer("file", 3.0, second=Inner(7, "f"))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "have no default: path"),
+        ({"path": "x", "size": 3}, "unknown setting size; there are path, rate"),
+        ({"path": "x", "training": {"sise": 3}}, "the settings, training: unknown setting sise"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(settings=settings)
+
+
+@pytest.mark.parametrize("flags", [["--on", "yes"], ["--size", "a"], ["--rate", "none"]])
+def test_wrong_flags(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse("--path", "x", *flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_settings_round_trip_and_papers_values():
+    files = {"queries": "q", "collection": "c", "folder": "f"}
+    recipe = make(DenoisedSupervision, files | {"training": {"lr": 2e-5}})
+    assert make(DenoisedSupervision, json.loads(to_json(recipe))) == recipe
+    assert recipe.training == TrainingConfig(lr=2e-5)
+    assert (recipe.first.nway, recipe.first.maxsteps) == (FIRST.nway, FIRST.maxsteps)
+    last = make(Distillation, files | {"examples": "e"}).training
+    wanted = dict(nway=64, lr=1e-5, bsize=32, warmup=20_000, maxsteps=400_000, weight_decay=0.0)
+    assert wanted.items() <= asdict(last).items() and last.max_grad_norm == 2.0
+    assert (FIRST.nway, FIRST.maxsteps) == (32, 150_000)
+    assert set(RECIPES) == {"colbertv1", "distill", "denoised-supervision"}
