@@ -86,7 +86,9 @@ def evaluate_collection(
     work.mkdir(parents=True, exist_ok=True)
 
     def measure(hits: Hits, seconds: float) -> dict[str, float]:
-        ranking = {q: [pids[i] for i in row] for q, row in zip(queries, hits.ids, strict=True)}
+        ranking = {
+            q: [pids[i] for i in row] for q, row in zip(queries, hits.positions, strict=True)
+        }
         return evaluate_ranking(ranking, qrels) | {"seconds": round(seconds, 2)}
 
     file = work / "embeddings.npz"
@@ -115,8 +117,8 @@ def evaluate_collection(
         index = Index.open(path)
         for exact in (False, True):
             start = time.perf_counter()
-            recall = "exact" if exact else None
-            search = lambda q, i=index, r=recall: i.search(q, DEPTH, recall=r)  # noqa: E731
+            mode = "exact" if exact else "accurate"
+            search = lambda q, i=index, m=mode: i.search(q, DEPTH, mode=m)  # noqa: E731
             hits = batched(search, encoded)
             label = f"{'exact' if exact else 'PLAID'}, {nbits} bits"
             out[label] = measure(hits, time.perf_counter() - start)

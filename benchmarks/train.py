@@ -103,7 +103,9 @@ class Ours:
         shardings = parameter_sharding(mesh, shapes, fsdp=config.fsdp)
         state = init_state(config, jax.tree.map(np.asarray, model.params))
         self._state: dict[str, Any] = jax.device_put(state, shardings)
-        self._gradients = make_gradients(model.encoder, config, dtype, mesh, shardings["params"])
+        self._gradients = make_gradients(
+            model.encoder_config, config, dtype, mesh, shardings["params"]
+        )
         self._update = make_update(config, shardings)
 
     def prepare(self, number: int) -> None:

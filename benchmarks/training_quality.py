@@ -170,11 +170,11 @@ def tokens(
     size = folder_bytes(path, without=_TEXTS)
     return {
         name: Answer(
-            ranked(partial(index.search, k=DEPTH, recall=recall), queries),
+            ranked(partial(index.search, k=DEPTH, mode=mode), queries),
             size,
             len(values),
         )
-        for name, recall in ((", exact", "exact"), (", PLAID", None))
+        for name, mode in ((", exact", "exact"), (", PLAID", "accurate"))
     }
 
 
@@ -204,7 +204,7 @@ def ranked(search: Callable[[np.ndarray], Hits], queries: np.ndarray) -> list[np
         used = np.flatnonzero(batch.any(axis=(0, 2)))
         return search(batch[:, : ladder_length(int(used.max(initial=0)) + 1)])
 
-    ids = batched(trimmed, queries[order]).ids
+    ids = batched(trimmed, queries[order]).positions
     return list(ids[np.argsort(order)])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
-from colbert_jax.config import RECALL
+from colbert_jax.config import MODES
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
     evaluate_ranking,
@@ -88,21 +88,21 @@ def search(args: argparse.Namespace) -> None:
     opened = Index.open(args.index)
     hits = _search(opened, list(queries.values()), args.k, args)
     if args.output:
-        write_run(args.output, list(queries), hits, opened.pids)
-        print(f"{len(queries)} queries, {hits.ids.shape[1]} results each: {args.output}")
+        write_run(args.output, list(queries), hits, opened.ids)
+        print(f"{len(queries)} queries, {hits.positions.shape[1]} results each: {args.output}")
         return
-    for query, ids, scores in zip(queries.values(), hits.ids, hits.scores, strict=True):
+    for query, ids, scores in zip(queries.values(), hits.positions, hits.scores, strict=True):
         print(query)
         for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
             text = opened.texts[int(i)] if opened.texts is not None else ""
-            print(f"{rank:4}  {score:8.4f}  {opened.pids[int(i)]}  {_shortened(text)}")
+            print(f"{rank:4}  {score:8.4f}  {opened.ids[int(i)]}  {_shortened(text)}")
 
 
 def rank(args: argparse.Namespace) -> None:
     pids, texts = zip(*read_collection(args.file), strict=True)
     model = ColBERT.from_pretrained(args.checkpoint)
     hits = model.rank(args.query, texts, args.k)
-    for place, (i, score) in enumerate(zip(hits.ids, hits.scores, strict=True), 1):
+    for place, (i, score) in enumerate(zip(hits.positions, hits.scores, strict=True), 1):
         print(f"{place:4}  {score:8.4f}  {pids[i]}  {_shortened(texts[i])}")
 
 
@@ -122,14 +122,15 @@ def evaluate(args: argparse.Namespace) -> None:
     opened = Index.open(args.index)
     hits = _search(opened, list(queries.values()), DEPTH, args)
     ranking = {
-        qid: [opened.pids[int(i)] for i in ids] for qid, ids in zip(queries, hits.ids, strict=True)
+        qid: [opened.ids[int(i)] for i in ids]
+        for qid, ids in zip(queries, hits.positions, strict=True)
     }
     values = evaluate_ranking(ranking, qrels)
     if args.json:
-        about = {"index": str(args.index), "queries": len(queries), "recall": args.recall or "high"}
+        about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
         print(json.dumps(about | values))
     else:
-        print(f"{len(queries)} queries, recall: {args.recall or 'high'}")
+        print(f"{len(queries)} queries, mode: {args.mode}")
         for name, value in values.items():
             print(f"{name:<12}{value:.4f}")
 
@@ -178,7 +179,7 @@ def convert_index_(args: argparse.Namespace) -> None:
         f"{read.dim} dimensions at {read.codec.nbits} bits, {read.num_centroids} centroids\n"
         f"{args.folder}: {args.to}"
     )
-    if args.to == "flax" and model is None:
+    if args.to == "native" and model is None:
         made = f" (it was made with {read.checkpoint})" if read.checkpoint else ""
         print(f"its model is not remembered{made}: name it in searches with --checkpoint")
 
@@ -207,7 +208,7 @@ def _search(opened: Index, queries: list[str], k: int, args: argparse.Namespace)
             hits = opened.search(
                 block,
                 k,
-                recall=args.recall,
+                mode=args.mode,
                 ncells=args.ncells,
                 centroid_score_threshold=args.centroid_score_threshold,
                 ndocs=args.ndocs,
@@ -304,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="the folder to make")
     sub.add_argument("--to", required=True, choices=list(TARGETS), help="layout to write")
     sub.add_argument("--checkpoint", help="the model it was made with, for the index to remember")
-    sub.add_argument("--collection", help="its passages in order, to be kept with --to flax")
+    sub.add_argument("--collection", help="its passages in order, to be kept with --to native")
     sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
 
     sub = command(train, "train a model, or go on where a run stopped")
@@ -323,7 +324,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _search_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoint", help="default: the one the index was built with")
-    sub.add_argument("--recall", choices=RECALL, help="default: high; exact scores every document")
+    sub.add_argument(
+        "--mode",
+        choices=MODES,
+        default="accurate",
+        help="how hard to look (default: accurate); exact scores every document",
+    )
     sub.add_argument("--ncells", type=int, help="centroids probed per query token")
     sub.add_argument("--centroid-score-threshold", type=float)
     sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from colbert_jax import runtime
 from colbert_jax.batching import (
@@ -117,7 +118,7 @@ class ColBERT:
         self._runner = BatchRunner(devices, positions)
         self.devices = self._runner.devices
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
-        self._quantization = quantization
+        self._dtype, self._quantization = dtype, quantization
 
         def put(params: dict) -> dict:
             return self._runner.put(quantize(params, quantization))
@@ -231,9 +232,17 @@ class ColBERT:
         return loaded
 
     @property
-    def encoder(self) -> EncoderConfig:
-        """The architecture."""
+    def encoder_config(self) -> EncoderConfig:
+        """The architecture: backbone, pooling of words, head."""
         return self._checkpoint.encoder
+
+    def module(self) -> nnx.Module:
+        """The encoder as a Flax NNX module with the parameters of documents, in `dtype`.
+
+        Called with token ids int32[B, L], the number of attended tokens int32[B] and which tokens
+        are kept bool[B, L], it gives float32[B, L, D]; rows that are not kept are zeros.
+        """
+        return make_encoder(self.encoder_config, self.params, self._dtype, self._quantization)
 
     @property
     def quantization(self) -> str | None:
@@ -251,14 +260,14 @@ class ColBERT:
     def save_pretrained(
         self,
         folder: str | Path,
-        layout: str = "flax",
+        layout: str = "native",
         *,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the model as a new folder.
 
         Args:
-          layout: "flax" (this library's own: safetensors and one JSON), "stanford", "flmr",
+          layout: "native" (this library's own: safetensors and one JSON), "stanford", "flmr",
             "pylate", "sentence-transformers" or "colbertv1": each is what its own library loads.
           metadata: what else to remember, such as how it was trained.
 
@@ -346,7 +355,7 @@ class ColBERT:
         arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
         k = count if k is None else min(k, count)
         hits = exact_search(arrays, encoded.lengths, self.encode_queries([query]), k)
-        return Hits(hits.ids[0], hits.scores[0])
+        return Hits(hits.positions[0], hits.scores[0])
 
     def explain(self, query: str, document: str) -> Explanation:
         """Which query words matched which document words."""

@@ -16,7 +16,7 @@ from typing import Any
 
 NBITS = (1, 2, 4, 8)
 BUCKETS = ("optimal", "quantile")
-RECALL = ("fast", "high", "exact")
+MODES = ("fast", "accurate", "exact")
 LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
 
@@ -171,14 +171,14 @@ class SearchConfig:
             "centroid_score_threshold must not be NaN",
         )
 
-    def resolve(self, k: int, recall: str = "high") -> SearchConfig:
+    def resolve(self, k: int, mode: str = "accurate") -> SearchConfig:
         """The settings for one call: what is None takes the default for this k, each time anew.
 
-        "fast" are Stanford's defaults. "high" looks at more centroids and documents, so that nine
-        or ten of the ten best documents by exact scoring are found (`benchmarks/search.py`).
+        "fast" are Stanford's defaults. "accurate" looks at more centroids and documents, so that
+        nine or ten of the ten best documents by exact scoring are found (`benchmarks/search.py`).
         """
-        _require(recall in RECALL[:2], f"recall must be one of {RECALL}, got {recall!r}")
-        table = _FAST if recall == "fast" else _HIGH
+        _require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
+        table = _FAST if mode == "fast" else _ACCURATE
         ncells, threshold, ndocs = next(row[1:] for row in table if k <= row[0])
         given = self.centroid_score_threshold
         return SearchConfig(
@@ -190,7 +190,7 @@ class SearchConfig:
 
 # The largest k, and for it ncells, centroid_score_threshold, ndocs.
 _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
-_HIGH = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
+_ACCURATE = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
 
 
 @dataclass(frozen=True)

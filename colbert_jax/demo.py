@@ -52,11 +52,11 @@ def run_demo(folder: Path, checkpoint: str | None = None, k: int = 3) -> None:
         index = Index.build(path, model, passages.values(), ids=passages, nbits=2)
     assert index.texts is not None
     hits = index.search(model.encode_queries(QUESTIONS), k=k)
-    for question, ids, scores in zip(QUESTIONS, hits.ids, hits.scores, strict=True):
+    for question, ids, scores in zip(QUESTIONS, hits.positions, hits.scores, strict=True):
         print(f"\n{question}")
         for i, score in zip(ids, scores, strict=True):
             text = index.texts[int(i)]
-            print(f"  {score:6.2f}  {index.pids[int(i)]}")
+            print(f"  {score:6.2f}  {index.ids[int(i)]}")
             print(f"          {text[:100]}{'...' if len(text) > 100 else ''}")
             print(f"          {matched_words(model.explain(question, text))}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Ask more:")

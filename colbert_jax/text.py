@@ -13,13 +13,54 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
 from colbert_jax.config import TextConfig
+
+ROLES = ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token")
+
+
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer of a checkpoint.
+
+    special: role ("pad_token", ...) -> token, for the roles that the model has.
+    truncation_side: "right" or "left".
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    special: dict[str, str]
+    truncation_side: str = "right"
+
+    def has(self, token: str | None) -> bool:
+        return token is not None and self.tokenizer.token_to_id(token) is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object that `from_json` reads."""
+        return {
+            "special_tokens": self.special,
+            "truncation_side": self.truncation_side,
+            "tokenizer": json.loads(self.tokenizer.to_str()),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
+        special = fields["special_tokens"]
+        if not isinstance(special, dict) or not all(isinstance(t, str) for t in special.values()):
+            raise ValueError(f"special_tokens must be roles with tokens, got {special!r:.80}")
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
+        return cls(without_padding(tokenizer), fields["special_tokens"], fields["truncation_side"])
+
+
+def without_padding(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer with padding and truncation switched off: published files often have them on,
+    and `TextTokenizer` does both itself."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 class TokenIds(NamedTuple):
@@ -69,10 +110,6 @@ class TextTokenizer:
             raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] behind it")
         # [V] True where a document's token is dropped from the output.
         self.skiplist = self._skiplist()
-
-    @classmethod
-    def from_folder(cls, folder: Path, config: TextConfig) -> TextTokenizer:
-        return cls(read_tokenizer(Path(folder)), config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -44,7 +44,7 @@ def fails(capsys, *arguments) -> str:
 
 def test_index_and_info(capsys, built):
     index = Index.open(built)
-    assert len(index) == 120 and index.nbits == 4 and index.pids[5] == "d5"
+    assert len(index) == 120 and index.nbits == 4 and index.ids[5] == "d5"
     out = run(capsys, "info", built, "--verify")
     assert "documents    120 (0 without a token)" in out and "at 4 bits" in out
     assert "all files are whole" in out
@@ -71,11 +71,11 @@ def test_search_file_to_run(capsys, built, files):
 
 def test_evaluate(capsys, built, files, texts):
     judged = ["--queries", files / "queries.tsv", "--qrels", files / "qrels.tsv"]
-    values = json.loads(run(capsys, "evaluate", built, *judged, "--json", "--recall", "exact"))
-    assert values["queries"] == 12 and values["recall"] == "exact"
+    values = json.loads(run(capsys, "evaluate", built, *judged, "--json", "--mode", "exact"))
+    assert values["queries"] == 12 and values["mode"] == "exact"
     index = Index.open(built)
     queries = ColBERT.for_index(index).encode_queries(texts[:12])
-    ids = index.search(queries, k=100, recall="exact").ids
+    ids = index.search(queries, k=100, mode="exact").positions
     place = [row.tolist().index(n) if n in row else 999 for n, row in enumerate(ids)]
     assert values["Success@5"] == pytest.approx(sum(p < 5 for p in place) / 12)
     assert values["Recall@100"] == pytest.approx(sum(p < 100 for p in place) / 12)
@@ -87,7 +87,7 @@ def test_evaluate(capsys, built, files, texts):
     assert json.loads(captured.out)["queries"] == 3
     assert "9 queries judged but not given: left out" in captured.err
     out = run(capsys, "evaluate", built, *judged)
-    assert "recall: high" in out
+    assert "mode: accurate" in out
     assert all(f"\n{m} " in out for m in ("nDCG@10", "MRR@10", "Recall@100"))
 
 
@@ -181,9 +181,11 @@ def test_convert(capsys, stanford_folder, tmp_path):
         f"{tmp_path / 'out'}: pylate",
     ]
     assert (tmp_path / "out" / "1_Dense" / "model.safetensors").is_file()
-    error = fails(capsys, "convert", stanford_folder, tmp_path / "out", "--to", "flax")
+    error = fails(capsys, "convert", stanford_folder, tmp_path / "out", "--to", "native")
     assert "exists and is not an empty folder" in error
-    error = fails(capsys, "convert", tmp_path / "nowhere", tmp_path / "x", "--to", "flax")
+    error = fails(capsys, "convert", tmp_path / "nowhere", tmp_path / "x", "--to", "native")
     assert "no such checkpoint folder" in error
-    error = fails(capsys, "convert", stanford_folder, tmp_path / "x", "--to", "flax", "--base", "b")
+    error = fails(
+        capsys, "convert", stanford_folder, tmp_path / "x", "--to", "native", "--base", "b"
+    )
     assert "base is for a .dnn file only" in error

@@ -99,17 +99,17 @@ def test_shapes_and_norms(model):
 def test_nothing_in_nothing_out(model):
     assert model.encode_documents([]).values.shape == (0, 16)
     assert model.encode_queries([]).shape == (0, 16, 16)
-    assert model.rank("heat", []).ids.shape == (0,)
+    assert model.rank("heat", []).positions.shape == (0,)
 
 
 def test_rank_is_maxsim(model, texts):
     hits = model.rank("running cats", texts)
     query, documents = model.encode_queries("running cats")[0], model.encode_documents(texts)
     expected = [float(maxsim(query, d, np.ones(len(d), bool))) for d in documents]
-    assert sorted(hits.ids.tolist()) == list(range(len(texts)))
-    np.testing.assert_allclose(hits.scores, np.array(expected)[hits.ids], rtol=1e-5)
+    assert sorted(hits.positions.tolist()) == list(range(len(texts)))
+    np.testing.assert_allclose(hits.scores, np.array(expected)[hits.positions], rtol=1e-5)
     assert (np.diff(hits.scores) <= 0).all()
-    assert model.rank("running cats", texts, k=3).ids.tolist() == hits.ids[:3].tolist()
+    assert model.rank("running cats", texts, k=3).positions.tolist() == hits.positions[:3].tolist()
 
 
 @pytest.mark.parametrize("k", [0, -1, "3", True])
@@ -129,7 +129,7 @@ def test_rank_compiles_once_for_like_sizes(model, texts):
 
 
 def test_rank_breaks_ties_by_position(model):
-    assert model.rank("heat", ["the dog", "heat flow", "the dog"]).ids.tolist()[1:] == [0, 2]
+    assert model.rank("heat", ["the dog", "heat flow", "the dog"]).positions.tolist()[1:] == [0, 2]
 
 
 def test_explain_adds_up_to_the_score(model):

@@ -29,7 +29,7 @@ def test_high_looks_at_more(k):
 
 
 def test_unknown_recall_is_named():
-    with pytest.raises(ValueError, match="recall must be one of"):
+    with pytest.raises(ValueError, match="mode must be one of"):
         SearchConfig().resolve(10, "best")
 
 

@@ -56,8 +56,8 @@ def test_all_blocks_are_covered():
         "make demo",
         "make test",
         "pip install -e .",
-        "python convert/index.py fastplaid-index copy.index --to flax",
-        "python convert/checkpoint.py colbert-ir/colbertv2.0 flax-folder --to flax",
+        "python convert/index.py fastplaid-index copy.index --to native",
+        "python convert/checkpoint.py colbert-ir/colbertv2.0 native-folder --to native",
         "python convert/verify.py pylate-folder --python INTERPRETER",
         "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
         "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
@@ -81,7 +81,7 @@ def test_scripts(elsewhere, capsys):
         if command.startswith("python convert/checkpoint.py"):
             script = runpy.run_path(str(ROOT / "convert" / "checkpoint.py"))
             assert script["main"](["convert", *shlex.split(command)[2:]]) == 0
-    assert "flax-folder: flax" in capsys.readouterr().out
+    assert "native-folder: native" in capsys.readouterr().out
 
 
 def test_snippets(elsewhere, capsys):

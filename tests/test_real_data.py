@@ -24,15 +24,15 @@ def encoded(shared_data, minilm_folder):
 def test_plaid_agrees_with_uncompressed_scoring(encoded, tmp_path, nbits, overlap):
     documents, queries = encoded
     raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
-    exact = exact_search(raw, documents.lengths, queries, 10).ids
+    exact = exact_search(raw, documents.lengths, queries, 10).positions
     index = Index.build(
         tmp_path / "i", embeddings=documents.values, lengths=documents.lengths, nbits=nbits
     )
 
     def shared(**settings) -> float:
-        ids = index.search(queries, k=10, **settings).ids
+        ids = index.search(queries, k=10, **settings).positions
         return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, exact, strict=True)])
 
-    assert shared(recall="exact") >= overlap
+    assert shared(mode="exact") >= overlap
     assert shared(ncells=4, ndocs=1024) >= overlap
     assert shared() >= overlap - 0.1

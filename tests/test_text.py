@@ -9,20 +9,22 @@ import pytest
 import support
 import tokenizers
 
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import TextConfig
-from colbert_jax.text import TextTokenizer
+from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 
 @pytest.fixture(scope="module")
 def bert(minilm_folder):
     """Stanford's settings on the real vocabulary; doc_maxlen as in colbertv2.0."""
-    return TextTokenizer.from_folder(minilm_folder, TextConfig(doc_maxlen=180))
+    return TextTokenizer(read_tokenizer(minilm_folder), TextConfig(doc_maxlen=180))
 
 
 @pytest.fixture(scope="module")
 def small(stanford_folder):
-    return TextTokenizer.from_folder(stanford_folder, TextConfig(query_maxlen=12, doc_maxlen=20))
+    return TextTokenizer(
+        read_tokenizer(stanford_folder), TextConfig(query_maxlen=12, doc_maxlen=20)
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_golden_skiplist(bert):
 
 def test_attend_to_mask_tokens(minilm_folder):
     config = TextConfig(attend_to_mask_tokens=True)
-    assert TextTokenizer.from_folder(minilm_folder, config).queries(["a"]).attended[0] == 32
+    assert TextTokenizer(read_tokenizer(minilm_folder), config).queries(["a"]).attended[0] == 32
 
 
 def test_truncation_keeps_marker_and_sep(small):
@@ -70,7 +72,7 @@ def test_empty_text_is_cls_marker_sep(small):
 
 
 def test_untrained_defaults_have_no_marker_and_no_expansion(plain_folder):
-    tokenizer = TextTokenizer.from_folder(plain_folder, TextConfig.untrained(doc_maxlen=64))
+    tokenizer = TextTokenizer(read_tokenizer(plain_folder), TextConfig.untrained(doc_maxlen=64))
     plain = tokenizers.BertWordPieceTokenizer(str(plain_folder / "vocab.txt"))
     assert tokenizer.queries(["heat flow."]).ids[0].tolist() == plain.encode("heat flow.").ids
     assert tokenizer.kept(tokenizer.documents(["heat, flow."]).ids[0]).all()
@@ -102,7 +104,7 @@ def test_bad_texts_are_named(small):
 
 def test_missing_marker_is_named(plain_folder):
     with pytest.raises(ValueError, match=r"doc_token_id '\[D\]' is not in the tokenizer"):
-        TextTokenizer.from_folder(plain_folder, TextConfig(doc_token_id="[D]"))
+        TextTokenizer(read_tokenizer(plain_folder), TextConfig(doc_token_id="[D]"))
 
 
 def test_tokenizer_json_padding_and_truncation_are_switched_off(plain_folder, tmp_path):
@@ -111,7 +113,11 @@ def test_tokenizer_json_padding_and_truncation_are_switched_off(plain_folder, tm
     published.enable_truncation(4)
     published.enable_padding(length=50)
     published.save(str(folder / "tokenizer.json"))
-    ids = TextTokenizer.from_folder(folder, TextConfig(doc_maxlen=40)).documents(["a " * 9]).ids[0]
+    ids = (
+        TextTokenizer(read_tokenizer(folder), TextConfig(doc_maxlen=40))
+        .documents(["a " * 9])
+        .ids[0]
+    )
     assert len(ids) == 12
 
 
@@ -119,7 +125,7 @@ def test_special_tokens_written_as_objects(plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "copy")
     tokens = {"mask_token": {"content": "[unused1]"}, "do_lower_case": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    tokenizer = TextTokenizer.from_folder(folder, TextConfig())
+    tokenizer = TextTokenizer(read_tokenizer(folder), TextConfig())
     assert tokenizer.special.expansion == support.vocabulary().index("[unused1]")
     unknown = support.vocabulary().index("[UNK]")
     assert unknown in tokenizer.documents(["HEAT"]).ids[0]
@@ -147,7 +153,7 @@ def test_settings_against_tokenizer_json_as_transformers_does(
     special = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | special))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours = TextTokenizer.from_folder(tmp_path, TextConfig.untrained())
+    ours = TextTokenizer(read_tokenizer(tmp_path), TextConfig.untrained())
     for text in ("Über Café 日本語 ABC", "Plain words."):
         assert ours.documents([text]).ids[0].tolist() == theirs(text)["input_ids"]
 
@@ -162,21 +168,21 @@ def test_tokenizer_without_cls_and_sep_is_refused(plain_folder, tmp_path):
     bare = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt")).to_str()
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(bare) | {"post_processor": None}))
     with pytest.raises(ValueError, match=r"does not put \[CLS\] before a text"):
-        TextTokenizer.from_folder(folder, TextConfig())
+        TextTokenizer(read_tokenizer(folder), TextConfig())
 
 
 def test_no_tokenizer_is_said(plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "copy")
     (folder / "vocab.txt").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer: neither tokenizer\.json nor vocab\.txt"):
-        TextTokenizer.from_folder(folder, TextConfig())
+        TextTokenizer(read_tokenizer(folder), TextConfig())
 
 
 def test_damaged_tokenizer_names_the_file(plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "copy")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
-        TextTokenizer.from_folder(folder, TextConfig())
+        TextTokenizer(read_tokenizer(folder), TextConfig())
 
 
 def test_translation(small, stanford_folder):

@@ -328,7 +328,7 @@ def nearest(model: ColBERT, collection: Path, names: Iterable[str], folder: Path
     for name in names:
         queries = read_queries(collection.with_name(f"{name}_queries.tsv"))
         ranking = folder / f"{name}_ranking.tsv"
-        retrieve(index, model, queries, ranking, k=NEAREST, recall="fast")
+        retrieve(index, model, queries, ranking, k=NEAREST, mode="fast")
 
 
 def drawn(ranking: Path, own_first: bool) -> Iterator[str]:

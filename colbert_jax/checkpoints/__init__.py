@@ -32,7 +32,7 @@ __all__ = [
 
 # What can be written, by the name that the command line takes.
 LAYOUTS: dict[str, Callable[[Checkpoint, Path], None]] = {
-    "flax": native.write,
+    "native": native.write,
     "stanford": stanford.write,
     "flmr": flmr.write,
     "pylate": pylate.write,
@@ -78,7 +78,7 @@ def _read(
     return sentence_transformers.read_single_vector(path, listed, settings, dim=dim, seed=seed)
 
 
-_FOLDERS = {"flax": native, "flmr": flmr, "stanford": stanford}
+_FOLDERS = {"native": native, "flmr": flmr, "stanford": stanford}
 
 
 def detect_layout(path: Path) -> str:
@@ -101,7 +101,7 @@ def detect_layout(path: Path) -> str:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     if native.detect(path):
-        return "flax"
+        return "native"
     if (path / modules.MODULES).is_file():
         listed, settings = modules.read_modules(path), modules.read_settings(path)
         if sentence_transformers.detect(listed, settings):
@@ -125,7 +125,7 @@ def _is_stanford(folder: Path) -> bool:
     return (folder / "config.json").is_file() and stanford.detect(folder)
 
 
-def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "flax") -> None:
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native") -> None:
     """Write a checkpoint as a new folder, complete or not at all.
 
     Args:
@@ -143,7 +143,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "flax")
 def convert_checkpoint(
     source: str | Path,
     folder: str | Path,
-    layout: str = "flax",
+    layout: str = "native",
     *,
     base: str | Path | None = None,
     revision: str | None = None,

@@ -20,13 +20,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, write_tokenizer
+from colbert_jax.checkpoints.tokenizer import write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
 from colbert_jax.tensors.weights import Tensors
-from colbert_jax.text import TextTokenizer
+from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 # What the forward of a transformers model takes, where token types are among it.
 _INPUTS = {

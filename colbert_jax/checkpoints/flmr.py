@@ -28,12 +28,13 @@ from colbert_jax.checkpoints.common import (
     refuse_unknown,
     save_tensors,
 )
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer, write_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
+from colbert_jax.text import ModelTokenizer
 
 MODEL_TYPE = "flmr"
 QUERY, CONTEXT = "query", "context"

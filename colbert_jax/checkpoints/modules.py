@@ -22,12 +22,13 @@ from colbert_jax.checkpoints.common import (
     save_tensors,
     tensors_of,
 )
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import check_types, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
+from colbert_jax.text import ModelTokenizer
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"

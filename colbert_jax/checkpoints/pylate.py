@@ -24,9 +24,9 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.checkpoints.names import MODEL_CLASSES
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer
 from colbert_jax.config import TextConfig
 from colbert_jax.files import write_json
+from colbert_jax.text import ModelTokenizer
 
 _KEYS = (
     "query_prefix",

@@ -27,11 +27,10 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.checkpoints.names import MODEL_CLASSES
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer
 from colbert_jax.config import TextConfig
 from colbert_jax.files import check_types, read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
-from colbert_jax.text import TextTokenizer
+from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
 _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"

@@ -25,12 +25,13 @@ from colbert_jax.checkpoints.common import (
     write_base,
 )
 from colbert_jax.checkpoints.names import PREFIXES
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, WEIGHT_FILES, Tensors, find_tensors
+from colbert_jax.text import ModelTokenizer
 
 METADATA = "artifact.metadata"
 PROJECTION = "linear.weight"

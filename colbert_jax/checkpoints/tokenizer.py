@@ -7,7 +7,6 @@ In memory it is one `tokenizers.Tokenizer` and the names of its special tokens; 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import tokenizers
 from tokenizers import normalizers
 
 from colbert_jax.files import read_json, read_object, write_json
-
-ROLES = ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token")
+from colbert_jax.text import ROLES, ModelTokenizer, without_padding
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 _OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
@@ -24,38 +22,6 @@ _OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spi
 _WORDPIECE = ("Bert", "DistilBert", "Electra", "FLMR")
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _SIDES = ("right", "left")
-
-
-@dataclass(frozen=True)
-class ModelTokenizer:
-    """The tokenizer of a checkpoint.
-
-    special: role ("pad_token", ...) -> token, for the roles that the model has.
-    truncation_side: "right" or "left".
-    """
-
-    tokenizer: tokenizers.Tokenizer
-    special: dict[str, str]
-    truncation_side: str = "right"
-
-    def has(self, token: str | None) -> bool:
-        return token is not None and self.tokenizer.token_to_id(token) is not None
-
-    def to_json(self) -> dict[str, Any]:
-        """One JSON object that `from_json` reads."""
-        return {
-            "special_tokens": self.special,
-            "truncation_side": self.truncation_side,
-            "tokenizer": json.loads(self.tokenizer.to_str()),
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
-        special = fields["special_tokens"]
-        if not isinstance(special, dict) or not all(isinstance(t, str) for t in special.values()):
-            raise ValueError(f"special_tokens must be roles with tokens, got {special!r:.80}")
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
-        return cls(_bare(tokenizer), fields["special_tokens"], fields["truncation_side"])
 
 
 def read_tokenizer(folder: Path) -> ModelTokenizer:
@@ -69,7 +35,7 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
         file = folder / name
         if file.is_file():
             settings |= read_object(file)
-    tokenizer = _bare(_read(folder, settings))
+    tokenizer = without_padding(_read(folder, settings))
     side = settings.get("truncation_side") or "right"
     if side not in _SIDES:
         raise ValueError(f"{folder}: truncation_side of the tokenizer must be one of {_SIDES}")
@@ -201,13 +167,6 @@ def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
         raise ValueError(
             f"{folder}: transformers could not read the tokenizer files that are there: {error}"
         ) from error
-
-
-def _bare(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Published files often have padding and truncation switched on; `text` does both itself."""
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def _special_tokens(

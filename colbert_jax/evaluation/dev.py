@@ -54,6 +54,7 @@ class DevCollection:
         k = min(DEPTH, int((documents.lengths > 0).sum()))
         hits = exact_search(raw, documents.lengths, encoded, k)
         ranking = {
-            qid: [pids[i] for i in ids] for qid, ids in zip(self.queries, hits.ids, strict=True)
+            qid: [pids[i] for i in ids]
+            for qid, ids in zip(self.queries, hits.positions, strict=True)
         }
         return evaluate_ranking(ranking, self.qrels)

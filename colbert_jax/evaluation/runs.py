@@ -15,12 +15,12 @@ def write_run(path: str | Path, qids: Sequence[str], hits: Hits, pids: Any) -> N
 
     Args:
       qids: [B] query ids.
-      pids: the collection's document ids by position: `Index.pids`, or a list.
+      pids: the collection's document ids by position: `Index.ids`, or a list.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        for qid, ids, scores in zip(qids, hits.ids, hits.scores, strict=True):
+        for qid, ids, scores in zip(qids, hits.positions, hits.scores, strict=True):
             for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
                 stream.write(f"{qid}\t{pids[int(i)]}\t{rank}\t{score:.6f}\n")
     os.replace(temporary, path)

@@ -76,7 +76,7 @@ class Searcher:
     def search(self, text: str, k: int = 10) -> tuple[list[int], list[int], list[float]]:
         """Document numbers, ranks from 1 and scores of one query."""
         hits = search_embeddings(self, self.encode([text]), k)
-        ids = hits.ids[0].tolist()
+        ids = hits.positions[0].tolist()
         return ids, list(range(1, len(ids) + 1)), hits.scores[0].tolist()
 
 
@@ -133,7 +133,7 @@ def search_custom_collection(
                 (int(i), rank, float(score))
                 for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1)
             ]
-            for qid, ids, scores in zip(queries, hits.ids, hits.scores, strict=True)
+            for qid, ids, scores in zip(queries, hits.positions, hits.scores, strict=True)
         }
     )
 

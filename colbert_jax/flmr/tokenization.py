@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from colbert_jax.checkpoints import flmr, hub
-from colbert_jax.checkpoints.tokenizer import ModelTokenizer, read_tokenizer
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import TextConfig
 from colbert_jax.files import read_object
 from colbert_jax.flmr.configuration import FLMRTextConfig
-from colbert_jax.text import TextTokenizer, as_texts
+from colbert_jax.text import ModelTokenizer, TextTokenizer, as_texts
 
 _ARRAYS = (None, "np", "jax", "pt")
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from colbert_jax import runtime
 from colbert_jax.compression.codec import ResidualCodec, decompress
-from colbert_jax.config import RECALL, IndexConfig, SearchConfig
+from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
@@ -46,7 +46,7 @@ class Index:
     Attributes:
       path: its folder.
       metadata: what `metadata.json` holds.
-      pids: the documents' own ids, as strings; `pids[i]` for document i.
+      ids: the documents' own ids, as strings; `ids[i]` for the document at position i.
       texts: the passages, or None where they are not kept.
     """
 
@@ -78,9 +78,9 @@ class Index:
         self.texts = (
             fmt.Strings(arrays["texts"], arrays["text_offsets"]) if "text" in columns else None
         )
-        self.pids: fmt.Column = fmt.Positions(len(self.lengths))
+        self.ids: fmt.Column = fmt.Positions(len(self.lengths))
         if "pid" in columns:
-            self.pids = fmt.Strings(arrays["pids"], arrays["pid_offsets"])
+            self.ids = fmt.Strings(arrays["pids"], arrays["pid_offsets"])
         try:
             self._search_defaults = SearchConfig(**(metadata["model"] or {}).get("search", {}))
         except (TypeError, ValueError) as error:
@@ -112,7 +112,7 @@ class Index:
         cls,
         path: str | os.PathLike,
         model: ColBERT | None = None,
-        passages: Iterable[str] | None = None,
+        documents: Iterable[str] | None = None,
         *,
         embeddings: Any = None,
         lengths: Any = None,
@@ -135,7 +135,7 @@ class Index:
 
         Args:
           path: the index folder.
-          model, passages: a model and any iterable of strings.
+          model, documents: a model and any iterable of strings.
           embeddings, lengths: or float[T, D] token embeddings of unit length (in memory or mapped),
             and the documents' lengths [N]; or a `DocumentEmbeddings` alone.
           ids: the documents' own ids, one each; None: 0..N-1.
@@ -159,14 +159,14 @@ class Index:
         """
         if isinstance(embeddings, DocumentEmbeddings) and lengths is None:
             embeddings, lengths = embeddings.values, embeddings.lengths
-        by_text = model is not None and passages is not None
+        by_text = model is not None and documents is not None
         by_array = embeddings is not None and lengths is not None
-        if by_text == by_array or (model is None) != (passages is None):
+        if by_text == by_array or (model is None) != (documents is None):
             raise TypeError(
-                "Index.build takes a model and passages, or embeddings= and lengths=, not a mixture"
+                "Index.build takes a model and documents, or embeddings= and lengths=, not both"
             )
-        if isinstance(passages, (str, bytes)):
-            raise TypeError("passages must be an iterable of strings, got one string")
+        if isinstance(documents, (str, bytes)):
+            raise TypeError("documents must be an iterable of strings, got one string")
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
             nbits=nbits,
@@ -181,7 +181,9 @@ class Index:
         build_index(
             path,
             lambda: (
-                EmbeddingSource(embeddings, lengths) if by_array else PassageSource(model, passages)  # type: ignore[arg-type]
+                EmbeddingSource(embeddings, lengths)
+                if by_array
+                else PassageSource(model, documents)  # type: ignore[arg-type]
             ),
             config,
             ids=ids,
@@ -238,23 +240,23 @@ class Index:
         queries: Any,
         k: int = 10,
         *,
-        recall: str | None = None,
+        mode: str = "accurate",
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
     ) -> Hits:
         """The k best documents of each query.
 
-        `recall` is the one knob most need; each of PLAID's settings can be given beside it. A query
+        `mode` is the one knob most need; each of PLAID's settings can be given beside it. A query
         with fewer candidates than results is searched again with more probes and in the end
         exactly: min(k, documents with a token) always come back.
 
         Args:
           queries: float[B, Lq, D], rows of zeros are padding.
           k: results per query.
-          recall: "high", the default, finds nine or ten of the ten best documents by exact scoring;
-            "fast" is PLAID at Stanford's settings; "exact" scores all documents on their
-            decompressed embeddings. None: "high", with what the checkpoint itself asks for.
+          mode: "accurate" finds nine or ten of the ten best documents by exact scoring; settings
+            that the checkpoint itself asks for go before its own. "fast" is PLAID at Stanford's
+            settings. "exact" scores all documents on their decompressed embeddings.
           ncells: centroids probed per query token.
           centroid_score_threshold: a document token counts in the first ranking of candidates where
             its centroid scores at least this for some query token.
@@ -265,7 +267,7 @@ class Index:
 
         Raises:
           ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
-            recall, or settings of PLAID beside recall="exact".
+            mode, or settings of PLAID beside mode="exact".
         """
         queries = self._checked(queries)
         k = min(check_k(k), self._num_results)
@@ -278,19 +280,19 @@ class Index:
             )
             if value is not None
         }
-        if recall not in (None, *RECALL):
-            raise ValueError(f"recall must be one of {RECALL}, got {recall!r}")
-        if recall == "exact" and given:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        if mode == "exact" and given:
             raise ValueError(
-                f'recall="exact" scores every document: {", ".join(given)} means nothing'
+                f'mode="exact" scores every document: {", ".join(given)} means nothing'
             )
-        defaults = self._search_defaults if recall is None else SearchConfig()
+        defaults = SearchConfig() if mode == "fast" else self._search_defaults
         settings = dataclasses.replace(defaults, **given)
         if len(queries) == 0:
             return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
-        if recall == "exact":
+        if mode == "exact":
             return self._exact(queries, k)
-        return self._plaid(queries, k, settings.resolve(k, recall or "high"))
+        return self._plaid(queries, k, settings.resolve(k, mode))
 
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""

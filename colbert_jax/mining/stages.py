@@ -92,7 +92,7 @@ def retrieve(
     *,
     k: int = 500,
     batch: int = 32,
-    recall: str | None = None,
+    mode: str = "accurate",
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Mined:
@@ -103,7 +103,7 @@ def retrieve(
       queries: qid -> text.
       k: passages a query; the paper has 500.
       batch: queries searched in one call, and lost by a kill.
-      recall: as of `Index.search`.
+      mode: as of `Index.search`.
       overwrite: make the file anew where it is there.
 
     Raises:
@@ -128,17 +128,19 @@ def retrieve(
         "query settings": repr(model.config.text),
         "queries": hash_texts(queries),
         "k": k,
-        "recall": recall,
+        "mode": mode,
     }
     qids = list(queries)
 
     def block(first: int) -> Block:
         part = qids[first : first + batch]
-        hits = index.search(model.encode_queries([queries[q] for q in part]), k, recall=recall)
+        hits = index.search(model.encode_queries([queries[q] for q in part]), k, mode=mode)
         rows = []
-        for qid, ids, scores in zip(part, hits.ids.tolist(), hits.scores.tolist(), strict=True):
+        for qid, ids, scores in zip(
+            part, hits.positions.tolist(), hits.scores.tolist(), strict=True
+        ):
             for rank, (n, score) in enumerate(zip(ids, scores, strict=True), 1):
-                rows.append(f"{qid}\t{_tabless(index.pids[n], 'passage')}\t{rank}\t{score:.6f}\n")
+                rows.append(f"{qid}\t{_tabless(index.ids[n], 'passage')}\t{rank}\t{score:.6f}\n")
         return Block("".join(rows), len(part))
 
     def run() -> Mined:
@@ -301,7 +303,7 @@ def mine(
     positives: Positives | None = None,
     seed: int = 0,
     depth: int | None = None,
-    recall: str | None = None,
+    mode: str = "accurate",
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Mined:
@@ -312,7 +314,7 @@ def mine(
       collection: a file that `evaluation.read_collection` reads.
       queries: a file that `evaluation.read_queries` reads.
       nbits: of the index; None: what the checkpoint asks for, else 2.
-      nway, k, positives, seed, depth, recall: as of the stages.
+      nway, k, positives, seed, depth, mode: as of the stages.
       overwrite: make everything anew; False: keep what is finished, go on with what is not.
 
     Returns:
@@ -327,7 +329,7 @@ def mine(
     check_labels(_as_text(positives), passages)
     index = _index(model, passages, folder, nbits, overwrite, progress)
     again: Any = {"overwrite": overwrite, "progress": progress}
-    ranking = retrieve(index, model, texts, folder / "ranking.tsv", k=k, recall=recall, **again)
+    ranking = retrieve(index, model, texts, folder / "ranking.tsv", k=k, mode=mode, **again)
     del index
     scored = score_ranking(
         ranking.path,

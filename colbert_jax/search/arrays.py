@@ -16,13 +16,13 @@ _NORM_BLOCK = 1 << 14  # tokens
 
 
 class Hits(NamedTuple):
-    """The best documents of each query, best first, equal scores by the smaller id.
+    """The best documents of each query, best first, equal scores by the smaller position.
 
-    ids: int32[B, k], positions of documents in the collection.
+    positions: int32[B, k], of documents in the collection, from 0.
     scores: float32[B, k].
     """
 
-    ids: np.ndarray
+    positions: np.ndarray
     scores: np.ndarray
 
 

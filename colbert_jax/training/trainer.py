@@ -98,7 +98,7 @@ def train(
     """
     config = TrainingConfig() if config is None else config
     folder = Path(folder)
-    encoder = model.encoder
+    encoder = model.encoder_config
     devices = list(jax.devices() if devices is None else devices)
     local = sum(device.process_index == jax.process_index() for device in devices)
     shares = [1 - sum(task.share for task in tasks), *(task.share for task in tasks)]
@@ -159,7 +159,7 @@ def train(
         fixed = [
             _fixed(t, ids, mesh, config) for t, ids in zip(teachers, translations, strict=True)
         ]
-        encoders = [t.encoder for t in teachers]
+        encoders = [t.encoder_config for t in teachers]
         gradients = [
             make_gradients(encoder, own, dtype, mesh, shardings["params"], encoders)
             for own in configs
@@ -276,12 +276,12 @@ def _check(
             f"the weights were quantised to {model.quantization} when they were loaded; load the "
             "checkpoint without quantization to train it"
         )
-    if config.warmup_bert and not model.encoder.head:
+    if config.warmup_bert and not model.encoder_config.head:
         raise ValueError(
             f"warmup_bert is {config.warmup_bert}, but the model has no projection to train "
             "meanwhile: load it with dim="
         )
-    layers = model.encoder.backbone.num_hidden_layers
+    layers = model.encoder_config.backbone.num_hidden_layers
     if config.freeze_layers >= layers:
         raise ValueError(
             f"freeze_layers is {config.freeze_layers}, but the model has {layers} layers: fewer "
@@ -349,7 +349,7 @@ def _loader(
         devices=devices,
         group=group,
         length_groups=config.length_groups,
-        longest=model.encoder.backbone.max_length,
+        longest=model.encoder_config.backbone.max_length,
     )
 
 

@@ -340,7 +340,7 @@ DENSE = ["modules.json", "1_Dense/config.json", "1_Dense/model.safetensors"]
         layout("flmr", *TOKENIZERS),
         layout("pylate", *DENSE),
         layout("sentence-transformers", *DENSE),
-        layout("flax", "colbert_jax.json"),
+        layout("native", "colbert_jax.json"),
         layout("colbertv1", "colbert.dnn", "config.json"),
     ],
     ids=lambda f: f.__name__,

@@ -101,7 +101,7 @@ def test_a_stanford_projection_wins_over_modules_without_dense(copy, plain_folde
 
 
 def test_only_two_files_in_our_own_layout(folders):
-    names = sorted(file.name for file in (folders / "flax").iterdir())
+    names = sorted(file.name for file in (folders / "native").iterdir())
     assert names == ["colbert_jax.json", "model.safetensors"]
 
 
@@ -202,7 +202,7 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
         ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
         ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
         ({"query_token_id": "[unused1]"}, "flmr", r"\[unused0\] and \[unused1\] with ids 1 and 2"),
-        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from flax, stanford"),
+        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, stanford"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_before_anything_is_written(
@@ -228,7 +228,7 @@ def test_two_flmr_encoders(tmp_path):
     assert checkpoint.query_params is not None
     queries = load_file(folder / "model.safetensors")["query_text_encoder_linear.weight"]
     np.testing.assert_array_equal(checkpoint.query_params["head"][0]["linear"]["kernel"], queries.T)
-    for layout in ("flmr", "flax"):
+    for layout in ("flmr", "native"):
         write_checkpoint(checkpoint, tmp_path / layout, layout)
         again = read_checkpoint(tmp_path / layout)
         for side in ("params", "query_params"):
@@ -502,27 +502,32 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             None,
             None,
         ),
-        ("flax", lambda f: edit_json(f / "colbert_jax.json", version=99), ValueError, "version 99"),
         (
-            "flax",
+            "native",
+            lambda f: edit_json(f / "colbert_jax.json", version=99),
+            ValueError,
+            "version 99",
+        ),
+        (
+            "native",
             lambda f: edit_json(f / "colbert_jax.json", text=...),
             ValueError,
             "field 'text' is missing",
         ),
         (
-            "flax",
+            "native",
             lambda f: edit_json(f / "colbert_jax.json", tokenizer={"tokenizer": {}}),
             ValueError,
             r"colbert_jax\.json: ",
         ),
         (
-            "flax",
+            "native",
             lambda f: (f / "model.safetensors").unlink(),
             FileNotFoundError,
             r"model\.safetensors is missing",
         ),
         (
-            "flax",
+            "native",
             lambda f: edit_tensors(
                 f / "model.safetensors", lambda t: t.update(x=np.zeros(3, "f4"))
             ),

@@ -129,8 +129,8 @@ def test_the_guides_script(folder, reports, model, tmp_path):
         assert f"process {process} of 2: Index(" in (folder / f"log.{process}").read_text()
     # The embeddings are those of one process: every passage finds itself, with a score near Lq.
     documents = model.encode_documents(texts[::20], progress=False)
-    hits = index.search(documents.padded(48)[0], k=1, recall="exact")
-    assert hits.ids[:, 0].tolist() == list(range(0, 200, 20))
+    hits = index.search(documents.padded(48)[0], k=1, mode="exact")
+    assert hits.positions[:, 0].tolist() == list(range(0, 200, 20))
     assert (hits.scores[:, 0] > 0.9 * documents.lengths).all()
 
 
@@ -145,7 +145,7 @@ def test_searching_over_both_ranks_as_one_process(folder, reports, model):
     apart = np.abs(np.diff(expected.scores, axis=1, prepend=np.inf)) > 1e-4
     apart &= np.abs(np.diff(expected.scores, axis=1, append=-np.inf)) > 1e-4
     assert apart.mean() > 0.5
-    np.testing.assert_array_equal(ids[apart], expected.ids[apart])
+    np.testing.assert_array_equal(ids[apart], expected.positions[apart])
 
 
 def test_an_error_reaches_both_and_the_build_resumes(folder, reports, alone):

@@ -224,7 +224,7 @@ def test_number_of_documents(model, tokenizers):
     with pytest.raises(ValueError, match="2 queries with num_negative_examples=1 need 4"):
         model(**arguments)
     assert model(**arguments, num_negative_examples=0).scores.shape == (2, 1)
-    assert len(model.rank("cats run", [*DOCUMENTS, "a", "b", "c"], k=3).ids) == 3
+    assert len(model.rank("cats run", [*DOCUMENTS, "a", "b", "c"], k=3).positions) == 3
 
 
 def test_images_are_refused_by_name(model, tokenizers):

@@ -71,7 +71,7 @@ def test_tiny_collections(tmp_path, nbits, tokens):
     index = Index.build(tmp_path / "i", **data, nbits=nbits)
     assert index.metadata["num_centroids"] <= tokens
     hits = index.search(data["embeddings"][None], k=10)
-    assert hits.ids.tolist() == [[0]] and hits.scores[0, 0] == pytest.approx(tokens, rel=0.3)
+    assert hits.positions.tolist() == [[0]] and hits.scores[0, 0] == pytest.approx(tokens, rel=0.3)
 
 
 def test_inverted_lists_in_blocks(tmp_path, monkeypatch):
@@ -358,8 +358,8 @@ model = ColBERT.from_pretrained(sys.argv[1])
 index = Index.build(sys.argv[2], model, ["heat flow", "the dog", "a river bank"])
 queries = model.encode_queries(["heat flow"])
 for exact in (False, True):
-    assert index.search(queries, k=3, recall="exact" if exact else None).ids[0, 0] == 0
-assert model.rank("heat flow", ["the dog", "heat flow"]).ids[0] == 1
+    assert index.search(queries, k=3, mode="exact" if exact else "accurate").positions[0, 0] == 0
+assert model.rank("heat flow", ["the dog", "heat flow"]).positions[0] == 1
 """
 
 
@@ -445,10 +445,10 @@ def test_generator_and_ids(tmp_path, model, texts):
     index = Index.build(
         tmp_path / "i", model, (t for t in texts), ids=(f"doc-{n}" for n in range(len(texts)))
     )
-    assert index.pids[3] == "doc-3" and index.texts[3] == texts[3]
+    assert index.ids[3] == "doc-3" and index.texts[3] == texts[3]
     assert list(index.texts) == texts
     bare = Index.build(tmp_path / "j", model, texts, ids=range(len(texts)), store_texts=False)
-    assert bare.texts is None and bare.pids[7] == "7"
+    assert bare.texts is None and bare.ids[7] == "7"
     assert not (tmp_path / "j" / "pids.npy").exists()
 
 
@@ -487,7 +487,7 @@ def test_other_ids_are_another_build(tmp_path, monkeypatch):
         Index.build(tmp_path / "i", **ready(), ids=[f"a{n}" for n in range(60)])
     index = Index.build(tmp_path / "i", **ready(), ids=[f"doc{n}" for n in range(60)])
     index.verify()
-    assert index.pids[59] == "doc59"
+    assert index.ids[59] == "doc59"
 
 
 def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ def decompressed_ranking(index, queries):
 
 def test_exact_is_maxsim_of_decompressed(index, queries):
     order, scores = decompressed_ranking(index, queries)
-    hits = index.search(queries, k=20, recall="exact")
-    np.testing.assert_array_equal(hits.ids, order[:, :20])
+    hits = index.search(queries, k=20, mode="exact")
+    np.testing.assert_array_equal(hits.positions, order[:, :20])
     np.testing.assert_allclose(
         hits.scores, np.take_along_axis(scores, order[:, :20], axis=1), rtol=1e-5
     )
@@ -38,25 +38,25 @@ def test_exact_is_maxsim_of_decompressed(index, queries):
 
 def test_plaid_with_everything_kept_is_exact(index, queries):
     wide = index.search(queries, k=20, ncells=10_000, ndocs=10_000, centroid_score_threshold=-2.0)
-    exact = index.search(queries, k=20, recall="exact")
-    np.testing.assert_array_equal(wide.ids, exact.ids)
+    exact = index.search(queries, k=20, mode="exact")
+    np.testing.assert_array_equal(wide.positions, exact.positions)
     np.testing.assert_allclose(wide.scores, exact.scores, rtol=1e-5)
 
 
 def test_plaid_agrees_with_exact(index, model, texts):
     """Random weights make no clusters, so one probe per token is too few; four are not."""
     queries = model.encode_queries(texts[:30])
-    plaid, exact = index.search(queries, ncells=4), index.search(queries, recall="exact")
-    overlap = [len(set(a) & set(b)) for a, b in zip(plaid.ids, exact.ids, strict=True)]
+    plaid, exact = index.search(queries, ncells=4), index.search(queries, mode="exact")
+    overlap = [len(set(a) & set(b)) for a, b in zip(plaid.positions, exact.positions, strict=True)]
     assert np.mean(overlap) / 10 >= 0.9
-    assert (plaid.ids[:, 0] == exact.ids[:, 0]).mean() >= 0.9
+    assert (plaid.positions[:, 0] == exact.positions[:, 0]).mean() >= 0.9
 
 
 @pytest.mark.parametrize("k", [1, 10, 11, 119, 120, 500])
 def test_always_min_k_n_results(index, queries, k):
     hits = index.search(queries, k=k, ncells=1, ndocs=1)
-    assert hits.ids.shape == hits.scores.shape == (3, min(k, 120))
-    for ids, scores in zip(hits.ids, hits.scores, strict=True):
+    assert hits.positions.shape == hits.scores.shape == (3, min(k, 120))
+    for ids, scores in zip(hits.positions, hits.scores, strict=True):
         assert len(set(ids.tolist())) == len(ids) and ids.min() >= 0 and ids.max() < 120
         assert np.isfinite(scores).all() and (np.diff(scores) <= 0).all()
 
@@ -65,18 +65,18 @@ def test_defaults_do_not_stick(index, queries):
     before = index.search(queries, k=100)
     index.search(queries, k=1)
     after = index.search(queries, k=100)
-    np.testing.assert_array_equal(before.ids, after.ids)
+    np.testing.assert_array_equal(before.positions, after.positions)
 
 
 def test_batch_size_and_order_change_nothing(index, queries):
     whole = index.search(queries, k=10)
     for row in range(3):
         one = index.search(queries[row : row + 1], k=10)
-        np.testing.assert_array_equal(one.ids[0], whole.ids[row])
+        np.testing.assert_array_equal(one.positions[0], whole.positions[row])
         np.testing.assert_allclose(one.scores[0], whole.scores[row], rtol=1e-6)
     back = index.search(queries[::-1], k=10)
-    np.testing.assert_array_equal(back.ids[::-1], whole.ids)
-    assert index.search(queries[:0], k=10).ids.shape == (0, 10)
+    np.testing.assert_array_equal(back.positions[::-1], whole.positions)
+    assert index.search(queries[:0], k=10).positions.shape == (0, 10)
 
 
 def test_empty_documents_are_never_returned(tmp_path):
@@ -85,15 +85,15 @@ def test_empty_documents_are_never_returned(tmp_path):
     index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 12, 16), lengths=lengths)
     assert index.metadata["num_empty_documents"] == 3
     for exact in (False, True):
-        hits = index.search(unit_rows(rng, 2, 5, 16), k=10, recall="exact" if exact else None)
-        assert hits.ids.shape == (2, 3) and set(hits.ids.ravel()) == {1, 3, 4}
+        hits = index.search(unit_rows(rng, 2, 5, 16), k=10, mode="exact" if exact else "accurate")
+        assert hits.positions.shape == (2, 3) and set(hits.positions.ravel()) == {1, 3, 4}
     assert index.document_embeddings(0).shape == (0, 16)
 
 
 def test_equal_documents_by_smaller_id(tmp_path, model):
     index = Index.build(tmp_path / "i", model, ["heat flow", "the dog", "heat flow", "heat flow"])
     hits = index.search(model.encode_queries("heat flow"), k=4)
-    assert hits.ids.tolist() == [[0, 2, 3, 1]]
+    assert hits.positions.tolist() == [[0, 2, 3, 1]]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_numpy_scalars_are_numbers(index, queries):
         ndocs=np.int32(64),
         centroid_score_threshold=np.float32(0.4),
     )
-    assert hits.ids.shape == (3, 4)
+    assert hits.positions.shape == (3, 4)
 
 
 def test_a_query_of_zeros_still_answers(index):
     hits = index.search(np.zeros((1, 4, 16)), k=3)
-    assert hits.ids.tolist() == [[0, 1, 2]] and not hits.scores.any()
+    assert hits.positions.tolist() == [[0, 1, 2]] and not hits.scores.any()
 
 
 @pytest.fixture
@@ -217,22 +217,22 @@ def test_interrupted_publish_is_readable_and_healed_by_the_next_build(copy, mode
 
 
 def test_columns(index, texts):
-    assert index.pids[5] == "5" and index.pids[-1] == "119" and index.texts[:2] == texts[:2]
-    assert index.pids[np.array([[3, 1]])] == [["3", "1"]]
+    assert index.ids[5] == "5" and index.ids[-1] == "119" and index.texts[:2] == texts[:2]
+    assert index.ids[np.array([[3, 1]])] == [["3", "1"]]
     assert index.texts[np.array([3, 1], np.int32)] == [texts[3], texts[1]]
     with pytest.raises(IndexError):
-        index.pids[120]
+        index.ids[120]
 
 
 def test_few_candidates_are_widened_not_scored_one_and_all(index, queries, monkeypatch):
-    exact = index.search(queries, k=60, recall="exact")
+    exact = index.search(queries, k=60, mode="exact")
 
     def fail(*args):
         raise AssertionError("scored every document")
 
     monkeypatch.setattr(Index, "_exact", fail)
-    assert index.search(queries, k=5, ncells=4).ids.shape == (3, 5)
-    assert index.search(queries, k=60, ncells=1, ndocs=3).ids.shape == exact.ids.shape
+    assert index.search(queries, k=5, ncells=4).positions.shape == (3, 5)
+    assert index.search(queries, k=60, ncells=1, ndocs=3).positions.shape == exact.positions.shape
 
 
 def test_one_long_document_among_short_ones(tmp_path):
@@ -240,8 +240,8 @@ def test_one_long_document_among_short_ones(tmp_path):
     lengths = np.array([3] * 20 + [5000])
     index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 5060, 16), lengths=lengths)
     queries = unit_rows(rng, 2, 4, 16)
-    plaid, exact = (index.search(queries, k=21, recall=r) for r in (None, "exact"))
-    np.testing.assert_array_equal(plaid.ids, exact.ids)
+    plaid, exact = (index.search(queries, k=21, mode=r) for r in ("accurate", "exact"))
+    np.testing.assert_array_equal(plaid.positions, exact.positions)
 
 
 def test_model_for_index(index, model, plain_folder, stanford_folder):
@@ -262,5 +262,5 @@ def test_checkpoint_settings_are_the_defaults(tmp_path, texts):
     assert Index.build(tmp_path / "j", model, texts, nbits=1).nbits == 1
     queries = model.encode_queries(texts[:4])
     np.testing.assert_array_equal(
-        index.search(queries).ids, index.search(queries, ncells=3, ndocs=64).ids
+        index.search(queries).positions, index.search(queries, ncells=3, ndocs=64).positions
     )

@@ -77,7 +77,7 @@ def test_a_ranking_is_what_search_finds(model, index, ranking):
     hits = index.search(model.encode_queries(list(QUERIES.values())), k=9)
     lines = [line.split("\t") for line in ranking.read_text().splitlines()]
     assert [line[0] for line in lines] == [qid for qid in QUERIES for _ in range(9)]
-    assert [line[1] for line in lines] == [str(i) for i in hits.ids.reshape(-1)]
+    assert [line[1] for line in lines] == [str(i) for i in hits.positions.reshape(-1)]
     assert [line[2] for line in lines] == [str(rank) for rank in range(1, 10)] * len(QUERIES)
     found = [float(line[3]) for line in lines]
     np.testing.assert_allclose(found, hits.scores.reshape(-1), atol=1e-4)

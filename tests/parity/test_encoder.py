@@ -96,7 +96,7 @@ def test_bert_base_width(tmp_path):
     model, queries, _, theirs = check(folder, texts, "bert.")
     expected = [(d @ queries[2].T).max(axis=0).sum() for d in theirs]
     hits = model.rank(texts[2], texts)
-    np.testing.assert_allclose(hits.scores, np.array(expected)[hits.ids], rtol=1e-4)
+    np.testing.assert_allclose(hits.scores, np.array(expected)[hits.positions], rtol=1e-4)
 
 
 def test_real_minilm(minilm_folder):

@@ -109,7 +109,7 @@ def test_layout(name):
 def test_written_and_read_again(tmp_path, name):
     model = golden(name)
     before = encoded(model)
-    for layout in {"flax", layout_of(name)} & LAYOUTS.keys():
+    for layout in {"native", layout_of(name)} & LAYOUTS.keys():
         model.save_pretrained(tmp_path / layout, layout)
         assert detect_layout(tmp_path / layout) == layout
         again = encoded(load(tmp_path / layout, model))

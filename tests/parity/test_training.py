@@ -97,7 +97,7 @@ def test_twenty_steps_follow_torch(minilm_folder):
     expected = torch_losses(minilm_folder, projection, config, data)
 
     state = init_state(config, params)
-    gradients = make_gradients(model.encoder, config, "float32")
+    gradients = make_gradients(model.encoder_config, config, "float32")
     update = make_update(config)
     losses = []
     for number, batch in enumerate(data):

@@ -31,7 +31,7 @@ def test_equals_brute_force(blocks):
     k = int((lengths > 0).sum())
     hits = exact_search(arrays, lengths, queries, k)
     ids, scores = ranking(queries, documents, k)
-    np.testing.assert_array_equal(hits.ids, ids)
+    np.testing.assert_array_equal(hits.positions, ids)
     np.testing.assert_allclose(hits.scores, scores, rtol=1e-5)
 
 
@@ -44,4 +44,4 @@ def test_equal_scores_by_smaller_id(blocks):
     lengths = np.array([20, 4, 20, 4])
     arrays = RawArrays(jnp.asarray(values), jnp.asarray(np.r_[0, np.cumsum(lengths)], jnp.int32))
     hits = exact_search(arrays, lengths, unit_rows(rng, 2, 5, 8), 4)
-    assert hits.ids.tolist() == [[0, 1, 2, 3]] * 2
+    assert hits.positions.tolist() == [[0, 1, 2, 3]] * 2

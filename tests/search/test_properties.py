@@ -74,7 +74,7 @@ def check_exact(arrays, queries, k, hits):
             wanted = exact_reference(arrays, query, k)
         except NearTie:
             reject()
-        check_row(hits.ids[row], hits.scores[row], *wanted)
+        check_row(hits.positions[row], hits.scores[row], *wanted)
 
 
 def check_row(ids, scores, wanted_ids, wanted_scores):

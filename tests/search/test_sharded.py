@@ -65,9 +65,9 @@ def test_index_on_a_mesh(index, model, eight_devices, devices):
     mesh = mesh_of(eight_devices[:devices], "documents")
     other = Index.open(index.path, mesh=mesh)
     queries = model.encode_queries(["running cats", "the heat of the sun"])
-    for settings in (dict(k=10), dict(k=10, recall="exact")):
+    for settings in (dict(k=10), dict(k=10, mode="exact")):
         here, there = index.search(queries, **settings), other.search(queries, **settings)
-        np.testing.assert_array_equal(here.ids, there.ids)
+        np.testing.assert_array_equal(here.positions, there.positions)
         np.testing.assert_allclose(here.scores, there.scores, rtol=1e-5)
     np.testing.assert_array_equal(other.document_embeddings(3), index.document_embeddings(3))
 
@@ -77,7 +77,7 @@ def test_more_devices_than_documents(tmp_path, eight_devices):
     index = Index.build(tmp_path / "i", embeddings=values, lengths=[2, 0, 2])
     there = Index.open(index.path, mesh=mesh_of(eight_devices))
     hits = there.search(values[None, 2:], k=5)
-    assert hits.ids.tolist() == [[2, 0]]
+    assert hits.positions.tolist() == [[2, 0]]
     np.testing.assert_allclose(hits.scores, [[2, 0]], atol=0.2)
 
 

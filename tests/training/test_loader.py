@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import passages
 
 from colbert_jax import processes
+from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import TextConfig
 from colbert_jax.data.examples import Example, stanford_examples
 from colbert_jax.processes import Group, PeerError
@@ -27,7 +28,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer(plain_folder):
-    return TextTokenizer.from_folder(plain_folder, TextConfig(query_maxlen=16, doc_maxlen=40))
+    return TextTokenizer(read_tokenizer(plain_folder), TextConfig(query_maxlen=16, doc_maxlen=40))
 
 
 class Source:
@@ -156,7 +157,7 @@ def test_permutations():
 @pytest.mark.parametrize("expansion", [True, False])
 def test_batches_hold_the_tokenizers_rows(plain_folder, count, expansion):
     config = TextConfig(query_maxlen=16, doc_maxlen=40, query_expansion=expansion)
-    tokenizer = TextTokenizer.from_folder(plain_folder, config)
+    tokenizer = TextTokenizer(read_tokenizer(plain_folder), config)
     source, nway = Source(50, nway=6), 5
 
     def work(group):
@@ -378,7 +379,7 @@ def test_the_real_64way_file(shared_data, minilm_folder):
     folder = shared_data / "train" / "msmarco_v2_pool"
     files = [folder / name for name in ("examples_64way.jsonl", "queries.tsv", "collection.tsv.gz")]
     source = stanford_examples(*files)
-    tokenizer = TextTokenizer.from_folder(minilm_folder, TextConfig(doc_maxlen=180))
+    tokenizer = TextTokenizer(read_tokenizer(minilm_folder), TextConfig(doc_maxlen=180))
 
     def work(group):
         return steps(source, tokenizer, 1, bsize=8, group=group, devices=4)[0]

@@ -256,7 +256,7 @@ def test_gradients_of_what_is_not_frozen(stanford_folder):
 
     def of(freeze_layers: int) -> dict:
         config = changed(loss="cross-entropy", freeze_layers=freeze_layers)
-        gradients = make_gradients(model.encoder, config, "float32")
+        gradients = make_gradients(model.encoder_config, config, "float32")
         return gradients(model.params, batch, 0, 0, ("backbone", "head"))[0]
 
     some, every = of(1), of(0)

@@ -36,14 +36,14 @@ from colbert_jax.progress import progress_bar
 if TYPE_CHECKING:
     from colbert_jax.colbert import ColBERT
 
-TARGETS = ("flax", "stanford")
+TARGETS = ("native", "stanford")
 _TEXTS = 1024  # passages written at a time
 
 
 def convert_index(
     source: str | Path,
     folder: str | Path,
-    to: str = "flax",
+    to: str = "native",
     *,
     model: ColBERT | None = None,
     collection: Iterable[tuple[str, str]] | None = None,
@@ -59,7 +59,7 @@ def convert_index(
     Args:
       source: an index of ours, of Stanford ColBERT or of fast-plaid; its files tell which.
       folder: where to write.
-      to: "flax", our own layout, or "stanford".
+      to: "native", our own layout, or "stanford".
       model: the model whose embeddings are indexed, for the new index to remember.
       collection: (id, text) of every document in the index's order, to be kept in an index of ours.
       chunk_passages: most passages in a chunk of a Stanford index.
@@ -104,7 +104,7 @@ def convert_index(
             for left in building.iterdir():
                 left.unlink()
             with progress_bar(len(index.lengths), "converting", "doc", progress) as bar:
-                write = _write_ours if to == "flax" else _write_theirs
+                write = _write_ours if to == "native" else _write_theirs
                 for passages in write(index, building, path, model, collection, chunk_passages):
                     bar.update(passages)
             fmt.publish(building, path)
@@ -122,7 +122,7 @@ def detect_index(folder: Path) -> str:
     if (folder / "centroids.pt").is_file():
         return "stanford"
     if (folder / "codes.npy").is_file():
-        return "flax"
+        return "native"
     if (folder / "centroids.npy").is_file():
         return "fast-plaid"
     for name, layout in (("plan.json", "Stanford ColBERT"), (fmt.METADATA, "")):
@@ -152,7 +152,7 @@ def read_ours(path: Path) -> StoredIndex:
     if metadata["model"]:
         checkpoint = metadata["model"]["load"]["name_or_path"]
     return StoredIndex(
-        layout="flax",
+        layout="native",
         folder=folder,
         codec=codec,
         lengths=np.diff(arrays["offsets"]),
@@ -166,7 +166,7 @@ def read_ours(path: Path) -> StoredIndex:
 
 
 _READERS: dict[str, Callable[[Path], StoredIndex]] = {
-    "flax": read_ours,
+    "native": read_ours,
     "stanford": read_stanford,
     "fast-plaid": read_fastplaid,
 }
@@ -283,7 +283,7 @@ def _write_theirs(
         index = replace(index, lists=read_npy(made[1]), list_lengths=lengths)
     checkpoint = index.checkpoint if model is None else model.load["name_or_path"]
     config: dict[str, Any] = {**index.config, "checkpoint": checkpoint}
-    if index.layout == "flax":
+    if index.layout == "native":
         _, metadata, arrays = fmt.open_arrays(index.folder)
         columns = {
             name: fmt.Strings(arrays[f"{name}s"], arrays[f"{name}_offsets"])

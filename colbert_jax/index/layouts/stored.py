@@ -40,7 +40,7 @@ class Codec:
 @dataclass(frozen=True)
 class StoredIndex:
     """
-    layout: "flax" (our own), "stanford" or "fast-plaid".
+    layout: "native" (our own), "stanford" or "fast-plaid".
     codec: centroids and buckets.
     lengths: int64[N], tokens of each document.
     codes, residuals: parts that together hold int[T] and uint8[T, D * b / 8].

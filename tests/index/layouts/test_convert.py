@@ -34,7 +34,7 @@ def copy(tmp_path):
 
 
 def opened(source: Path, folder: Path, **arguments) -> Index:
-    convert_index(source, folder, "flax", **arguments)
+    convert_index(source, folder, "native", **arguments)
     index = Index.open(folder)
     index.verify()
     return index
@@ -125,7 +125,7 @@ def test_stanford_candidates_and_scores(tmp_path, name):
         centroid_score_threshold=float(threshold),
         ndocs=int(ndocs),
     )
-    np.testing.assert_array_equal(hits.ids, answers["s1_pids"][:, :k])
+    np.testing.assert_array_equal(hits.positions, answers["s1_pids"][:, :k])
     np.testing.assert_allclose(hits.scores, answers["s1_scores"][:, :k], rtol=1e-4)
 
 
@@ -225,7 +225,7 @@ def test_stanford_variants(tmp_path, copy, change):
 
 
 @pytest.mark.parametrize("source", [BUILT, FASTPLAID / "merged", FASTPLAID / "compressed"])
-@pytest.mark.parametrize("to", ["flax", "stanford"])
+@pytest.mark.parametrize("to", ["native", "stanford"])
 def test_blocks_change_nothing(tmp_path, monkeypatch, source, to):
     """The size of a block in memory shows nowhere in the files; 7 cuts documents and lists."""
     if source == BUILT and to == "stanford":
@@ -234,7 +234,7 @@ def test_blocks_change_nothing(tmp_path, monkeypatch, source, to):
     convert_index(source, tmp_path / "whole", to, chunk_passages=11)
     monkeypatch.setattr(stored, "BLOCK", 7)
     convert_index(source, tmp_path / "blocks", to, chunk_passages=11)
-    read = arrays if to == "flax" else tensors
+    read = arrays if to == "native" else tensors
     assert_equal(read(tmp_path / "blocks"), read(tmp_path / "whole"))
 
 
@@ -411,7 +411,7 @@ def test_refusals(tmp_path, copy):
         convert_index(tmp_path / "nothing", tmp_path / "ours")
     with pytest.raises(ValueError, match="already in the stanford layout"):
         convert_index(copy, tmp_path / "ours", "stanford")
-    with pytest.raises(ValueError, match="flax, stanford"):
+    with pytest.raises(ValueError, match="native, stanford"):
         convert_index(copy, tmp_path / "ours", "fast-plaid")
     for folder in (copy, tmp_path):
         with pytest.raises(ValueError, match="holds the source"):
@@ -438,7 +438,7 @@ def test_there_and_back(tmp_path, name):
     source, back = STANFORD / name, tmp_path / "back"
     convert_index(source, tmp_path / "ours")
     read = convert_index(tmp_path / "ours", back, "stanford", chunk_passages=30)
-    assert (read.layout, detect_index(back)) == ("flax", "stanford")
+    assert (read.layout, detect_index(back)) == ("native", "stanford")
     expected, found = tensors(source), tensors(back)
     if name == "updated":  # the padding was taken out by make_indexes.py, for the updater's sake
         lists = found["ivf.pid.pt"]
@@ -651,12 +651,12 @@ def test_the_model_is_remembered(tmp_path, stanford_folder, capsys):
     collection = tmp_path / "collection.tsv"
     passages = support.passages(60)
     collection.write_text("".join(f"p{i}\t{text}\n" for i, text in enumerate(passages)))
-    arguments = [str(BUILT), str(tmp_path / "ours"), "--to", "flax"]
+    arguments = [str(BUILT), str(tmp_path / "ours"), "--to", "native"]
     remembered = ["--checkpoint", str(stanford_folder), "--collection", str(collection)]
     assert main(["convert-index", *arguments, *remembered]) == 0
     assert "stanford, 60 documents, 1141 tokens, 16 dimensions at 2 bits" in capsys.readouterr().out
     index = Index.open(tmp_path / "ours")
-    assert list(index.texts) == passages and index.pids[7] == "p7"
+    assert list(index.texts) == passages and index.ids[7] == "p7"
     loaded = ColBERT.for_index(index, dtype="float32", devices=jax.devices()[:1])
     encoded = loaded.encode_documents(passages)
     assert encoded.lengths.tolist() == index.lengths.tolist()
