@@ -113,7 +113,7 @@ def retrieve(
     if batch < 1:
         raise ValueError(f"batch must be >= 1, got {batch}")
     _check_queries(queries)
-    made_with = (index.metadata["model"] or {}).get("fingerprint")
+    made_with = (index.metadata.model or {}).get("fingerprint")
     fingerprint = model.fingerprint()
     if made_with not in (None, fingerprint):
         raise ValueError(
@@ -122,7 +122,7 @@ def retrieve(
         )
     settings = {
         "stage": "retrieve",
-        "index": index.metadata["build"],
+        "index": index.metadata.build,
         "model": fingerprint,
         "query settings": repr(model.config.text),
         "queries": hash_texts(queries),
@@ -379,8 +379,7 @@ def _index(
     index = Index.build(
         path,
         model,
-        (text for _, text in read_collection(collection.path)),
-        ids=(pid for pid, _ in read_collection(collection.path)),
+        read_collection(collection.path),
         nbits=nbits,
         store_texts=False,
         overwrite=overwrite,
