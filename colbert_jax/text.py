@@ -306,6 +306,20 @@ def as_texts(texts: str | Sequence[str], kind: str) -> list[str]:
     return texts
 
 
+def as_queries(queries: str | Sequence[str]) -> list[str]:
+    """A list of queries from one or several.
+
+    Raises:
+      TypeError: a query that is not a string.
+      ValueError: an empty or blank query: it asks nothing, so every document would fit it alike.
+    """
+    texts = as_texts(queries, "query")
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"query {i} is empty or blank: leave it out")
+    return texts
+
+
 def _bad_text(texts: Sequence[Any], kind: str) -> Exception:
     for i, text in enumerate(texts):
         if not isinstance(text, str):

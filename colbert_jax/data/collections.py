@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,29 @@ def parse_tsv(line: str) -> tuple[str, str]:
 def parse_json(line: str) -> tuple[str, str]:
     """pid and text of a JSON object. Raises ValueError, without the place."""
     record = json_object(line)
+    pid, text = parse_record(record)
+    if pid is None:
+        raise _incomplete(record)
+    return pid, text
+
+
+def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Id (None where there is none) and text, with the title before it, of a mapping.
+
+    Raises ValueError, without the place.
+    """
     text = next((record[key] for key in _TEXT_KEYS if key in record), None)
     pid = next((record[key] for key in _ID_KEYS if key in record), None)
-    if not isinstance(text, str) or pid is None:
-        raise ValueError(
-            f"expected an id ({', '.join(_ID_KEYS)}) and a text "
-            f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(record) or 'none'}"
-        )
-    return str(pid), _join(str(record.get("title") or ""), text)
+    if not isinstance(text, str):
+        raise _incomplete(record)
+    return None if pid is None else str(pid), _join(str(record.get("title") or ""), text)
+
+
+def _incomplete(record: Mapping[str, Any]) -> ValueError:
+    return ValueError(
+        f"expected an id ({', '.join(_ID_KEYS)}) and a text "
+        f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(map(str, record)) or 'none'}"
+    )
 
 
 def json_object(line: str) -> dict[str, Any]:

@@ -272,6 +272,18 @@ class Index:
             raise UnknownIdError(f"{self.path}: no document has the id {id!r:.80}")
         return position
 
+    def text(self, id: str) -> str:
+        """The text of the document with an id.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has it.
+          ValueError: the index keeps no texts.
+        """
+        position = self.position(id)
+        if self.texts is None:
+            raise ValueError(f"{self.path}: keeps no texts (it was built with store_texts=False)")
+        return self.texts[position]
+
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         i = range(len(self))[i]

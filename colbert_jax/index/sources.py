@@ -6,7 +6,8 @@ In a group of processes each encodes a contiguous share of the documents, about 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
+import operator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +181,7 @@ class TextSource:
         """Raises ValueError or TypeError naming a document that is no text."""
         known = None
         if group.is_first:
-            total = len(self._documents) if isinstance(self._documents, Sized) else None
+            total = operator.length_hint(self._documents) or None
             with progress_bar(total, "reading documents", "doc", show) as bar:
                 known = write_documents(folder, self._documents, self._ids, bar)
             if not known.num_documents:

@@ -26,7 +26,7 @@ import support
 from huggingface_hub import constants, file_download, utils
 from safetensors.numpy import load_file, save_file
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.checkpoints import hub, read_checkpoint, write_checkpoint
 from colbert_jax.tensors.torch_file import write_torch_file
 
@@ -400,10 +400,10 @@ def test_an_index_remembers_the_revision(fake, served, tmp_path, texts):
     index = Index.build(tmp_path / "i", model, texts[:30])
     assert TOKEN not in (index.path / "metadata.json").read_text()
     fake.push(support.write_stanford(tmp_path / "newer", seed=5))  # main goes on
-    again = ColBERT.for_index(Index.open(index.path), **arguments)
+    again = Retriever.open(index.path, **arguments).model
     assert again.load == model.load and again.fingerprint() == model.fingerprint()
     with pytest.raises(FileNotFoundError, match=r"no repository .* was built with it"):
-        ColBERT.for_index(index)  # without the token
+        Retriever.open(index)  # without the token
 
 
 # --- Tokens and refusals --------------------------------------------------------------------

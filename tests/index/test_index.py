@@ -244,15 +244,6 @@ def test_one_long_document_among_short_ones(tmp_path):
     np.testing.assert_array_equal(plaid.positions, exact.positions)
 
 
-def test_model_for_index(index, model, plain_folder, stanford_folder):
-    assert ColBERT.for_index(index).fingerprint() == model.fingerprint()
-    assert ColBERT.for_index(index, stanford_folder, query_maxlen=20).config.text.query_maxlen == 20
-    with pytest.raises(ValueError, match="not the checkpoint, or"):
-        ColBERT.for_index(index, plain_folder, query_maxlen=32, doc_maxlen=48)
-    with pytest.raises(FileNotFoundError, match="name its place"):
-        ColBERT.for_index(index, plain_folder / "moved")
-
-
 def test_checkpoint_settings_are_the_defaults(tmp_path, texts):
     folder = write_stanford(tmp_path / "c", nbits=4, kmeans_niters=2, ncells=3, ndocs=64)
     model = ColBERT.from_pretrained(folder)

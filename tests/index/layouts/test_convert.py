@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import support
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.cli import main
 from colbert_jax.index.layouts import stored
 from colbert_jax.index.layouts.convert import convert_index, detect_index
@@ -657,7 +657,7 @@ def test_the_model_is_remembered(tmp_path, stanford_folder, capsys):
     assert "stanford, 60 documents, 1141 tokens, 16 dimensions at 2 bits" in capsys.readouterr().out
     index = Index.open(tmp_path / "ours")
     assert list(index.texts) == passages and index.ids[7] == "p7"
-    loaded = ColBERT.for_index(index, dtype="float32", devices=jax.devices()[:1])
+    loaded = Retriever.open(index, dtype="float32", devices=jax.devices()[:1]).model
     encoded = loaded.encode_documents(passages)
     assert encoded.lengths.tolist() == index.lengths.tolist()
     values = np.concatenate(documents(index))
