@@ -210,9 +210,8 @@ def _sample(
     with (
         fmt.ArrayWriter(folder / f"{name}.npy", np.float16, (source.dim,), tokens) as values,
         fmt.ArrayWriter(folder / f"{name}.lengths.npy", np.int64, (), documents) as lengths,
-        progress_bar(len(ids), "encoding the sample", "doc", progress) as bar,
+        progress_bar(len(ids), "encoding the sample", "doc", progress, initial=documents) as bar,
     ):
-        bar.update(documents)
         for encoded in source.encode(_rest(source.chunks(ids), documents), bar):
             _check_finite(encoded)
             values.append(encoded.values.astype(np.float16))
@@ -358,9 +357,8 @@ def _compress(
         fmt.ArrayWriter(file("codes"), np.int32, (), tokens) as codes,
         fmt.ArrayWriter(file("residuals"), np.uint8, row, tokens) as residuals,
         fmt.ArrayWriter(file("lengths"), np.int64, (), documents) as lengths,
-        progress_bar(stop - start, "compressing", "doc", progress) as bar,
+        progress_bar(stop - start, "compressing", "doc", progress, initial=documents) as bar,
     ):
-        bar.update(documents)
         for chunk, new in zip(chunks, source.encode(fresh, silent), strict=True):
             _check_finite(new)
             rows = iter(new)

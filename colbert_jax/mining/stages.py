@@ -406,8 +406,8 @@ def _write(
     progress: bool | None,
 ) -> None:
     """Append the blocks that are not there yet; `make` is told the first query of a block."""
-    with progress_bar(total, name, "query", progress) as bar:
-        bar.initial = bar.n = file.counts.get("queries", 0)
+    written = file.counts.get("queries", 0)
+    with progress_bar(total, name, "query", progress, initial=written) as bar:
         while file.counts.get("queries", 0) < total:
             text, queries, left_out = make(file.counts.get("queries", 0))
             file.append(text.encode(), queries=queries, left_out=left_out)
@@ -468,9 +468,10 @@ def _embed(
         vectors = BlockFile(path, settings)
     except FileExistsError:  # left by another run, of no use
         vectors = BlockFile(path, settings, overwrite=True)
-    with vectors as file, progress_bar(len(distinct), "embedding", "passage", progress) as bar:
-        bar.initial = bar.n = file.counts.get("passages", 0)
-        for start in range(file.counts.get("passages", 0), len(distinct), _PASSAGES):
+    written = vectors.counts.get("passages", 0)
+    bar = progress_bar(len(distinct), "embedding", "passage", progress, initial=written)
+    with vectors as file, bar:
+        for start in range(written, len(distinct), _PASSAGES):
             rows = distinct[start : start + _PASSAGES].tolist()
             texts = [pairs.passages.text(row) for row in rows]
             embedded = teacher.encode_documents(texts, progress=False)

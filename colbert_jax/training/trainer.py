@@ -179,8 +179,8 @@ def train(
             ],
             first,
         )
-        bar = progress_bar(config.maxsteps, "training", "step", progress)
-        bar.update(first)
+        show = progress if group.is_first else False
+        bar = progress_bar(config.maxsteps, "training", "step", show, initial=first)
         done, clock, latest, before = first, _Clock(), {}, None
         with steps, bar, _terminated() as terminated:
             for turn, step in steps if first < config.maxsteps else ():
@@ -225,7 +225,9 @@ def train(
                         )
                         values |= {prefix + name: float(x) for name, x in figures.items()}
                     values["examples_per_second"] = clock.rate()
-                    bar.set_postfix(loss=f"{float(logged['loss']):.4f}", refresh=False)
+                    spoken = {"loss": f"{float(logged['loss']):.4f}"}
+                    spoken["examples/s"] = f"{values['examples_per_second']:.1f}"
+                    bar.set_postfix(**spoken, refresh=False)
                     metrics.write(done, values)
                     latest = {}
                 if saving:
