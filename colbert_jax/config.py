@@ -20,13 +20,14 @@ MODES = ("fast", "accurate", "exact")
 LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
-def _require_types(settings: Any) -> None:
-    """Hold every field of a settings dataclass to its annotation (JSON has no other check)."""
+def require_types(settings: Any) -> None:
+    """Raise ValueError for a field of a settings dataclass that is not of its annotated type."""
     for f in dataclasses.fields(settings):
         value, wanted = getattr(settings, f.name), str(f.type)
         if value is None and "None" in wanted:
@@ -82,18 +83,18 @@ class TextConfig:
             if value is None:
                 continue
             items = isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value)
-            _require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
+            require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
             object.__setattr__(self, name, tuple(value))  # JSON gives lists
-        _require_types(self)
+        require_types(self)
         for name, marker in (
             ("query_maxlen", self.query_token_id),
             ("doc_maxlen", self.doc_token_id),
         ):
             least = 3 if marker is None else 4  # [CLS] (marker) one token [SEP]
             value = getattr(self, name)
-            _require(value >= least, f"{name} must be at least {least}, got {value}")
+            require(value >= least, f"{name} must be at least {least}, got {value}")
         floor = self.query_minlen
-        _require(
+        require(
             floor is None or 1 <= floor <= self.query_maxlen,
             f"query_minlen must be between 1 and query_maxlen {self.query_maxlen}, got {floor}",
         )
@@ -139,15 +140,15 @@ class IndexConfig:
     buckets: str = "optimal"
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
-        _require(self.buckets in BUCKETS, f"buckets must be one of {BUCKETS}, got {self.buckets!r}")
-        _require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
-        _require(
+        require_types(self)
+        require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
+        require(self.buckets in BUCKETS, f"buckets must be one of {BUCKETS}, got {self.buckets!r}")
+        require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
+        require(
             self.num_centroids is None or self.num_centroids >= 1,
             f"num_centroids must be >= 1, got {self.num_centroids}",
         )
-        _require(
+        require(
             self.max_points_per_centroid >= 1,
             f"max_points_per_centroid must be >= 1, got {self.max_points_per_centroid}",
         )
@@ -162,11 +163,11 @@ class SearchConfig:
     ndocs: int | None = None
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.ncells is None or self.ncells >= 1, f"ncells must be >= 1: {self.ncells}")
-        _require(self.ndocs is None or self.ndocs >= 1, f"ndocs must be >= 1: {self.ndocs}")
+        require_types(self)
+        require(self.ncells is None or self.ncells >= 1, f"ncells must be >= 1: {self.ncells}")
+        require(self.ndocs is None or self.ndocs >= 1, f"ndocs must be >= 1: {self.ndocs}")
         threshold = self.centroid_score_threshold
-        _require(
+        require(
             threshold is None or not math.isnan(threshold),
             "centroid_score_threshold must not be NaN",
         )
@@ -177,7 +178,7 @@ class SearchConfig:
         "fast" are Stanford's defaults. "accurate" looks at more centroids and documents, so that
         nine or ten of the ten best documents by exact scoring are found (`benchmarks/search.py`).
         """
-        _require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
+        require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
         table = _FAST if mode == "fast" else _ACCURATE
         ncells, threshold, ndocs = next(row[1:] for row in table if k <= row[0])
         given = self.centroid_score_threshold
@@ -209,8 +210,8 @@ class ColBERTConfig:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(
+        require_types(self)
+        require(
             self.similarity in ("cosine", "l2"),
             f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",
         )
@@ -296,49 +297,49 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.loss in LOSSES, f"loss must be one of {LOSSES}, got {self.loss!r}")
+        require_types(self)
+        require(self.loss in LOSSES, f"loss must be one of {LOSSES}, got {self.loss!r}")
         at_least_one = ("nway", "bsize", "accumsteps", "maxsteps", "chunk", "length_groups")
         for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+            require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
         positive = ("lr", "head_lr", "max_grad_norm", "distillation_alpha", "temperature")
         for name in (*positive, "student_temperature", "teacher_temperature"):
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or (value > 0 and math.isfinite(value)),
                 f"{name} must be positive, got {value}",
             )
         for name in ("warmup", "warmup_bert", "freeze_layers", "weight_decay"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
-        _require(
+            require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
+        require(
             0 <= self.coupled_weight <= 1,
             f"coupled_weight must be in [0, 1], got {self.coupled_weight}",
         )
-        _require(
+        require(
             self.coupled_tokens >= 0 and math.isfinite(self.coupled_tokens),
             f"coupled_tokens must be >= 0 and finite, got {self.coupled_tokens}",
         )
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
-        _require(
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(
             self.dtype in (None, "float32", "bfloat16"),
             f"dtype must be None, 'float32' or 'bfloat16', got {self.dtype!r}",
         )
-        _require(
+        require(
             self.bsize % self.accumsteps == 0,
             f"bsize {self.bsize} is not a multiple of accumsteps {self.accumsteps}",
         )
-        _require(
+        require(
             self.warmup is None or self.warmup <= self.maxsteps,
             f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}",
         )
         compared = self.loss in ("distillation", "cross-entropy", "margin-mse")
-        _require(
+        require(
             not compared or self.nway is None or self.nway >= 2,
             f"loss {self.loss!r} compares documents of a query: nway must be >= 2, got {self.nway}",
         )
-        _require(
+        require(
             self.loss != "contrastive" or not self.use_ib_negatives,
             "the contrastive loss has all documents of the batch as negatives already: "
             "use_ib_negatives must be False",

@@ -17,8 +17,8 @@ from colbert_jax.checkpoints.common import (
     refuse_text,
     write_base,
 )
-from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.models.backbones import architecture
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 from colbert_jax.tensors.weights import WEIGHT_FILES, Tensors, state_dict
 
@@ -87,7 +87,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     supported = {*stanford.TEXT_FIELDS, "skiplist_words", "strip", "query_minlen"} - set(_FIXED)
     refuse_text(checkpoint.config.text, supported, "colbertv1")
     projection = fold_head(checkpoint.encoder, checkpoint.params, "colbertv1")
-    prefix = PREFIXES[checkpoint.encoder.backbone.model_type]
+    prefix = architecture(checkpoint.encoder.backbone).prefix
     tensors: dict[str, np.ndarray] = backbone_tensors(
         checkpoint, checkpoint.params, prefix, pooler=True
     )

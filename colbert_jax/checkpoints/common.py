@@ -19,20 +19,20 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
 from colbert_jax.checkpoints.tokenizer import write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import (
+    architecture,
+    config_from_huggingface,
+    is_unused,
+    tensor_names,
+    to_huggingface,
+)
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
-from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import Tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
-
-# What the forward of a transformers model takes, where token types are among it.
-_INPUTS = {
-    "bert": ("input_ids", "token_type_ids", "attention_mask"),
-    "electra": ("input_ids", "token_type_ids", "attention_mask"),
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_backbone(file: Path) -> BackboneConfig:
 def find_prefix(tensors: Tensors, backbone: BackboneConfig) -> str:
     """What stands before the names of the backbone's tensors: its usual prefix, or nothing."""
     first = next(iter(tensor_names(backbone).values()))
-    for prefix in (PREFIXES[backbone.model_type], ""):
+    for prefix in (architecture(backbone).prefix, ""):
         if prefix + first in tensors:
             return prefix
     raise ValueError(
@@ -164,9 +164,11 @@ def refuse_unknown(
     tensors: Tensors, backbone: BackboneConfig, known: Iterable[str], also: Sequence[str] = ()
 ) -> None:
     """An extra tensor means another architecture, whose numbers would be wrong in silence."""
-    ignorable = (*IGNORED[backbone.model_type], *also)
-    extra = sorted(set(tensors.names()) - set(known))
-    extra = [name for name in extra if not any(part in f".{name}" for part in ignorable)]
+    extra = [
+        name
+        for name in sorted(set(tensors.names()) - set(known))
+        if not is_unused(backbone, name) and not any(part in f".{name}" for part in also)
+    ]
     if extra:
         shown = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
         raise ValueError(
@@ -201,7 +203,7 @@ def backbone_tensors(
     """
     backbone = checkpoint.encoder.backbone
     tensors = tensors_of(params, backbone_paths(backbone, prefix))
-    if pooler and backbone.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+    if pooler and architecture(backbone).pooler:
         width = backbone.hidden_size
         zeros = {
             "pooler.dense.weight": np.zeros((width, width), np.float32),
@@ -326,5 +328,6 @@ def write_base(checkpoint: Checkpoint, folder: Path, architectures: list[str]) -
     fields = to_huggingface(backbone) | {"architectures": architectures, "torch_dtype": "float32"}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
-    inputs = _INPUTS.get(backbone.model_type, ("input_ids", "attention_mask"))
+    types = ("token_type_ids",) if architecture(backbone).token_types else ()
+    inputs = ("input_ids", *types, "attention_mask")
     write_tokenizer(folder, checkpoint.tokenizer, max_length=backbone.max_length, inputs=inputs)

@@ -12,12 +12,12 @@ from colbert_jax.checkpoints.common import (
     refuse_unknown,
 )
 from colbert_jax.checkpoints.modules import Module
-from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object
-from colbert_jax.models.config import BertConfig
+from colbert_jax.models.backbones import architecture
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.cross_encoder import cross_encoder_config
 from colbert_jax.tensors.weights import find_tensors
 
@@ -68,7 +68,7 @@ def read(folder: Path) -> Checkpoint:
             f"{tensors.file}: a classifier of {classes} classes; a cross-encoder that scores pairs "
             "has one (num_labels=1)"
         )
-    prefix = PREFIXES[backbone.model_type]
+    prefix = architecture(backbone).prefix
     paths = backbone_paths(backbone, prefix)
     for i, name in enumerate((f"{prefix}pooler.dense", _CLASSIFIER)):
         paths["head", i, "linear", "kernel"] = f"{name}.weight"

@@ -31,8 +31,10 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.models.backbones import config_from_huggingface
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
-from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
 from colbert_jax.text import ModelTokenizer
 

@@ -15,8 +15,8 @@ import numpy as np
 from colbert_jax.checkpoints.common import Checkpoint, save_tensors, set_path
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
-from colbert_jax.models.config import config_from_huggingface, to_huggingface
 from colbert_jax.tensors.weights import SAFETENSORS, Tensors, open_tensors
 from colbert_jax.text import ModelTokenizer
 

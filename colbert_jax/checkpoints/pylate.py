@@ -23,9 +23,9 @@ from colbert_jax.checkpoints.modules import (
     write_encoder,
     write_modules,
 )
-from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
 from colbert_jax.files import write_json
+from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer
 
 _KEYS = (
@@ -142,7 +142,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     refuse_text(text, supported | _harmless(checkpoint), "pylate")
     entries = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
     entries += write_encoder(checkpoint, folder, "pylate.models.Dense.Dense")
-    write_base(checkpoint, folder, [MODEL_CLASSES[checkpoint.encoder.backbone.model_type]])
+    write_base(checkpoint, folder, [architecture(checkpoint.encoder.backbone).model_class])
     write_modules(folder, entries)
     write_json(
         folder / "sentence_bert_config.json",

@@ -26,9 +26,9 @@ from colbert_jax.checkpoints.modules import (
     write_encoder,
     write_modules,
 )
-from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
 from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
@@ -248,7 +248,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / place).mkdir()
         write_json(folder / place / "config.json", fields)
         entries.append({"path": place, "type": kind})
-    model_class = MODEL_CLASSES[checkpoint.encoder.backbone.model_type]
+    model_class = architecture(checkpoint.encoder.backbone).model_class
     write_base(prompted, folder, [model_class])
     write_modules(folder, entries)
     embeddings = {"method": "forward", "method_output_name": "last_hidden_state"}

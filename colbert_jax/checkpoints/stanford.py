@@ -24,10 +24,10 @@ from colbert_jax.checkpoints.common import (
     save_tensors,
     write_base,
 )
-from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, WEIGHT_FILES, Tensors, find_tensors
@@ -166,7 +166,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     backbone = checkpoint.encoder.backbone
     fields = stanford_fields(checkpoint, "stanford")
     projection = fold_head(checkpoint.encoder, checkpoint.params, "stanford")
-    prefix = PREFIXES[backbone.model_type]
+    prefix = architecture(backbone).prefix
     tensors = backbone_tensors(checkpoint, checkpoint.params, prefix, pooler=True)
     save_tensors(folder / SAFETENSORS, tensors | {PROJECTION: projection})
     write_base(checkpoint, folder, ["HF_ColBERT"])

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from colbert_jax.config import _require, _require_types
+from colbert_jax.config import require, require_types
 from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
-from colbert_jax.models.config import BackboneConfig, ModernBertConfig
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.int8 import quantize_modules, quantize_params
 from colbert_jax.models.layers import TrainMode, matmul_precision
 
@@ -43,10 +43,10 @@ class DenseConfig:
     residual: bool = False
 
     def __post_init__(self) -> None:
-        _require_types(self)
+        require_types(self)
         for name in ("in_features", "out_features"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(
             self.activation in HEAD_ACTIVATIONS,
             f"activation {self.activation!r} of a dense layer is not supported; supported: "
             f"{', '.join(HEAD_ACTIVATIONS)}",
@@ -63,7 +63,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         width = self.backbone.hidden_size
         for i, layer in enumerate(self.head):
-            _require(
+            require(
                 layer.in_features == width,
                 f"dense layer {i + 1} of the head takes {layer.in_features} features, but "
                 f"{'the layer' if i else 'the backbone'} before it gives {width}",
@@ -222,10 +222,7 @@ def param_shapes(config: EncoderConfig) -> dict[tuple, tuple[int, ...]]:
     """
     backbone = config.backbone
     last = min(backbone.num_hidden_layers, 2) - 1
-    changes: dict[str, Any] = {"num_hidden_layers": last + 1}
-    if isinstance(backbone, ModernBertConfig):
-        changes["layer_types"] = backbone.layer_types[: last + 1]
-    few = dataclasses.replace(config, backbone=dataclasses.replace(backbone, **changes))
+    few = dataclasses.replace(config, backbone=backbone.with_layers(last + 1))
     shapes = {}
     for path, leaf in nnx.to_flat_state(_structure(few, jnp.dtype(jnp.float32))[1]):
         shapes[path] = tuple(leaf.shape)

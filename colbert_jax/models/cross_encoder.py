@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, make_encoder
-from colbert_jax.models.config import BertConfig
 from colbert_jax.models.pooling import apply_head
 
 
