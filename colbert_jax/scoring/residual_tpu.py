@@ -1,4 +1,4 @@
-"""The fused kernel of `residual_maxsim` for TPUs (Pallas): decompress, normalise, MaxSim.
+"""The fused kernel of `residual.token_maxima` for TPUs (Pallas): decompress, normalise, MaxSim.
 
 One step of the grid holds a tile of tokens of a few documents on the chip: their weights are
 selected from the packed bytes, multiplied with the query by the matrix unit, and reduced to a
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from colbert_jax.scoring.residual import slot_weights
+from colbert_jax.scoring.slots import slot_weights
 
 # Tokens of a document in one step: a register has 128 columns.
 _MOST_TOKENS = 128
@@ -36,12 +36,14 @@ def token_maxima(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """The best token of each document for each query row: float32[B, n, Lq].
+    """Take the best score of each document's tokens for each query row, on a TPU.
 
     Args:
-      queries, similarity, residuals, scale: as `residual.token_maxima`.
-      weights: float32[2^b], in the order of `residual.field_weights`.
+      queries, similarity, residuals, scale, weights: as for `residual.token_maxima`.
       interpret: run without a TPU, for tests.
+
+    Returns:
+      float32[B, n, Lq].
     """
     batch, lq, dim = queries.shape
     _, n, length, packed = residuals.shape
@@ -69,7 +71,7 @@ def token_maxima(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-        name="residual_maxsim",
+        name="token_maxima",
     )(*operands)
 
 
