@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colbert_jax.checkpoints import huggingface, modules, sentence_transformers
+from colbert_jax.checkpoints import huggingface, modules, single_vector
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.checkpoints.modules import MODULES, SETTINGS, Module
+from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.files import check_types, read_object
 from colbert_jax.models.pooling import POOLINGS
 
@@ -47,9 +48,7 @@ def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
     listed, settings = modules.read_modules(folder), modules.read_settings(folder)
-    checkpoint = sentence_transformers.read_single_vector(
-        folder, listed, settings, dim=None, seed=0
-    )
+    checkpoint = single_vector.read(folder)
     kinds = [module.kind for module in listed if module.kind != "Dropout"]
     usual = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense")]
     if kinds not in (usual, [*usual, "Normalize"]):
@@ -66,20 +65,16 @@ def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
     text = checkpoint.config.text
     prompted = bool(text.query_prompt or text.doc_prompt)
     pooling = _read_pooling(listed, prompted)
-    longest = sentence_transformers.longest_text(
-        checkpoint, listed, modules.transformer_settings(listed[0])
-    )
+    longest = longest_text(checkpoint, listed, modules.transformer_settings(listed[0]))
     checkpoint = checkpoint.with_text(query_maxlen=longest, doc_maxlen=longest)
     return checkpoint, SingleVector(pooling, "Normalize" in kinds, similarity)
 
 
 def read_plain(folder: Path) -> tuple[Checkpoint, SingleVector]:
     """Read a plain encoder, whose files say nothing of pooling: the mean, of unit length."""
-    checkpoint = huggingface.read(folder, dim=None, seed=0)
+    checkpoint = huggingface.read(folder)
     root = Module("", "Transformer", folder)
-    longest = sentence_transformers.longest_text(
-        checkpoint, [root], modules.transformer_settings(root)
-    )
+    longest = longest_text(checkpoint, [root], modules.transformer_settings(root))
     return checkpoint.with_text(query_maxlen=longest, doc_maxlen=longest), SingleVector()
 
 

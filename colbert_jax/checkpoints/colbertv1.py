@@ -34,10 +34,16 @@ _DEFAULTS: dict[str, Any] = dict(
 )
 
 
-def detect(folder: Path) -> bool:
-    """Whether a folder has a `.dnn` file, and no weights beside it."""
-    weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-    return not weights and len(list(folder.glob(f"*{SUFFIX}"))) == 1
+def detect(path: Path) -> bool:
+    """Whether this is a file, or a folder with the base model's files and one `.dnn` file as its
+    only weights.
+    """
+    if path.is_file():
+        return True
+    if not (path / "config.json").is_file():
+        return False
+    weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    return not weights and len(list(path.glob(f"*{SUFFIX}"))) == 1
 
 
 def base_name(file: Path) -> str:
@@ -54,12 +60,15 @@ def _arguments(value: Any) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
-    """Read a `.dnn` file.
+def read(path: Path, *, dim: int | None = None, base: Path | None = None, **_: Any) -> Checkpoint:
+    """Read a `.dnn` file, or a folder's; arguments and errors as for `checkpoints.read_checkpoint`.
 
     Args:
-      base: folder with the `config.json` and the tokenizer of the model it was trained from.
+      base: folder with the `config.json` and the tokenizer of the model it was trained from. If
+        None, the file's folder.
     """
+    file = path if path.is_file() else next(path.glob(f"*{SUFFIX}"))
+    base = base or file.parent
     value = read_torch_file(file)
     given = {
         key: v

@@ -224,7 +224,7 @@ def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
             what = "a bias" if layer.bias else f"activation {layer.activation}"
             raise ValueError(
                 f"the {layout} layout has one projection without bias; dense layer {i + 1} of the "
-                f"head has {what}; write the pylate, sentence-transformers or flax layout"
+                f"head has {what}; write the pylate, sentence-transformers or native layout"
             )
         step = np.asarray(params["head"][i]["linear"]["kernel"], np.float64)
         if layer.residual:
@@ -237,8 +237,8 @@ def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
 def one_encoder(checkpoint: Checkpoint, layout: str) -> None:
     if checkpoint.query_params is not None:
         raise ValueError(
-            f"the {layout} layout has one encoder, this checkpoint has one of its own for "
-            "queries; write the flmr or flax layout"
+            f"the {layout} layout has one encoder, this checkpoint has two; write the flmr or "
+            "native layout"
         )
 
 
@@ -269,8 +269,8 @@ def masks_punctuation(checkpoint: Checkpoint, layout: str) -> bool:
         if dropped == set(skipped_tokens(other)):
             return mask
     raise ValueError(
-        f"the {layout} layout drops ASCII punctuation or nothing; this checkpoint's skiplist has "
-        f"{len(dropped)} tokens of its own (skiplist_words={text.skiplist_words!r})"
+        f"the {layout} layout drops ASCII punctuation or nothing; this checkpoint drops "
+        f"{len(dropped)} tokens (skiplist_words={text.skiplist_words!r})"
     )
 
 

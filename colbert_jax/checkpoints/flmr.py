@@ -84,13 +84,17 @@ _TEXT_FIELDS = (
 
 
 def detect(folder: Path) -> bool:
-    """Whether the two tokenizer folders are there, or config.json says so."""
+    """Whether the two tokenizer folders are there, or config.json has FLMR's model type."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
     if all((folder / name).is_dir() for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)):
         return True
-    return read_object(folder / "config.json").get("model_type") == MODEL_TYPE
+    return read_object(file).get("model_type") == MODEL_TYPE
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read the text part; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / "config.json"
     fields = read_object(file)
     check_types(file, fields, _TYPES)

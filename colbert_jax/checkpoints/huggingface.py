@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,13 @@ from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import find_tensors
 
 
-def read(folder: Path, *, dim: int | None, seed: int) -> Checkpoint:
-    """Read a plain encoder; `dim` adds a projection drawn from `seed`."""
+def detect(folder: Path) -> bool:
+    """Whether there is a `config.json`."""
+    return (folder / "config.json").is_file()
+
+
+def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Checkpoint:
+    """Read a plain encoder; arguments and errors as for `checkpoints.read_checkpoint`."""
     backbone = read_backbone(folder / "config.json")
     encoder = EncoderConfig.projecting(backbone, dim)
     tensors = find_tensors(folder)

@@ -90,6 +90,16 @@ def read_modules(folder: Path) -> list[Module]:
     return modules
 
 
+def has_modules(folder: Path) -> bool:
+    """Whether a folder has a `modules.json`."""
+    return (folder / MODULES).is_file()
+
+
+def has_dense(folder: Path) -> bool:
+    """Whether a folder's `modules.json` lists a Dense module."""
+    return has_modules(folder) and any(m.kind == "Dense" for m in read_modules(folder))
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """`config_sentence_transformers.json`; {} where there is none."""
     file = folder / SETTINGS

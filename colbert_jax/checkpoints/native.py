@@ -1,4 +1,4 @@
-"""This library's own layout: `model.safetensors` and `colbert_jax.json`, nothing else.
+"""The layout of this library: `model.safetensors` and `colbert_jax.json`, nothing else.
 
 Tensors have the names of the NNX state and Flax's layout; the JSON holds the architecture, every
 setting and the tokenizer.
@@ -26,10 +26,12 @@ _QUERY = "query_encoder."
 
 
 def detect(folder: Path) -> bool:
+    """Whether `colbert_jax.json` is there."""
     return (folder / FILE).is_file()
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / FILE
     fields = read_object(file)
     if fields.get("version") != VERSION:
@@ -66,7 +68,7 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
     known |= {_QUERY + name for name in names.values()} if separate else set()
     extra = sorted(set(tensors.names()) - known)
     if extra:
-        raise ValueError(f"{tensors.file}: tensors that {FILE} does not speak of: {extra[:5]}")
+        raise ValueError(f"{tensors.file}: tensors that {FILE} does not describe: {extra[:5]}")
     return Checkpoint(
         folder,
         encoder,
@@ -93,6 +95,7 @@ def _name(path: tuple) -> str:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the two files."""
     config = checkpoint.config
     fields: dict[str, Any] = {
         "version": VERSION,

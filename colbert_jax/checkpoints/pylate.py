@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.modules import (
     MODULES,
     SETTINGS,
-    Module,
+    has_modules,
     read_encoder,
+    read_modules,
+    read_settings,
     write_encoder,
     write_modules,
 )
@@ -39,20 +40,25 @@ _KEYS = (
 )
 
 
-def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
-    """Whether a folder of modules is PyLate's: its classes, or any of its settings."""
+def detect(folder: Path) -> bool:
+    """Whether a folder of modules has PyLate's classes or any of its settings."""
+    if not has_modules(folder):
+        return False
+    settings = read_settings(folder)
     return (
         settings.get("model_type") == "ColBERT"
-        or any(module.type.startswith("pylate.") for module in modules)
+        or any(module.type.startswith("pylate.") for module in read_modules(folder))
         or any(key in settings for key in _KEYS)
     )
 
 
-def read(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None
-) -> Checkpoint:
-    """Read what PyLate reads: transformer and Dense modules; others take no part."""
-    used = [m for m in modules if m.kind in ("Transformer", "Dense")]
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder as PyLate does; arguments and errors as for `checkpoints.read_checkpoint`.
+
+    Only transformer and Dense modules are used.
+    """
+    settings = read_settings(folder)
+    used = [m for m in read_modules(folder) if m.kind in ("Transformer", "Dense")]
     checkpoint, transformer = read_encoder(folder, used, (), dim)
     try:
         text = read_text(settings, transformer, checkpoint.tokenizer)

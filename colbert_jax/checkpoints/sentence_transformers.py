@@ -1,4 +1,4 @@
-"""sentence-transformers folders: `MultiVectorEncoder` (version 6), and single-vector models."""
+"""sentence-transformers folders of multi-vector models: `MultiVectorEncoder` (version 6)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from colbert_jax.checkpoints.common import (
     skipped_tokens,
     write_base,
 )
-from colbert_jax.checkpoints.huggingface import new_projection, untrained_text
 from colbert_jax.checkpoints.modules import (
     MODULES,
     SETTINGS,
     Module,
+    has_modules,
     read_encoder,
+    read_modules,
+    read_settings,
     write_encoder,
     write_modules,
 )
 from colbert_jax.config import TextConfig
 from colbert_jax.files import check_types, read_object, write_json
 from colbert_jax.models.backbones import architecture
-from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
@@ -42,17 +43,17 @@ _PACKAGE = "sentence_transformers"
 _TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a " * 2000)
 
 
-def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
+def detect(folder: Path) -> bool:
     """Whether a folder of modules is a MultiVectorEncoder."""
-    return settings.get("model_type") == "MultiVectorEncoder" or any(
-        module.kind == _MASK for module in modules
-    )
+    if not has_modules(folder):
+        return False
+    named = read_settings(folder).get("model_type") == "MultiVectorEncoder"
+    return named or any(module.kind == _MASK for module in read_modules(folder))
 
 
-def read(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None
-) -> Checkpoint:
-    """Read a MultiVectorEncoder."""
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
+    modules, settings = read_modules(folder), read_settings(folder)
     where = folder / MODULES
     kinds = [module.kind for module in modules]
     if _NORMALIZE not in kinds:
@@ -145,41 +146,18 @@ def read_text(
         skiplist_words=tuple(words),
         skiplist_in_queries="query" in tasks,
         keep_only_token_ids=None if not keep else tuple(keep),
-        query_prompt=_prompt(settings, "query"),
-        doc_prompt=_prompt(settings, "document"),
+        query_prompt=prompt(settings, "query"),
+        doc_prompt=prompt(settings, "document"),
     )
 
 
-def _prompt(settings: dict[str, Any], name: str) -> str:
-    """The prompt of this name. The library fills in an empty one where there is none, so its
-    default prompt and its "passage" never reach `encode_query` and `encode_document`."""
-    return (settings.get("prompts") or {}).get(name) or ""
+def prompt(settings: dict[str, Any], name: str) -> str:
+    """Return the prompt of this name, or an empty one.
 
-
-def read_single_vector(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None, seed: int
-) -> Checkpoint:
-    """Read a single-vector model for its token embeddings; pooling and what follows is left out.
-
-    Its Dense modules become the head, as PyLate and sentence-transformers 6 convert them; without
-    one, `dim` adds a projection drawn from `seed`.
+    sentence-transformers fills in an empty prompt where there is none, so its default prompt and
+    its "passage" never reach `encode_query` and `encode_document`.
     """
-    ignored = ("Pooling", _NORMALIZE, "Dropout")
-    wanted = None if not any(m.kind == "Dense" for m in modules) else dim
-    checkpoint, transformer = read_encoder(folder, modules, ignored, wanted)
-    text = untrained_text(checkpoint.encoder.backbone)
-    text = dataclasses.replace(
-        text,
-        lowercase=bool(transformer.get("do_lower_case")),
-        query_prompt=_prompt(settings, "query"),
-        doc_prompt=_prompt(settings, "document"),
-    )
-    checkpoint = checkpoint.with_text_config(text)
-    if dim is None or checkpoint.encoder.head:
-        return checkpoint
-    encoder = EncoderConfig.projecting(checkpoint.encoder.backbone, dim)
-    params = checkpoint.params | {"head": {0: new_projection(encoder, seed)}}
-    return dataclasses.replace(checkpoint, encoder=encoder, params=params)
+    return (settings.get("prompts") or {}).get(name) or ""
 
 
 def longest_text(

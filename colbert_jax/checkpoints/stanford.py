@@ -24,6 +24,7 @@ from colbert_jax.checkpoints.common import (
     save_tensors,
     write_base,
 )
+from colbert_jax.checkpoints.modules import has_dense
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
@@ -56,15 +57,23 @@ _UNSUPPORTED = {
 
 
 def detect(folder: Path) -> bool:
-    """Whether Stanford's metadata file is there, or its projection among the weights."""
+    """Whether Stanford's metadata file is there, or its projection among the weights.
+
+    A folder with a list of modules is Stanford's only if none of them is a Dense module.
+    """
+    if not (folder / "config.json").is_file() or has_dense(folder):
+        return False
     if (folder / METADATA).is_file():
         return True
     found = any((folder / name).is_file() for name in WEIGHT_FILES)
     return found and PROJECTION in find_tensors(folder)
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
-    """Read weights and settings. The projection's width comes from the weights."""
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read weights and settings; arguments and errors as for `checkpoints.read_checkpoint`.
+
+    The projection's width is that of the weights.
+    """
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA

@@ -193,7 +193,7 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
         ({"query_expansion": False}, "stanford", "cannot say query_expansion=False"),
         ({"doc_token_id": None}, "stanford", "needs a marker; doc_token_id is None"),
         ({"query_prompt": "query: "}, "flmr", "cannot say query_prompt='query: '"),
-        ({"skiplist_words": ("the",)}, "stanford", "skiplist has 1 tokens of its own"),
+        ({"skiplist_words": ("the",)}, "stanford", "this checkpoint drops 1 tokens"),
         ({"query_minlen": 8}, "stanford", "cannot say query_minlen=8"),
         ({"query_minlen": 8}, "flmr", "cannot say query_minlen=8"),
         ({"attend_to_mask_tokens": True}, "colbertv1", "cannot say attend_to_mask_tokens=True"),
@@ -202,7 +202,7 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
         ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
         ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
         ({"query_token_id": "[unused1]"}, "flmr", r"\[unused0\] and \[unused1\] with ids 1 and 2"),
-        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, stanford"),
+        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, sentence-"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_before_anything_is_written(
@@ -235,7 +235,7 @@ def test_two_flmr_encoders(tmp_path):
             trees = (jax.tree.leaves(getattr(c, side)) for c in (checkpoint, again))
             for a, b in zip(*trees, strict=True):
                 np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="one encoder, this checkpoint has one of its own"):
+    with pytest.raises(ValueError, match="one encoder, this checkpoint has two"):
         write_checkpoint(checkpoint, tmp_path / "no", "pylate")
 
 
@@ -532,7 +532,7 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
                 f / "model.safetensors", lambda t: t.update(x=np.zeros(3, "f4"))
             ),
             ValueError,
-            r"tensors that colbert_jax\.json does not speak of: \['x'\]",
+            r"tensors that colbert_jax\.json does not describe: \['x'\]",
         ),
         (
             "colbertv1",
