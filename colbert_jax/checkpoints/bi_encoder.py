@@ -14,7 +14,7 @@ from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.files import check_types, read_object
 from colbert_jax.models.pooling import POOLINGS
 
-# sentence-transformers 5 and before say it in one field a way of pooling.
+# sentence-transformers 5 and before have one field for each way of pooling.
 _OLD_FIELDS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -28,9 +28,9 @@ _SIMILARITIES = ("cosine", "dot")
 
 @dataclass(frozen=True)
 class SingleVector:
-    """How a checkpoint's token embeddings become one vector, and what two of them score.
+    """How a checkpoint's token embeddings become one vector, and how two vectors are compared.
 
-    pooling, normalized: as of `models.pooling.sentence_embeddings`.
+    pooling, normalized: as for `models.pooling.sentence_embeddings`.
     similarity: "cosine" or "dot".
     """
 
@@ -40,9 +40,9 @@ class SingleVector:
 
 
 def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
-    """Read a single-vector model of sentence-transformers; the Dense modules are the head.
+    """Read a single-vector model of sentence-transformers, Dense modules as the head.
 
-    Texts are cut to the length that the folder names.
+    Texts are cut to the folder's maximum length.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -54,7 +54,7 @@ def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
     if kinds not in (usual, [*usual, "Normalize"]):
         raise ValueError(
             f"{folder / MODULES}: modules {', '.join(kinds)} in this order are not supported; "
-            "supported: Transformer, Pooling, any Dense, and Normalize or none"
+            "supported: Transformer, Pooling, then Dense modules and Normalize if any"
         )
     similarity = str(settings.get("similarity_fn_name") or "cosine").lower()
     if similarity not in _SIMILARITIES:
@@ -71,7 +71,11 @@ def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
 
 
 def read_plain(folder: Path) -> tuple[Checkpoint, SingleVector]:
-    """Read a plain encoder, whose files say nothing of pooling: the mean, of unit length."""
+    """Read a plain encoder, to be pooled by the mean and normalised: its files have no setting.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
     checkpoint = huggingface.read(folder)
     root = Module("", "Transformer", folder)
     longest = longest_text(checkpoint, [root], modules.transformer_settings(root))

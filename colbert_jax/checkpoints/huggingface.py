@@ -1,4 +1,4 @@
-"""Plain Hugging Face encoders, with or without the head of another task, which is left out."""
+"""Plain Hugging Face encoders; the head of another task is not read."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Ch
 
 
 def new_projection(encoder: EncoderConfig, seed: int) -> dict:
-    """Parameters of a one-layer head, to be trained."""
+    """Draw the parameters of a one-layer head, to be trained."""
     shape = (encoder.backbone.hidden_size, encoder.dim)
     kernel = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     return {"linear": {"kernel": np.asarray(kernel * encoder.backbone.initializer_range)}}
 
 
 def untrained_text(backbone: BackboneConfig) -> TextConfig:
+    """Return text settings for an encoder that was not trained for late interaction."""
     longest = backbone.max_length
     return TextConfig.untrained(query_maxlen=min(128, longest), doc_maxlen=min(512, longest))

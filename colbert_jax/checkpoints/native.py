@@ -1,7 +1,7 @@
 """The layout of this library: `model.safetensors` and `colbert_jax.json`, nothing else.
 
-Tensors have the names of the NNX state and Flax's layout; the JSON holds the architecture, every
-setting and the tokenizer.
+Tensors have the names of the NNX state, and kernels are [in, out] as in Flax; the JSON holds the
+architecture, every setting and the tokenizer.
 """
 
 from __future__ import annotations

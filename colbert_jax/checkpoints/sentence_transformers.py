@@ -38,7 +38,7 @@ _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
 _MASK_TYPES = {"skiplist_words": [str], "keep_only_token_ids": [int]}
 _EXPANSION_TYPES = {"strategy": str, "attend": bool, "token": str, "length": int}
 _PACKAGE = "sentence_transformers"
-# What markers and prompts are compared on. Space around a text is left out: PyLate strips it and
+# Texts that markers and prompts are compared on. None has space around it: PyLate strips it and
 # sentence-transformers does not.
 _TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a " * 2000)
 
@@ -58,7 +58,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     kinds = [module.kind for module in modules]
     if _NORMALIZE not in kinds:
         raise ValueError(
-            f"{where}: no Normalize module: token embeddings that keep their length are not "
+            f"{where}: no Normalize module: token embeddings that are not normalised are not "
             "supported"
         )
     if kinds.index(_NORMALIZE) < max((i for i, k in enumerate(kinds) if k == "Dense"), default=0):
@@ -113,7 +113,7 @@ def read_text(
     tokenizer: ModelTokenizer,
     longest: int,
 ) -> TextConfig:
-    """Text settings of a MultiVectorEncoder, its markers still part of the prompts."""
+    """Read text settings; markers stay part of the prompts (see `prompts_as_markers`)."""
     expansion = transformer.get("query_expansion") or {}
     check_types(Path("query_expansion"), expansion, _EXPANSION_TYPES)
     query_length = transformer.get("query_length")
@@ -163,7 +163,10 @@ def prompt(settings: dict[str, Any], name: str) -> str:
 def longest_text(
     checkpoint: Checkpoint, modules: Sequence[Module], transformer: dict[str, Any]
 ) -> int:
-    """What texts are cut to where no length is set: the tokenizer's, at most the positions."""
+    """Return the maximum length for texts, in tokens, at most the positions of the encoder.
+
+    It is the transformer's setting, else the tokenizer's, else all positions.
+    """
     positions = checkpoint.encoder.backbone.max_length
     given = transformer.get("max_seq_length")
     file = modules[0].folder / "tokenizer_config.json"
@@ -175,7 +178,7 @@ def longest_text(
 
 
 def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Lowercase before the model's own normalizer, so that added tokens keep their case."""
+    """Lowercase before the model's normalizer, so that added tokens keep their case."""
     steps = [normalizers.Lowercase()]
     if tokenizer.normalizer is not None:
         steps.append(tokenizer.normalizer)
@@ -184,12 +187,12 @@ def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what sentence-transformers 6 loads as a MultiVectorEncoder.
+    """Write a folder that sentence-transformers 6 loads as a MultiVectorEncoder.
 
     Markers become prompts: a marker is registered as a special token and put before the text.
 
-    Raises ValueError for what the layout cannot say: FLMR's instructions, an encoder of the
-    queries' own, a marker that the tokenizer does not give back as text.
+    Raises ValueError for a checkpoint that the layout cannot store: FLMR's instructions, a second
+    encoder for queries, a marker that gives other tokens when it is put before the text.
     """
     one_encoder(checkpoint, "sentence-transformers")
     text = checkpoint.config.text
@@ -263,9 +266,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with each marker as text before the prompt.
+    """Return the checkpoint with each marker turned into text before the prompt.
 
-    Raises ValueError where that gives other token ids, tried on a few texts.
+    Raises ValueError if that gives other token ids for one of a few texts.
     """
     text = checkpoint.config.text
     tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer.to_str())
@@ -288,16 +291,16 @@ def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
     after = dataclasses.replace(checkpoint, tokenizer=model).with_text_config(changed)
     if (trial := _differing(checkpoint, after, _TRIALS)) is not None:
         raise ValueError(
-            "the sentence-transformers layout puts markers before the text, and this tokenizer "
-            f"then gives other tokens for {trial[:40]!r}"
+            "the sentence-transformers layout puts markers before the text; with this tokenizer "
+            f"that gives other tokens for {trial[:40]!r}"
         )
     return after
 
 
 def prompts_as_markers(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with the added token at the start of each prompt as a marker.
+    """Return the checkpoint with the added token at the start of each prompt turned into a marker.
 
-    The other layouts have markers. Where that would give other token ids nothing is changed.
+    The other layouts have markers. Nothing is changed if that would give other token ids.
     """
     text = checkpoint.config.text
     added = checkpoint.tokenizer.tokenizer.get_added_tokens_decoder().values()
@@ -322,7 +325,7 @@ def prompts_as_markers(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _differing(before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> str | None:
-    """The first of the texts that the two make different token ids of."""
+    """The first text for which the two give different token ids, or None."""
     old, new = (TextTokenizer(c.tokenizer, c.config.text) for c in (before, after))
     for trial in texts:
         for kind in ("queries", "documents"):

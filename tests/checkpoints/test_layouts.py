@@ -190,16 +190,16 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "layout", "message"),
     [
-        ({"query_expansion": False}, "stanford", "cannot say query_expansion=False"),
+        ({"query_expansion": False}, "stanford", "cannot store query_expansion=False"),
         ({"doc_token_id": None}, "stanford", "needs a marker; doc_token_id is None"),
-        ({"query_prompt": "query: "}, "flmr", "cannot say query_prompt='query: '"),
+        ({"query_prompt": "query: "}, "flmr", "cannot store query_prompt='query: '"),
         ({"skiplist_words": ("the",)}, "stanford", "this checkpoint drops 1 tokens"),
-        ({"query_minlen": 8}, "stanford", "cannot say query_minlen=8"),
-        ({"query_minlen": 8}, "flmr", "cannot say query_minlen=8"),
-        ({"attend_to_mask_tokens": True}, "colbertv1", "cannot say attend_to_mask_tokens=True"),
-        ({"doc_token_id": "[unused0]"}, "colbertv1", "cannot say doc_token_id"),
-        ({"query_minlen": 8}, "pylate", "cannot say query_minlen=8"),
-        ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
+        ({"query_minlen": 8}, "stanford", "cannot store query_minlen=8"),
+        ({"query_minlen": 8}, "flmr", "cannot store query_minlen=8"),
+        ({"attend_to_mask_tokens": True}, "colbertv1", "cannot store attend_to_mask_tokens=True"),
+        ({"doc_token_id": "[unused0]"}, "colbertv1", "cannot store doc_token_id"),
+        ({"query_minlen": 8}, "pylate", "cannot store query_minlen=8"),
+        ({"mask_instruction_token": ":"}, "pylate", "cannot store mask_instruction_token"),
         ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
         ({"query_token_id": "[unused1]"}, "flmr", r"\[unused0\] and \[unused1\] with ids 1 and 2"),
         ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, sentence-"),
@@ -301,7 +301,7 @@ def test_left_truncation_cannot_go_to_prompts(source, tmp_path):
     checkpoint = read_checkpoint(source)
     tokenizer = dataclasses.replace(checkpoint.tokenizer, truncation_side="left")
     left = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="then gives other tokens for"):
+    with pytest.raises(ValueError, match="that gives other tokens for"):
         write_checkpoint(left, tmp_path / "out", "sentence-transformers")
 
 
@@ -391,13 +391,13 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             "pylate",
             lambda f: write_modules(f, TRANSFORMER),
             ValueError,
-            "lists no Dense module, so PyLate would project at random",
+            "lists no Dense module, so PyLate would add a random projection",
         ),
         (
             "pylate",
             lambda f: prefix(f, query_prefix="[Q] "),
             ValueError,
-            r"query_prefix '\[Q\] ' is no token of the tokenizer",
+            r"query_prefix '\[Q\] ' is not a token of the tokenizer",
         ),
         ("pylate", lambda f: prefix(f, query_length="32"), ValueError, "query_length must be int"),
         (
@@ -474,13 +474,13 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             "flmr",
             lambda f: edit_json(f / "config.json", dim=99),
             ValueError,
-            r"config\.json has dim 99, the weights project to 16",
+            r"config\.json has dim 99, but the weights project to 16",
         ),
         (
             "flmr",
             lambda f: edit_json(f / "config.json", separate_query_and_context_text_encoder=True),
             ValueError,
-            "speaks of two text encoders, only the query side",
+            "asks for two text encoders, the weights hold only the query side",
         ),
         (
             "flmr",
