@@ -49,6 +49,8 @@ class _TokenTypesConfig(BackboneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(_TokenTypesConfig):
+    """BERT's configuration."""
+
     model_type: str = "bert"
 
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
@@ -56,6 +58,8 @@ class BertConfig(_TokenTypesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RobertaConfig(_TokenTypesConfig):
+    """The configuration of RoBERTa and XLM-RoBERTa."""
+
     model_type: str = "roberta"
     pad_token_id: int = 1
 
@@ -68,6 +72,8 @@ class RobertaConfig(_TokenTypesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ElectraConfig(_TokenTypesConfig):
+    """ELECTRA's configuration. `embedding_size` is the width of the embeddings."""
+
     model_type: str = "electra"
     embedding_size: int = 128
 
@@ -83,6 +89,8 @@ class ElectraConfig(_TokenTypesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistilBertConfig(BackboneConfig):
+    """DistilBERT's configuration."""
+
     model_type: str = "distilbert"
 
     model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
@@ -164,7 +172,7 @@ class DistilBert(nnx.Module):
     def __call__(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        """Compute the last layer's output, arguments as for `Bert`: float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, jnp.arange(ids.shape[1]))
         return run_post_norm_layers(self.layers, x, attended, train=train)
@@ -187,7 +195,7 @@ class Electra(nnx.Module):
     def __call__(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        """Compute the last layer's output, arguments as for `Bert`: float32[B, L, hidden_size]."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, jnp.arange(ids.shape[1]))
         if self.projection is not None:

@@ -1,8 +1,7 @@
 """What every backbone's architecture has: its configuration, and its entry in the register.
 
-Field names are BERT's, whatever an architecture's own `config.json` calls them; `renamed` maps ours
-to theirs where they differ. Defaults are those that transformers applies to a field that is left
-out. The sizes have no default.
+Fields have BERT's names; where the `config.json` of another architecture has other names, `renamed`
+maps ours to theirs. Defaults are those of transformers. The sizes have no default.
 """
 
 from __future__ import annotations

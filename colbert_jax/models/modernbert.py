@@ -155,6 +155,8 @@ def _every(n: int, layers: int) -> tuple[str, ...]:
 
 
 class ModernBertEmbeddings(nnx.Module):
+    """Normalised word embeddings."""
+
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(config.initializer_range)
         width = config.hidden_size
@@ -166,6 +168,8 @@ class ModernBertEmbeddings(nnx.Module):
 
 
 class ModernBertAttention(nnx.Module):
+    """Self-attention with rotary positions."""
+
     def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         settings = dense(config, dtype, rngs) | {"use_bias": config.attention_bias}
@@ -185,8 +189,8 @@ class ModernBertAttention(nnx.Module):
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         query, key = rotate(query, rotation), rotate(key, rotation)
         y = attend(query, key, value, attended, position_bias, train)
-        # A token with nothing to attend to, within its window, gets zeros, as from transformers 5's
-        # default attention (version 4 averages over everything, padding too).
+        # A token with nothing to attend to within its window gets zeros, as in transformers 5 by
+        # default (version 4 averages over all tokens, padding included).
         allowed = attended[:, None]
         if position_bias is not None:
             allowed = allowed & (position_bias > MASKED)
@@ -195,7 +199,7 @@ class ModernBertAttention(nnx.Module):
 
 
 class ModernBertMlp(nnx.Module):
-    """GeGLU (Shazeer, 2020): one half, activated, gates the other."""
+    """GeGLU (Shazeer, 2020): the first half, activated, gates the second."""
 
     def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -210,6 +214,8 @@ class ModernBertMlp(nnx.Module):
 
 
 class ModernBertLayer(nnx.Module):
+    """A pre-layer-norm layer: attention, then gated units."""
+
     def __init__(self, config: ModernBertConfig, *, first: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = partial(layer_norm, config, config.hidden_size, use_bias=config.norm_bias, rngs=rngs)
         self.attention_norm = None if first else norm()  # the embeddings are normalised already
@@ -242,7 +248,7 @@ class ModernBert(nnx.Module):
     def __call__(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        """Compute the last layer's output, arguments as for `bert.Bert`."""
         config, length = self.config, ids.shape[1]
         rotations = {
             kind: rotary_tables(length, config.head_dim, config.rope_theta(kind))
@@ -271,8 +277,8 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray,
       two float32[L, head_dim / 2].
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # The models were trained with frequencies rounded to float32: at position 8,000 the rounding is
-    # of the order of 1e-4 radians.
+    # The models were trained with frequencies rounded to float32, which at position 8,000 changes
+    # angles by about 1e-4 radians.
     frequencies = np.float32(1) / (np.float64(theta) ** exponents).astype(np.float32)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles), np.sin(angles)

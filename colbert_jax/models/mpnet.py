@@ -1,6 +1,6 @@
 """MPNet (Song et al., 2020): post-layer-norm, with learned biases of relative positions.
 
-The biases, one a head and bucket of distances, are shared by all layers.
+The biases, one for each head and bucket of distances, are shared by all layers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ MAX_DISTANCE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class MPNetConfig(BackboneConfig):
+    """MPNet's configuration."""
+
     model_type: str = "mpnet"
     relative_attention_num_buckets: int = 32
     pad_token_id: int = 1
@@ -71,7 +73,7 @@ class MPNet(nnx.Module):
     def __call__(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        """Compute the last layer's output, arguments as for `bert.Bert`."""
         check_length(ids, self.config.max_length)
         x = self.embeddings(ids, positions_after_padding(ids, self.config.position_padding_id))
         buckets = jnp.asarray(relative_buckets(ids.shape[1], self.config.num_buckets))
@@ -92,7 +94,7 @@ def relative_buckets(length: int, num_buckets: int) -> np.ndarray:
     exact = half // 2
     ahead = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(ahead)
-    # float32, as the models were trained: it decides on which side of an edge a distance falls.
+    # float32, as in training: rounding decides on which side of an edge a distance falls.
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     scaled = np.log(ratio) / np.float32(math.log(MAX_DISTANCE / exact)) * np.float32(half - exact)
     ranged = np.minimum(exact + scaled.astype(np.int32), half - 1)

@@ -1,8 +1,8 @@
 """The fused kernel of `residual.token_maxima` for TPUs (Pallas): decompress, normalise, MaxSim.
 
-One step of the grid holds a tile of tokens of a few documents on the chip: their weights are
-selected from the packed bytes, multiplied with the query by the matrix unit, and reduced to a
-running maximum. XLA's form writes the unpacked bytes of all tokens to memory in between.
+One step of the grid holds a tile of tokens of a few documents on the chip: it selects their weights
+by the packed bytes, multiplies them with the query on the matrix unit, and keeps a running maximum.
+XLA's form writes the unpacked bytes of all tokens to memory in between.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from colbert_jax.scoring.slots import slot_weights
 
 # Tokens of a document in one step: a register has 128 columns.
 _MOST_TOKENS = 128
-# Tokens of a step, of all its documents, those of a document counted as 32 at least.
+# Tokens of all documents of a step; each document counts for 32 at least.
 _STEP = 1024
 _LEAST_TOKENS = 32
 # Tokens whose instructions are interleaved, which hides latency until registers run out. Compiled
 # for a v5e, a step at 4 bits takes 3,000 instructions with 128 of them, 2,340 with 256, 2,060 with
-# 512, and 1,960 with all, which compiles twice as long. The 255 selects of 8 bits hide it alone.
+# 512, and 1,960 with all, which takes twice as long to compile. At 8 bits the 255 selects hide the
+# latency.
 _INTERLEAVED = 512
 
 
@@ -79,8 +80,8 @@ def _kernel(weights, queries, similarity, residuals, scale, maxima, *, length):
     """One step: maxima [1, docs, Lq] over the tiles of tokens so far."""
     _, docs, tokens = scale.shape
     lq = queries.shape[1]
-    # Blocks at the far edges reach past the end of the arrays, where memory holds anything:
-    # tokens there are masked here, documents there are not written back.
+    # Blocks at the far edges reach past the end of the arrays, where memory holds any values:
+    # tokens there are masked, documents there are not written back.
     place = pl.program_id(2) * tokens + jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
     inside = place < length
 
