@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig, TrainingConfig
+from colbert_jax.models.backbones import config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
-from colbert_jax.models.config import config_from_huggingface
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays

@@ -35,8 +35,8 @@ from colbert_jax.flmr.tokenization import (
     model_tokenizer,
     text_settings,
 )
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
-from colbert_jax.models.config import BertConfig
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
 from colbert_jax.text import TextTokenizer, outside_instruction

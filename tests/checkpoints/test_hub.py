@@ -387,7 +387,7 @@ def test_a_repository_without_a_checkpoint(fake, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").touch()
     fake.push(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match=r"has no file of a checkpoint\. .* config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint\. .* config\.json"):
         hub.fetch(ID)
 
 
@@ -455,10 +455,10 @@ def test_what_the_hub_does_not_have(fake, served):
         ("../x", "no such checkpoint folder"),
         ("~/x", "no such checkpoint folder"),
         ("/nowhere/x", "no such checkpoint folder"),
-        ("no such folder", "neither a folder here nor a hub id"),
-        ("a/b@v1", "neither a folder here nor a hub id"),
-        ("a--b/c", "neither a folder here nor a hub id"),
-        ("a/", "neither a folder here nor a hub id"),
+        ("no such folder", "neither a local folder nor a hub id"),
+        ("a/b@v1", "neither a local folder nor a hub id"),
+        ("a--b/c", "neither a local folder nor a hub id"),
+        ("a/", "neither a local folder nor a hub id"),
     ],
 )
 def test_malformed_names(fake, tmp_path, monkeypatch, name, message):
@@ -539,7 +539,7 @@ def test_without_hub_and_cache_the_alternative_is_named(fake, monkeypatch, reaso
     started = time.monotonic()
     with pytest.raises(
         FileNotFoundError,
-        match=rf"^{ID}: .* did not provide it \(.*{message}.*\), nor is it in the cache\. "
+        match=rf"^{ID}: .* did not provide it \(.*{message}.*\) and it is not in the cache\. "
         "Without the hub, download the checkpoint elsewhere and pass its folder",
     ):
         ColBERT.from_pretrained(ID)
@@ -550,7 +550,7 @@ def test_another_revision_is_not_in_the_cache(fake, served, monkeypatch):
     fake.push(served, revision="v1")
     hub.fetch(ID)
     offline(monkeypatch)
-    with pytest.raises(FileNotFoundError, match=rf"^{ID}@v1: .* nor is it in the cache"):
+    with pytest.raises(FileNotFoundError, match=rf"^{ID}@v1: .* and it is not in the cache"):
         hub.fetch(ID, revision="v1")
 
 
@@ -598,7 +598,7 @@ def test_what_another_library_cached_is_not_taken_for_all(fake, served, monkeypa
         folder = Path(huggingface_hub.hf_hub_download(ID, name)).parent
     offline(monkeypatch)
     with pytest.raises(
-        FileNotFoundError, match=r"HF_HUB_OFFLINE is set\); .* may be a part only"
+        FileNotFoundError, match=r"HF_HUB_OFFLINE is set\); .* may be incomplete"
     ) as e:
         hub.fetch(ID)
     assert f": {folder}. Without the hub" in str(e.value)

@@ -9,8 +9,8 @@ from flax import nnx
 from support import SIZES
 
 from colbert_jax import ColBERT, Index, Retriever
+from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes, quantize
-from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.int8 import Int8Linear, quantize_columns
 
 DISTILBERT = dict(vocab_size=53, dim=24, n_layers=2, n_heads=3, hidden_dim=40)
