@@ -39,7 +39,7 @@ class Example(NamedTuple):
     scores: tuple[float, ...] | None
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Examples by position, to be read from any thread.
 
     nway: documents of every example.
@@ -66,7 +66,7 @@ def stanford_examples(
     nway: int | None = None,
     scores: bool = True,
     progress: bool | None = None,
-) -> Source:
+) -> ExampleSource:
     """Stanford ColBERT's training files.
 
     Every line's form, ids and scores are checked here, and that the texts are not empty; of an
@@ -101,7 +101,7 @@ def pair_examples(
     scores: str | None = None,
     nway: int | None = None,
     progress: bool | None = None,
-) -> Source:
+) -> ExampleSource:
     """Texts in JSONL, by field names, or in a TSV, as ColBERTv1's triples of texts are.
 
     Every line is checked here; of a file beyond 1 GB the first 10,000, the others when read.
@@ -149,7 +149,7 @@ def dataset_examples(
     split: str = "train",
     progress: bool | None = None,
     **load: Any,
-) -> Source:
+) -> ExampleSource:
     """A Hugging Face data set, by column names.
 
     The first 10,000 rows are checked here, the others when they are read.
@@ -200,7 +200,7 @@ def dataset_examples(
     return source
 
 
-def concatenate(sources: Sequence[Source]) -> Source:
+def concatenate(sources: Sequence[ExampleSource]) -> ExampleSource:
     """The sources' examples, one source after the other.
 
     Raises:
@@ -404,7 +404,7 @@ class _Records:
 
 
 class _Concatenated:
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[ExampleSource]):
         self._sources = list(sources)
         self._ends = list(itertools.accumulate(map(len, sources)))
         self.nway, self.scored = sources[0].nway, sources[0].scored
@@ -444,7 +444,7 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
     return dataset, name
 
 
-def _check(source: Source, count: int, progress: bool | None) -> None:
+def _check(source: ExampleSource, count: int, progress: bool | None) -> None:
     with progress_bar(count, "checking examples", "line", progress) as bar:
         for i in range(count):
             source[i]

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from colbert_jax.batching import ladder_length, pad_rows
-from colbert_jax.data.examples import Example, Source
+from colbert_jax.data.examples import Example, ExampleSource
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 
 # Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
 _LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     """
 
     number: int
-    batches: list[Batch]
+    batches: list[ExampleBatch]
     stop: bool
     examples: np.ndarray
 
@@ -48,8 +48,8 @@ class Loader:
 
     Documents are sorted by length in each process and cut into groups of one size, each padded to
     its own length. The processes agree on the lengths of every step, so the arrays of a step have
-    the same shapes everywhere and `Batch.order` counts rows of the groups of all processes: in each
-    group those of process 0 come first.
+    the same shapes everywhere and `ExampleBatch.order` counts rows of the groups of all processes:
+    in each group those of process 0 come first.
 
     Set `stop_requested` to ask every process to stop: the flag travels with the steps prepared from
     then on, so it comes up to `ahead` steps later, in all processes with the same step.
@@ -59,7 +59,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: ExampleSource,
         tokenizer: TextTokenizer,
         *,
         bsize: int,
@@ -179,23 +179,25 @@ class Loader:
         whole = self._order.examples(number * bsize, (number + 1) * bsize)
         mine = whole.reshape(self._shape)[:, self._group.index]
         drafts = [self._draft([self._source[int(i)] for i in numbers]) for numbers in mine]
-        said = {
+        local = {
             "lengths": [draft.lengths for draft in drafts],
             "stop": self.stop_requested,
             "run": [self._source.fingerprint, *self._shape, self._nway] if is_first else None,
         }
-        heard = self._group.exchange(f"training step {number}", said, cancelled=self._closed.is_set)
-        for other, theirs in enumerate(heard):
-            if theirs["run"] != heard[0]["run"]:
+        everyone = self._group.exchange(
+            f"training step {number}", local, cancelled=self._closed.is_set
+        )
+        for process, remote in enumerate(everyone):
+            if remote["run"] != everyone[0]["run"]:
                 raise ValueError(
-                    f"process {other} reads other training data, or the same with other settings, "
-                    "than process 0"
+                    f"process {process} reads other training data, or the same with other "
+                    "settings, than process 0"
                 )
-        lengths = np.max([theirs["lengths"] for theirs in heard], axis=0)
+        lengths = np.max([remote["lengths"] for remote in everyone], axis=0)
         return Step(
             number,
             [self._finish(*pair) for pair in zip(drafts, lengths.tolist(), strict=True)],
-            any(theirs["stop"] for theirs in heard),
+            any(remote["stop"] for remote in everyone),
             mine.reshape(-1),
         )
 
@@ -211,7 +213,7 @@ class Loader:
             scores = np.array([example.scores[: self._nway] for example in examples], np.float32)  # type: ignore[index]
         return _Draft(queries, documents, groups, lengths, scores)
 
-    def _finish(self, draft: _Draft, lengths: list[int]) -> Batch:
+    def _finish(self, draft: _Draft, lengths: list[int]) -> ExampleBatch:
         text, tokenizer = self._tokenizer.config, self._tokenizer
         queries = _rows(
             draft.queries.ids,
@@ -230,7 +232,7 @@ class Loader:
             )
             for group, length in zip(draft.groups, lengths[1:], strict=True)
         )
-        return Batch(queries, documents, self._global_order(draft.groups), draft.scores)
+        return ExampleBatch(queries, documents, self._global_order(draft.groups), draft.scores)
 
     def _query_length(self, length: int) -> int:
         text = self._tokenizer.config
@@ -321,10 +323,10 @@ def _num_groups(rows: int, devices: int, most: int) -> int:
     return max(fitting, default=1)
 
 
-def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any) -> Rows:
+def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any) -> TokenBatch:
     """Padded to [N, length]; padding is not kept."""
     kept = [keep(row) for row in ids]
-    return Rows(
+    return TokenBatch(
         pad_rows(ids, len(ids), length, pad),
         np.asarray(attended, np.int32),
         pad_rows(kept, len(ids), length, False),

@@ -45,17 +45,17 @@ def trainable(config: TrainingConfig, tree: dict) -> dict:
     return tree | {"backbone": {"layers": layers} | after}
 
 
-def merged(tree: Any, changed: Any) -> Any:
+def with_changes(tree: Any, changed: Any) -> Any:
     """The tree with the leaves of `changed`, which has some of its branches."""
     if not isinstance(tree, dict):
         return changed
-    return tree | {name: merged(tree[name], branch) for name, branch in changed.items()}
+    return tree | {name: with_changes(tree[name], branch) for name, branch in changed.items()}
 
 
 def init_moments(config: TrainingConfig, params: dict) -> dict:
     """The optimiser's state: one for each part of the parameters, of what is trained in it."""
-    moving = trainable(config, params)
-    return {part: _adamw(config).init(values) for part, values in moving.items()}
+    selected = trainable(config, params)
+    return {part: _adamw(config).init(values) for part, values in selected.items()}
 
 
 def apply_gradients(
@@ -76,12 +76,12 @@ def apply_gradients(
     factor = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-12))
     gradients = jax.tree.map(lambda g: g * factor, gradients)
     params, moments, rates = dict(params), dict(moments), {}
-    moving = trainable(config, params)
+    selected = trainable(config, params)
     for part, gradient in gradients.items():
         peak = config.lr if part != "head" else config.head_lr or config.lr
         rate = schedule(config, peak)(step)
-        updates, moments[part] = _adamw(config).update(gradient, moments[part], moving[part])
+        updates, moments[part] = _adamw(config).update(gradient, moments[part], selected[part])
         updates = jax.tree.map(lambda u, rate=rate: -rate * u, updates)
-        params[part] = merged(params[part], optax.apply_updates(moving[part], updates))
+        params[part] = with_changes(params[part], optax.apply_updates(selected[part], updates))
         rates["lr" if part == "backbone" else "head_lr"] = rate
     return params, moments, {"grad_norm": norm} | rates

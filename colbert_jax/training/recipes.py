@@ -16,7 +16,7 @@ from colbert_jax.checkpoints import detect_layout, hub
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TextConfig, TrainingConfig
 from colbert_jax.data.examples import (
-    Source,
+    ExampleSource,
     concatenate,
     pair_examples,
     stanford_examples,
@@ -227,7 +227,9 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
     model = load_model(recipe)
     coupled = _coupled_teacher(recipe, model)
 
-    def stage(model: ColBERT, source: Source, folder: Path, config: TrainingConfig) -> Trained:
+    def stage(
+        model: ColBERT, source: ExampleSource, folder: Path, config: TrainingConfig
+    ) -> Trained:
         own = coupled if config.coupled_weight else None
         return train(model, source, folder, config, teacher=own, dev=dev, overwrite=overwrite)
 
@@ -272,7 +274,10 @@ RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
 
 
 def _one_run(
-    recipe: ColBERTv1 | Distillation, examples: Source, dev: DevCollection | None, overwrite: bool
+    recipe: ColBERTv1 | Distillation,
+    examples: ExampleSource,
+    dev: DevCollection | None,
+    overwrite: bool,
 ) -> Trained:
     model = load_model(recipe)
     return train(
@@ -294,13 +299,13 @@ def _coupled_teacher(recipe: Recipe, model: ColBERT) -> ColBERT | None:
     return ColBERT.from_pretrained(recipe.coupled_teacher, **text)
 
 
-def _pairs(file: str, config: TrainingConfig) -> Source:
+def _pairs(file: str, config: TrainingConfig) -> ExampleSource:
     """Texts: a query, a positive, and negatives where the settings ask for more documents."""
     negatives = "negatives" if (config.nway or 1) > 1 else None
     return pair_examples(file, negatives=negatives, nway=config.nway)
 
 
-def _triples(file: str, queries: str, collection: str, config: TrainingConfig) -> Source:
+def _triples(file: str, queries: str, collection: str, config: TrainingConfig) -> ExampleSource:
     return stanford_examples(file, queries, collection, nway=config.nway, scores=False)
 
 

@@ -19,13 +19,13 @@ from colbert_jax.models.colbert import EncoderConfig, make_encoder
 from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
-from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.optimizer import apply_gradients, init_moments, merged, trainable
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
+from colbert_jax.training.optimizer import apply_gradients, init_moments, trainable, with_changes
 
 State = dict[str, Any]  # params, moments, step
 
 
-class Fixed(NamedTuple):
+class CoupledTeacher(NamedTuple):
     """A coupled teacher on the devices.
 
     params: its parameters.
@@ -49,7 +49,7 @@ def make_loss(
     mesh: Mesh | None = None,
     teachers: Sequence[EncoderConfig] = (),
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """The loss of a batch as a function of (params, batch, key, a `Fixed` of each teacher).
+    """The loss of a batch as a function of (params, batch, key, coupled teachers).
 
     Args:
       dtype: of the dense layers' computation.
@@ -62,21 +62,23 @@ def make_loss(
     embed_trained = _make_embed(encoder, config, dtype, mesh, training=True)
     embed_fixed = [_make_embed(t, config, dtype, mesh, training=False) for t in teachers]
 
-    def loss(params: dict, batch: Batch, key: jax.Array, fixed: Sequence[Fixed] = ()):
+    def loss(
+        params: dict, batch: ExampleBatch, key: jax.Array, fixed: Sequence[CoupledTeacher] = ()
+    ):
         embedded = embed_trained(params, batch, key)
         coupled = None
         if config.coupled_weight:
             seen = [
-                embed(own.params, _translated(batch, own.ids), key)
+                embed(own.params, _with_teacher_ids(batch, own.ids), key)
                 for embed, own in zip(embed_fixed, fixed, strict=True)
             ]
-            coupled = matches(config, *_side_by_side(seen), mesh)
+            coupled = matches(config, *_concatenated(seen), mesh)
         return score_loss(config, *embedded, batch.scores, mesh, coupled)
 
     return loss
 
 
-def _side_by_side(
+def _concatenated(
     seen: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embeddings whose similarity is the mean of the teachers', of the same tokens."""
@@ -113,7 +115,7 @@ def matches(
     return all_pairs_scores(tokens, documents, mask, mesh=mesh).reshape(batch, length, -1)
 
 
-def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
+def _with_teacher_ids(batch: ExampleBatch, ids: jax.Array | None) -> ExampleBatch:
     """The batch in a teacher's ids."""
     if ids is None:
         return batch
@@ -125,13 +127,13 @@ def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
 
 def _make_embed(
     encoder: EncoderConfig, config: TrainingConfig, dtype: Any, mesh: Mesh | None, training: bool
-) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[dict, ExampleBatch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """A function of (params, batch, key) that gives embeddings float32[B, Lq, D] of the queries and
     float32[B * W, Ld, D] of the documents, and bool[B * W, Ld], which of the latter are tokens.
     """
 
-    def embed_rows(params: dict, rows: Rows, keys: jax.Array) -> jax.Array:
-        def run(params: dict, part: tuple[Rows, jax.Array]) -> jax.Array:
+    def embed_rows(params: dict, rows: TokenBatch, keys: jax.Array) -> jax.Array:
+        def run(params: dict, part: tuple[TokenBatch, jax.Array]) -> jax.Array:
             rows, keys = part
             train = TrainMode(keys, config.dropout, config.remat) if training else None
             return make_encoder(encoder, params, dtype)(*rows, train=train)
@@ -148,7 +150,7 @@ def _make_embed(
             embed_rows, mesh=mesh, in_specs=(PartitionSpec(), each, each), out_specs=each
         )
 
-    def embed_groups(params: dict, groups: tuple[Rows, ...], keys: jax.Array):
+    def embed_groups(params: dict, groups: tuple[TokenBatch, ...], keys: jax.Array):
         """float32[N, L, D] and bool[N, L] of groups laid end to end; L is the longest group's."""
         longest = max(rows.ids.shape[1] for rows in groups)
         parts, masks, start = [], [], 0
@@ -160,7 +162,7 @@ def _make_embed(
             masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
         return jnp.concatenate(parts), jnp.concatenate(masks)
 
-    def embed(params: dict, batch: Batch, key: jax.Array):
+    def embed(params: dict, batch: ExampleBatch, key: jax.Array):
         keys = jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
         queries, _ = embed_groups(params, (batch.queries,), keys)
         # A document's random numbers go with it, whichever group it is in.
@@ -264,25 +266,25 @@ def make_gradients(
     @partial(jax.jit, static_argnames="trained")
     def gradients(
         params: dict,
-        batch: Batch,
+        batch: ExampleBatch,
         step,
         number,
         trained: tuple[str, ...],
-        fixed: Sequence[Fixed] = (),
+        fixed: Sequence[CoupledTeacher] = (),
     ):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number)
 
         def of(part: dict):
-            return loss(merged(params, part), batch, key, fixed)
+            return loss(with_changes(params, part), batch, key, fixed)
 
-        def moving(tree: dict) -> dict:
+        def trainable_params(tree: dict) -> dict:
             kept = trainable(config, tree)
             return {name: kept[name] for name in trained}
 
-        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(moving(params))
+        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(trainable_params(params))
         if shardings is not None:
-            wanted = moving(shardings)
+            wanted = trainable_params(shardings)
             grads = jax.lax.with_sharding_constraint(grads, wanted)
         return jax.tree.map(lambda x: x / config.accumsteps, (grads, {"loss": total} | parts))
 

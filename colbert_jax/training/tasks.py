@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colbert_jax.config import TrainingConfig
-from colbert_jax.data.examples import Source
+from colbert_jax.data.examples import ExampleSource
 from colbert_jax.training.loader import Loader, Step
 
 # Settings that say what a step learns; all others are the run's.
-OWN = (
+TASK_SETTINGS = (
     "loss",
     "nway",
     "use_ib_negatives",
@@ -44,11 +44,11 @@ class Task:
 
     name: of its metrics, before a slash.
     share: of all steps, between 0 and 1.
-    settings: those of `OWN` that differ from the run's.
+    settings: those of `TASK_SETTINGS` that differ from the run's.
     """
 
     name: str
-    examples: Source
+    examples: ExampleSource
     share: float
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,11 +59,11 @@ class Task:
             )
         if not 0 < self.share < 1:
             raise ValueError(f"task {self.name}: share must be in (0, 1), got {self.share}")
-        foreign = sorted(set(self.settings) - set(OWN))
+        foreign = sorted(set(self.settings) - set(TASK_SETTINGS))
         if foreign:
             raise ValueError(
                 f"task {self.name}: {', '.join(foreign)} cannot differ between tasks; these can: "
-                f"{', '.join(OWN)}"
+                f"{', '.join(TASK_SETTINGS)}"
             )
 
     def config(self, run: TrainingConfig) -> TrainingConfig:
@@ -71,7 +71,7 @@ class Task:
         return dataclasses.replace(run, **self.settings)
 
 
-def turns(shares: Sequence[float]) -> Iterator[int]:
+def task_order(shares: Sequence[float]) -> Iterator[int]:
     """The task of every step, without end.
 
     A step is that of the task furthest behind its share: after n steps each has had its share of
@@ -84,7 +84,7 @@ def turns(shares: Sequence[float]) -> Iterator[int]:
         yield task
 
 
-class Turns:
+class Mixture:
     """Steps of several loaders in turn: pairs of task and `Step`, whose number is the run's.
 
     A context manager, which closes the loaders.
@@ -98,7 +98,7 @@ class Turns:
     def __init__(
         self, shares: Sequence[float], loaders: Sequence[Callable[[int], Loader]], start: int = 0
     ):
-        self._turns, self._number = turns(shares), start
+        self._turns, self._number = task_order(shares), start
         done = Counter(itertools.islice(self._turns, start))
         with ExitStack() as stack:
             self._loaders = [
@@ -120,7 +120,7 @@ class Turns:
         for loader in self._loaders:
             loader.stop_requested = True
 
-    def __enter__(self) -> Turns:
+    def __enter__(self) -> Mixture:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -27,10 +27,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from colbert_jax import processes, runtime
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.data.examples import Source
+from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.progress import progress_bar
-from colbert_jax.training.batch import Batch
+from colbert_jax.training.batch import ExampleBatch
 from colbert_jax.training.loader import Loader, check_divides
 from colbert_jax.training.metrics import Metrics
 from colbert_jax.training.state import (
@@ -39,8 +39,8 @@ from colbert_jax.training.state import (
     check_run,
     parameter_sharding,
 )
-from colbert_jax.training.step import Fixed, init_state, make_gradients, make_update
-from colbert_jax.training.tasks import OWN, Task, Turns
+from colbert_jax.training.step import CoupledTeacher, init_state, make_gradients, make_update
+from colbert_jax.training.tasks import TASK_SETTINGS, Mixture, Task
 
 BEST = "nDCG@10"  # what "best" means
 
@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
 def train(
     model: ColBERT,
-    examples: Source,
+    examples: ExampleSource,
     folder: str | Path,
     config: TrainingConfig | None = None,
     *,
@@ -133,7 +133,7 @@ def train(
             "teacher": " ".join(t.fingerprint() for t in teachers) or None,
             "tasks": [
                 {"name": task.name, "share": task.share, "examples": task.examples.fingerprint}
-                | {name: getattr(own, name) for name in OWN}
+                | {name: getattr(own, name) for name in TASK_SETTINGS}
                 for task, own in zip(tasks, configs[1:], strict=True)
             ],
         }
@@ -171,7 +171,7 @@ def train(
 
         metrics = stack.enter_context(Metrics(folder, first, write=group.is_first))
         best = _Best(folder, metrics.history())
-        steps = Turns(
+        steps = Mixture(
             shares,
             [
                 partial(_loader, model, source, own, local, group)
@@ -255,7 +255,7 @@ def train(
 
 
 def _check(
-    model: ColBERT, examples: Source, config: TrainingConfig, devices: int
+    model: ColBERT, examples: ExampleSource, config: TrainingConfig, devices: int
 ) -> TrainingConfig:
     """What must fit together; the settings with the number of documents a query filled in."""
     check_divides(config.bsize, config.accumsteps, jax.process_count(), devices)
@@ -321,17 +321,19 @@ def _check_teachers(
     return translations
 
 
-def _fixed(teacher: ColBERT, ids: np.ndarray | None, mesh: Mesh, config: TrainingConfig) -> Fixed:
+def _fixed(
+    teacher: ColBERT, ids: np.ndarray | None, mesh: Mesh, config: TrainingConfig
+) -> CoupledTeacher:
     """A coupled teacher on the devices, spread over them as the model is."""
     where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
     params = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return Fixed(params, None if ids is None else jax.device_put(ids, everywhere))
+    return CoupledTeacher(params, None if ids is None else jax.device_put(ids, everywhere))
 
 
 def _loader(
     model: ColBERT,
-    source: Source,
+    source: ExampleSource,
     config: TrainingConfig,
     devices: int,
     group: processes.Group,
@@ -357,7 +359,7 @@ def _batch_putter(mesh: Mesh):
     """A function that puts a batch, of which this process has its rows, onto the devices."""
     rows = NamedSharding(mesh, PartitionSpec("data"))
 
-    def put(batch: Batch) -> Batch:
+    def put(batch: ExampleBatch) -> ExampleBatch:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     return put

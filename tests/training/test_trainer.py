@@ -21,7 +21,7 @@ from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import stanford_examples
 from colbert_jax.evaluation.dev import DevCollection
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.state import Checkpoints
 from colbert_jax.training.step import make_gradients
 from colbert_jax.training.trainer import train
@@ -251,8 +251,10 @@ def test_gradients_of_what_is_not_frozen(stanford_folder):
     """They are those of training everything."""
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
     ids = np.random.default_rng(0).integers(10, 200, (8, 12)).astype(np.int32)
-    rows = Rows(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
-    batch = Batch(Rows(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None)
+    rows = TokenBatch(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
+    batch = ExampleBatch(
+        TokenBatch(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None
+    )
 
     def of(freeze_layers: int) -> dict:
         config = changed(loss="cross-entropy", freeze_layers=freeze_layers)
