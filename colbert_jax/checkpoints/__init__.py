@@ -19,7 +19,8 @@ from colbert_jax.checkpoints import (
     sentence_transformers,
     stanford,
 )
-from colbert_jax.checkpoints.common import Checkpoint, check_free, publishing
+from colbert_jax.checkpoints.common import Checkpoint
+from colbert_jax.files import check_free, publishing
 
 __all__ = [
     "LAYOUTS",

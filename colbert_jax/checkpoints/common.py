@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import string
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,37 +278,6 @@ def skipped_tokens(checkpoint: Checkpoint) -> list[str]:
     tokens = [str(to_token(i)) for i in sorted(ids)]
     usual = [char for char in string.punctuation if char in tokens]
     return usual + [token for token in tokens if token not in usual]
-
-
-def check_free(folder: Path) -> None:
-    """Raises FileExistsError where `folder` exists and is not an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another place")
-
-
-@contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` when all is written.
-
-    Raises FileExistsError where `folder` exists and is not empty.
-    """
-    check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rmdir()
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from colbert_jax.files import replacing
 from colbert_jax.search.arrays import Hits
 
 
@@ -17,10 +17,7 @@ def write_run(path: str | Path, qids: Sequence[str], hits: Hits, pids: Any) -> N
       qids: [B] query ids.
       pids: the collection's document ids by position: `Index.ids`, or a list.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(Path(path)) as stream:
         for qid, ids, scores in zip(qids, hits.positions, hits.scores, strict=True):
             for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
                 stream.write(f"{qid}\t{pids[int(i)]}\t{rank}\t{score:.6f}\n")
-    os.replace(temporary, path)

@@ -7,8 +7,6 @@ Every method is a pure function of `params` (by default the model's own), so tha
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from colbert_jax.checkpoints import flmr, hub, read_checkpoint
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import write_json
+from colbert_jax.files import replacing_files, write_json
 from colbert_jax.flmr.configuration import FLMRConfig
 from colbert_jax.flmr.outputs import (
     FLMRContextEncoderOutput,
@@ -156,20 +154,13 @@ class FLMRModelForRetrieval:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint with both tokenizers; files of the same names are replaced."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".draft.", dir=folder) as draft:
-            flmr.write(self.checkpoint(), Path(draft))
+        with replacing_files(Path(folder)) as draft:
+            flmr.write(self.checkpoint(), draft)
             fields = self.config.to_diff_dict() | {
                 "architectures": ["FLMRModelForRetrieval"],
                 "separate_query_and_context_text_encoder": "query" in self.params,
             }
-            write_json(Path(draft) / "config.json", fields | _TEXT_ONLY)
-            for file in sorted(Path(draft).rglob("*")):
-                if file.is_file():
-                    target = folder / file.relative_to(draft)
-                    target.parent.mkdir(exist_ok=True)
-                    os.replace(file, target)
+            write_json(draft / "config.json", fields | _TEXT_ONLY)
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""

@@ -13,11 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, t
 from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
+from colbert_jax.files import checksum, lock, lock_file, recover, unlock_file, write_json
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
@@ -94,7 +93,7 @@ def build_index(
             state = _State(building, group)
             try:
                 if group.is_first:
-                    fmt.recover(path)
+                    recover(path)
                     _check_free(path, overwrite)  # another process may have published since
                 source = make_source()
                 check_packable(source.dim, config.nbits)
@@ -249,7 +248,7 @@ class _State:
         self._commit()
 
     def _commit(self) -> None:
-        fmt.write_json(self._file, self._values)
+        write_json(self._file, self._values)
 
 
 def _sample(
@@ -494,8 +493,8 @@ def _finish(
         **{f"num_{name}_bytes": size for name, size in kept.items()},
     }
     names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
-    metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
-    fmt.write_json(folder / fmt.METADATA, metadata)
+    metadata["checksums"] = {name: checksum(folder / name) for name in names}
+    write_json(folder / fmt.METADATA, metadata)
     state.update(finished=1)
 
 
@@ -532,58 +531,17 @@ def _locked(folder: Path, group: Group | None = None) -> Iterator[None]:
     try:
         if group.is_first:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _take(file, shared=False)
+            descriptor = lock_file(file)
             folder.mkdir(exist_ok=True)
             if descriptor is not None and group.count > 1:
-                _flock(descriptor, shared=True)
+                lock(descriptor, shared=True)
         has_locks = group.exchange("the lock", descriptor is not None)[0]
         if not group.is_first:
             _await(folder.is_dir, folder, group)
-            descriptor = _take(file, shared=True) if has_locks else None
+            descriptor = lock_file(file, shared=True) if has_locks else None
         group.exchange("all locks")
         yield
     except BlockingIOError:
         raise RuntimeError(f"{folder}: another process is building this index") from None
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # somebody else of the group is still there
-                _flock(descriptor, shared=False)
-                file.unlink()
-            os.close(descriptor)
-
-
-def _take(file: Path, *, shared: bool) -> int | None:
-    """A descriptor that holds the lock on a file; None where there are no locks.
-
-    Raises BlockingIOError if somebody else holds it.
-    """
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:  # Windows
-        return None
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _flock(descriptor, shared=shared)
-            # Who held it before may have deleted it since it was opened.
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-                return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise
-        except OSError as error:
-            os.close(descriptor)
-            file.unlink(missing_ok=True)
-            warnings.warn(
-                f"{file}: this file system has no locks ({error}); make sure that nobody else "
-                "builds here",
-                stacklevel=2,
-            )
-            return None
-
-
-def _flock(descriptor: int, *, shared: bool) -> None:
-    import fcntl
-
-    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        unlock_file(file, descriptor)

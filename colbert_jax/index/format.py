@@ -20,18 +20,17 @@ from __future__ import annotations
 import json
 import operator
 import os
-import shutil
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from colbert_jax.files import previous_folder, replace_folder
+
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
-_PREVIOUS = ".previous"
 _BUILDING = ".building"
 
 
@@ -168,23 +167,9 @@ def _locate(path: Path) -> Path:
     return aside if not path.exists() and (aside / METADATA).is_file() else path
 
 
-def checksum(file: Path) -> int:
-    """CRC-32 of a file, read in blocks."""
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
 def building_folder(path: Path) -> Path:
     """Where an index is put together before it is published: a sibling, on the same file system."""
     return path.with_name(path.name + _BUILDING)
-
-
-def previous_folder(path: Path) -> Path:
-    """Where the former index is while a new one takes its place."""
-    return path.with_name(path.name + _PREVIOUS)
 
 
 def publish(building: Path, path: Path) -> None:
@@ -194,32 +179,7 @@ def publish(building: Path, path: Path) -> None:
     two renames leaves the old one aside, where readers look too and `recover` brings it back.
     Only the process that holds the building folder may call this.
     """
-    previous = previous_folder(path)
-    sync_folder(building)
-    if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(path, previous)
-    os.rename(building, path)
-    sync_folder(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Bring back the index that an interrupted `publish` had moved aside; for builders only."""
-    previous = previous_folder(path)
-    if not path.exists() and (previous / METADATA).is_file():
-        os.rename(previous, path)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    replace_folder(building, path)
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -227,16 +187,6 @@ def write_array(file: Path, array: np.ndarray) -> None:
         np.save(stream, array, allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable (where the system can open folders)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class ArrayWriter:

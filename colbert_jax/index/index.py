@@ -18,6 +18,7 @@ from colbert_jax import runtime
 from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
+from colbert_jax.files import checksum, resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.sources import EmbeddingSource, PassageSource
@@ -304,7 +305,7 @@ class Index:
     def verify(self) -> None:
         """Read every file and compare checksums. Raises ValueError naming the damaged file."""
         for name, expected in self.metadata["checksums"].items():
-            if fmt.checksum(self.path / name) != expected:
+            if checksum(self.path / name) != expected:
                 raise fmt.IndexFormatError(f"{self.path / name}: damaged: its checksum differs")
 
     def _checked(self, queries: Any) -> np.ndarray:
@@ -377,8 +378,3 @@ def describe(model: ColBERT) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """A Python number for a numpy scalar, anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def resolved(path: str | os.PathLike) -> Path:
-    """The real place of an index folder: `~`, `.` and links followed."""
-    return Path(path).expanduser().resolve()

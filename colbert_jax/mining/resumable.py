@@ -11,8 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from colbert_jax.files import read_object, short_json
-from colbert_jax.index.format import write_json
+from colbert_jax.files import read_object, short_json, write_json
 
 
 class BlockFile:

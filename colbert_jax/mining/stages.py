@@ -34,9 +34,8 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.data.collections import json_value, read_collection, read_queries
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
-from colbert_jax.files import read_object
+from colbert_jax.files import read_object, write_json
 from colbert_jax.index import Index
-from colbert_jax.index.format import write_json
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,

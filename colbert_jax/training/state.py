@@ -20,8 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import processes
 from colbert_jax.config import TrainingConfig
-from colbert_jax.files import read_object, short_json
-from colbert_jax.index.format import write_json
+from colbert_jax.files import read_object, short_json, write_json
 from colbert_jax.training.step import State
 
 RUN = "run.json"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import unit_rows, write_stanford
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, files
 from colbert_jax.index import format as fmt
 
 
@@ -208,7 +208,7 @@ def test_no_index(tmp_path):
 
 
 def test_interrupted_publish_is_readable_and_healed_by_the_next_build(copy, model):
-    aside = fmt.previous_folder(copy)
+    aside = files.previous_folder(copy)
     copy.rename(aside)
     assert len(Index.open(copy)) == 120 and aside.exists() and not copy.exists()
     with pytest.raises(FileExistsError, match="pass overwrite=True"):

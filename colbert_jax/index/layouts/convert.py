@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.files import checksum, recover, resolved, write_json
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import _check_free, _locked
-from colbert_jax.index.index import describe, resolved
+from colbert_jax.index.index import describe
 from colbert_jax.index.inverted import write_inverted_lists
 from colbert_jax.index.layouts.fastplaid import read_fastplaid
 from colbert_jax.index.layouts.stanford import (
@@ -98,7 +99,7 @@ def convert_index(
     building = fmt.building_folder(path)
     building.mkdir(parents=True, exist_ok=True)
     with _locked(building):
-        fmt.recover(path)
+        recover(path)
         _check_free(path, overwrite)  # another process may have published since
         try:
             for left in building.iterdir():
@@ -221,8 +222,8 @@ def _write_ours(
         **{f"num_{name}_bytes": size for name, size in columns.items()},
     }
     names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
-    metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
-    fmt.write_json(folder / fmt.METADATA, metadata)
+    metadata["checksums"] = {name: checksum(folder / name) for name in names}
+    write_json(folder / fmt.METADATA, metadata)
 
 
 def _write_passages(

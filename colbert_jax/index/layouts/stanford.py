@@ -7,7 +7,6 @@ Older indexes differ in the inverted lists (`ivf.pt`) and in types, which are al
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.index.format import IndexFormatError, write_json
+from colbert_jax.files import replacing, write_json
+from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
     StoredIndex,
     make_codec,
@@ -253,10 +253,8 @@ def write_ids(folder: Path, pids: Iterable[str]) -> None:
 
 
 def _write_text(file: Path, parts: Iterable[str]) -> None:
-    with file.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(file) as stream:
         stream.writelines(parts)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _streamed(dtype: Any, shape: tuple[int, ...], blocks: Any) -> Streamed:
