@@ -35,8 +35,7 @@ from colbert_jax.scoring.gradient import all_pairs_scores
 from colbert_jax.scoring.maxsim import maxsim_all_pairs
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.loader import Loader
-from colbert_jax.training.state import parameter_sharding
-from colbert_jax.training.step import init_state, make_gradients, make_update
+from colbert_jax.training.step import init_state, make_gradients, make_update, parameter_sharding
 
 
 def main() -> None:

@@ -50,8 +50,7 @@ from colbert_jax.mining.stages import make_examples, retrieve
 from colbert_jax.models.colbert import unit_length
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
-from colbert_jax.training.optimizer import apply_gradients, init_moments
-from colbert_jax.training.step import matches, score_loss
+from colbert_jax.training.step import apply_gradients, init_moments, matches, score_loss
 
 ROUNDS = ("round1", "round2")
 DIM, NBITS = 128, 2

@@ -11,7 +11,7 @@ from colbert_jax.data.examples import (
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import LateInteraction, load_teacher
-from colbert_jax.training.tasks import Task
+from colbert_jax.training.loader import Task
 from colbert_jax.training.trainer import Trained, train
 
 __all__ = [

@@ -19,7 +19,7 @@ from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.build import build_index
 from colbert_jax.training import Task, stanford_examples, train
-from colbert_jax.training.tasks import TASK_SETTINGS
+from colbert_jax.training.loader import TASK_SETTINGS
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")

@@ -11,8 +11,7 @@ import pytest
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.training import Task, pair_examples, train
-from colbert_jax.training.loader import Step
-from colbert_jax.training.tasks import Mixture, task_order
+from colbert_jax.training.loader import Mixture, Step, task_order
 
 pytestmark = pytest.mark.usefixtures("one_length")
 SETTINGS = TrainingConfig(
