@@ -21,11 +21,23 @@ from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, checked_text
 from colbert_jax.progress import progress_bar
 
-_CHECKED_BYTES = 1 << 30  # a file up to this size is checked whole before training
-_CHECKED_FIRST = 10_000  # examples of a larger one
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
 _INSTALL = 'pip install "colbert-jax[train]"'
+
+
+class Check(NamedTuple):
+    """How much of the examples is read and checked before training.
+
+    whole: bytes of the largest file that is checked whole.
+    first: examples that are checked of a larger file, or of a data set.
+    """
+
+    whole: int = 1 << 30
+    first: int = 10_000
+
+
+CHECK = Check()
 
 
 class Example(NamedTuple):
@@ -60,23 +72,26 @@ class ExampleSource(Protocol):
 
 def stanford_examples(
     examples: str | Path,
-    queries: str | Path,
-    collection: str | Path,
+    queries: str | Path | Texts,
+    collection: str | Path | Texts,
     *,
     nway: int | None = None,
     scores: bool = True,
+    check: Check = CHECK,
     progress: bool | None = None,
 ) -> ExampleSource:
     """Stanford ColBERT's training files.
 
     Every line's form, ids and scores are checked here, and that the texts are not empty; of an
-    examples file beyond 1 GB the first 10,000 lines, the others when they are read.
+    examples file beyond 1 GB the first 10,000 lines (`check`), the others when they are read.
 
     Args:
       examples: JSONL of `[qid, pid+, pid-, ...]` or `[qid, [pid, score], ...]`, the positive first,
         or v1's TSV of `qid, pid+, pid-`.
-      queries: TSV of `qid, text` (further columns are ignored), or JSONL with `qid` and `question`.
-      collection: what `evaluation.read_collection` reads.
+      queries: TSV of `qid, text` (further columns are ignored), or JSONL with `qid` and `question`;
+        or `Texts.queries` of it.
+      collection: what `read_collection` reads, or `Texts.passages` of it, for several examples
+        files to share.
       nway: how many passages of each line to take, from the left; None: as many as the first has.
       scores: False: leave scores out.
       progress: whether to show a bar while checking; None: on a terminal.
@@ -86,9 +101,10 @@ def stanford_examples(
         lines only, an id that is unknown or there twice, fewer passages than `nway`, an empty text.
     """
     lines = Lines(examples)
-    texts = Texts.queries(queries), Texts.passages(collection)
-    source = _StanfordExamples(lines, *texts, nway, scores)
-    source.check(_number_to_check(lines), progress)
+    queries = queries if isinstance(queries, Texts) else Texts.queries(queries)
+    passages = collection if isinstance(collection, Texts) else Texts.passages(collection)
+    source = _StanfordExamples(lines, queries, passages, nway, scores)
+    source.check(_number_to_check(lines, check), progress)
     return source
 
 
@@ -100,11 +116,13 @@ def pair_examples(
     negatives: str | Sequence[str] | None = None,
     scores: str | None = None,
     nway: int | None = None,
+    check: Check = CHECK,
     progress: bool | None = None,
 ) -> ExampleSource:
     """Texts in JSONL, by field names, or in a TSV, as ColBERTv1's triples of texts are.
 
-    Every line is checked here; of a file beyond 1 GB the first 10,000, the others when read.
+    Every line is checked here; of a file beyond 1 GB the first 10,000 (`check`), the others when
+    they are read.
 
     Args:
       path: JSONL; a name in .tsv: query, positive and negatives with tabs between, to which the
@@ -133,7 +151,7 @@ def pair_examples(
         lines.fingerprint,
         nway,
     )
-    _check(source, _number_to_check(lines), progress)
+    _check(source, _number_to_check(lines, check), progress)
     return source
 
 
@@ -147,12 +165,13 @@ def dataset_examples(
     scores: str | None = None,
     nway: int | None = None,
     split: str = "train",
+    check: Check = CHECK,
     progress: bool | None = None,
     **load: Any,
 ) -> ExampleSource:
     """A Hugging Face data set, by column names.
 
-    The first 10,000 rows are checked here, the others when they are read.
+    The first 10,000 rows are checked here (`check`), the others when they are read.
 
     Args:
       dataset: a `datasets.Dataset` or `DatasetDict`, the folder of one (`save_to_disk`), or what
@@ -196,7 +215,7 @@ def dataset_examples(
         f"{len(table)}:{hashlib.sha256(ends.encode()).hexdigest()}",
         nway,
     )
-    _check(source, min(len(table), _CHECKED_FIRST), progress)
+    _check(source, min(len(table), check.first), progress)
     return source
 
 
@@ -451,8 +470,8 @@ def _check(source: ExampleSource, count: int, progress: bool | None) -> None:
             bar.update(1)
 
 
-def _number_to_check(lines: Lines) -> int:
-    return len(lines) if lines.num_bytes <= _CHECKED_BYTES else min(len(lines), _CHECKED_FIRST)
+def _number_to_check(lines: Lines, check: Check) -> int:
+    return len(lines) if lines.num_bytes <= check.whole else min(len(lines), check.first)
 
 
 def _checked_nway(nway: int | None, count_first: Callable[[], int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,14 @@ _ROWS = 1 << 18  # lines whose ids are compared with their numbers at a time
 
 
 class _Format(NamedTuple):
-    """How a line is read. id: None where it is the line's position. tabbed: the id, then a tab."""
+    """How a line is read: its id, its text, or both at once.
+
+    id: None where it is the line's position. tabbed: the id comes first, then a tab.
+    """
 
     id: Callable[[str], str] | None
     text: Callable[[str], str]
+    both: Callable[[str], tuple[str, str]] | None
     tabbed: bool
 
 
@@ -118,6 +122,24 @@ class Texts:
         """The text of a row. Raises ValueError for a line that can't be read or has none."""
         return self._lines.read(row, self._checked)
 
+    def items(self, *, checked: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield id and text of every row.
+
+        Args:
+          checked: refuse empty texts, as `text` does.
+
+        Raises:
+          ValueError: a line that can't be read; names file and line.
+        """
+        both = self._form.both
+
+        def parse(line: str) -> tuple[str, str]:
+            key, text = (str(row), line) if both is None else both(line)
+            return key, checked_text(text, f"{self._kind} {key!r}") if checked else text
+
+        for row in range(len(self)):
+            yield self._lines.read(row, parse)
+
     def line_bytes(self) -> np.ndarray:
         """int64[N]: the size of each row's line."""
         return np.diff(self._lines.starts, append=self._lines.num_bytes)
@@ -176,12 +198,14 @@ def _json_query(line: str) -> tuple[str, str]:
     return str(key), text
 
 
-_QUERIES_TSV = _Format(_tsv_id, _tsv_query, True)
-_QUERIES_JSON = _Format(lambda s: _json_query(s)[0], lambda s: _json_query(s)[1], False)
+_QUERIES_TSV = _Format(_tsv_id, _tsv_query, lambda s: (_tsv_id(s), _tsv_query(s)), True)
+_QUERIES_JSON = _Format(
+    lambda s: _json_query(s)[0], lambda s: _json_query(s)[1], _json_query, False
+)
 _PASSAGES: dict[Callable[[str], tuple[str, str]] | None, _Format] = {
-    parse_tsv: _Format(_tsv_id, lambda s: parse_tsv(s)[1], True),
-    parse_json: _Format(lambda s: parse_json(s)[0], lambda s: parse_json(s)[1], False),
-    None: _Format(None, lambda s: s, False),
+    parse_tsv: _Format(_tsv_id, lambda s: parse_tsv(s)[1], parse_tsv, True),
+    parse_json: _Format(lambda s: parse_json(s)[0], lambda s: parse_json(s)[1], parse_json, False),
+    None: _Format(None, lambda s: s, None, False),
 }
 
 

@@ -1,8 +1,8 @@
 """Teachers: models that score a query and a document, for a student to be distilled from.
 
 A cross-encoder reads both together, as ColBERTv2's teacher did (Santhanam et al., 2022, section
-3.2). Where none can be had there are weaker teachers: a bi-encoder compares a vector of each, a
-late-interaction model their tokens.
+3.2). Weaker teachers are a bi-encoder, which compares a vector of each, and a late-interaction
+model, which compares their tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from colbert_jax.models.pooling import sentence_embeddings
 from colbert_jax.progress import progress_bar
 from colbert_jax.scoring.maxsim import maxsim_ragged
 from colbert_jax.text import TokenIds, as_texts
-
-_PAIRS = 4096  # pairs of vectors compared at a time
 
 
 def load_teacher(
@@ -81,7 +79,10 @@ class BiEncoder:
     Attributes:
       dim: width of the vectors, H.
       fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+      pairs_at_once: how many pairs are compared at a time; bounds the memory.
     """
+
+    pairs_at_once = 4096
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class BiEncoder:
           float32[N].
 
         Raises:
-          ValueError, TypeError: lists of different lengths, or what is no text.
+          ValueError, TypeError: lists of different lengths, or anything in them but texts.
         """
         (q, rows_q), (d, rows_d) = _encode_pairs(self, queries, documents, progress)
         return self.similarity(q, d, rows_q, rows_d)
@@ -153,8 +154,8 @@ class BiEncoder:
     ) -> np.ndarray:
         """float32[N]: scores of the pairs (rows_q[i], rows_d[i]) of vectors [., H]."""
         scores = np.empty(len(rows_q), np.float32)
-        for start in range(0, len(scores), _PAIRS):
-            part = slice(start, start + _PAIRS)
+        for start in range(0, len(scores), self.pairs_at_once):
+            part = slice(start, start + self.pairs_at_once)
             q, d = queries[rows_q[part]], documents[rows_d[part]]
             if self._kind.similarity == "cosine" and not self._kind.normalized:
                 q, d = _unit(q), _unit(d)
@@ -184,7 +185,10 @@ class LateInteraction:
 
     Attributes:
       fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+      pairs_at_once: how many pairs are compared at a time; bounds the memory.
     """
+
+    pairs_at_once = 4096
 
     def __init__(self, model: ColBERT):
         self._model = model
@@ -204,15 +208,15 @@ class LateInteraction:
           float32[N].
 
         Raises:
-          ValueError, TypeError: lists of different lengths, or what is no text.
+          ValueError, TypeError: lists of different lengths, or anything in them but texts.
         """
         (q, rows_q), (d, rows_d) = _encode_pairs(self._model, queries, documents, progress)
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
         length = ladder_length(int(d.lengths.max(initial=1)))
         ids = rows_d.astype(np.int32)[:, None]
         scores = np.empty(len(ids), np.float32)
-        for start in range(0, len(ids), _PAIRS):
-            part = slice(start, start + _PAIRS)
+        for start in range(0, len(ids), self.pairs_at_once):
+            part = slice(start, start + self.pairs_at_once)
             rows = jnp.asarray(q[rows_q[part]])
             found = maxsim_ragged(rows, values, offsets, ids[part], length=length)
             scores[part] = np.asarray(found)[:, 0]
