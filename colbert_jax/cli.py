@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def index(args: argparse.Namespace) -> None:
-    next(iter(read_collection(args.collection)))  # a wrong file is told before the model is loaded
+    documents = read_collection(args.collection)
+    first = next(documents)  # a wrong file is refused before the model is loaded
     path = Path(args.index)
     if path.exists() and not args.overwrite:
         raise FileExistsError(f"{path}: exists; pass --overwrite to replace it")
@@ -67,8 +69,7 @@ def index(args: argparse.Namespace) -> None:
     built = Index.build(
         path,
         model,
-        (text for _, text in read_collection(args.collection)),
-        ids=(pid for pid, _ in read_collection(args.collection)),
+        itertools.chain([first], documents),
         nbits=args.nbits,
         kmeans_niters=args.kmeans_niters,
         num_centroids=args.num_centroids,
@@ -140,13 +141,13 @@ def info(args: argparse.Namespace) -> None:
     if args.verify:
         opened.verify()
     if args.json:
-        print(json.dumps(opened.metadata))
+        print(json.dumps(opened.metadata.to_json()))
         return
     print(_summary(opened))
-    model = opened.metadata["model"]
+    model = opened.metadata.model
     print(f"model        {model['load']['name_or_path'] if model else 'none: ready embeddings'}")
     print(f"format       {FORMAT_VERSION}")
-    print(f"settings     {json.dumps(opened.metadata['settings'])}")
+    print(f"settings     {json.dumps(opened.metadata.settings)}")
     if args.verify:
         print("checksums    all files are whole")
 
@@ -223,10 +224,10 @@ def _summary(opened: Index) -> str:
     size = sum(file.stat().st_size for file in opened.path.iterdir())
     return (
         f"{opened.path}\n"
-        f"documents    {m['num_documents']} ({m['num_empty_documents']} without a token)\n"
-        f"tokens       {m['num_tokens']}\n"
-        f"dimensions   {m['dim']} at {m['nbits']} bits\n"
-        f"centroids    {m['num_centroids']}\n"
+        f"documents    {m.num_documents} ({m.num_empty_documents} without a token)\n"
+        f"tokens       {m.num_tokens}\n"
+        f"dimensions   {m.dim} at {m.nbits} bits\n"
+        f"centroids    {m.num_centroids}\n"
         f"size         {size / 1e6:.1f} MB"
     )
 

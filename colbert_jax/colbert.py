@@ -206,7 +206,7 @@ class ColBERT:
         Raises:
           ValueError: the index was built from ready embeddings, or the checkpoint is another one.
         """
-        model = index.metadata["model"]
+        model = index.metadata.model
         if model is None:
             if name_or_path is None:
                 raise ValueError(
@@ -372,6 +372,15 @@ class ColBERT:
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
         return fingerprint([text, encoder, self.tokenizer.fingerprint], self.params)
+
+    def describe(self) -> dict[str, Any]:
+        """What an index remembers of the model: how to load it, how to know it, its search
+        settings; JSON."""
+        return {
+            "load": self.load,
+            "fingerprint": self.fingerprint(),
+            "search": vars(self.config.search),
+        }
 
     def _encode(self, params: dict, token_ids: TokenIds, keep, bar) -> DocumentEmbeddings:
         """Embeddings of the rows, in their order. `keep` tells from a row's ids which it keeps."""

@@ -1,8 +1,8 @@
 """Files and folders: read with errors that name them, written whole or not at all.
 
 What is being written lies beside its place as `.NAME.<8 hex digits>.colbert_jax`, and a folder that
-makes room for a new one is `.NAME.previous.colbert_jax` for a moment. No other names are ever taken
-over or deleted.
+makes room for a new one is `.NAME.previous.colbert_jax` for a moment. Names that a user may have
+chosen are never taken over.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def previous_folder(folder: Path) -> Path:
     """Where the former folder is while a new one takes its place."""
-    return folder.with_name(f".{folder.name}.previous{_OURS}")
+    return beside(folder, "previous")
 
 
 def recover(folder: Path) -> None:
@@ -234,9 +234,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def beside(place: Path, what: str) -> Path:
+    """A name for what belongs to `place` for a while, one that only this library makes."""
+    return place.with_name(f".{place.name}.{what}{_OURS}")
+
+
 def _draft(place: Path) -> Path:
     """A new name beside `place`, which nobody else has."""
-    return place.with_name(f".{place.name}.{secrets.token_hex(_DIGITS // 2)}{_OURS}")
+    return beside(place, secrets.token_hex(_DIGITS // 2))
 
 
 def _drafts(place: Path) -> Iterator[Path]:

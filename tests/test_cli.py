@@ -118,7 +118,7 @@ def test_errors(capsys, built, files, tmp_path, stanford_folder):
     assert "no query of" in message
     (tmp_path / "twice.tsv").write_text("a\tx\na\ty\n")
     message = fails(capsys, "index", tmp_path / "twice.tsv", tmp_path / "i", *checkpoint)
-    assert "duplicate document id 'a': passages 1 and 2" in message
+    assert "duplicate document id 'a': documents 1 and 2" in message
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     message = fails(capsys, "index", tmp_path / "latin.txt", tmp_path / "i", *checkpoint)
     assert "line 1: not UTF-8" in message

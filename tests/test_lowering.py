@@ -16,7 +16,8 @@ from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import config_from_huggingface
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
-from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
+from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search.backend import DeviceBackend
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import make_gradients
 
@@ -50,7 +51,7 @@ def training_step(mesh=None):
 
 
 def programs(index):
-    placed = with_inverse_norms(index.arrays)
+    placed = DeviceBackend(index.arrays).arrays
     arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), placed)
     queries = shaped(4, 16, 16)
     settings = SearchConfig().resolve(10)

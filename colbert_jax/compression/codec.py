@@ -35,9 +35,9 @@ class ResidualCodec:
     bucket_weights: float32[2^b], the value that stands for each bucket.
     """
 
-    centroids: jax.Array
-    bucket_cutoffs: jax.Array
-    bucket_weights: jax.Array
+    centroids: jax.Array | np.ndarray
+    bucket_cutoffs: jax.Array | np.ndarray
+    bucket_weights: jax.Array | np.ndarray
 
     @property
     def nbits(self) -> int:

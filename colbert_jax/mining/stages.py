@@ -108,7 +108,7 @@ def retrieve(
     k = check_k(k)
     _check_batch(batch)
     _check_queries(queries)
-    made_with = (index.metadata["model"] or {}).get("fingerprint")
+    made_with = (index.metadata.model or {}).get("fingerprint")
     fingerprint = model.fingerprint()
     if made_with not in (None, fingerprint):
         raise ValueError(
@@ -120,7 +120,7 @@ def retrieve(
     def settings() -> dict[str, Any]:
         return {
             "stage": "retrieve",
-            "index": index.metadata["build"],
+            "index": index.metadata.build,
             "model": fingerprint,
             "query settings": repr(model.config.text),
             "queries": hash_texts(queries),
@@ -374,8 +374,7 @@ def _index(
     index = Index.build(
         path,
         model,
-        (text for _, text in collection.items()),
-        ids=(pid for pid, _ in collection.items()),
+        collection.items(),
         nbits=nbits,
         store_texts=False,
         overwrite=overwrite,
