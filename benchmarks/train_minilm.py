@@ -17,7 +17,7 @@ measured on.
 3. round1/: the model so far retrieves the 32 nearest passages of each query; draws of them are what
    the upper half of the encoder and the projection learn from, to score as the teacher does and to
    match each query token as it does: web queries and titles of Wikipedia over short passages,
-   titles, questions and sentences over long ones. Titles and questions are told which passage is
+   titles, questions and sentences over long ones. Titles and questions learn which passage is
    theirs too, by contrast, and the 129 queries what the cross-encoder made of their passages.
 4. round2/: the same with the model of round one, other queries and other passages.
 

@@ -43,7 +43,7 @@ CHECK = Check()
 class Example(NamedTuple):
     """A query and W documents, the first of them the positive.
 
-    scores: the teacher's, W; None: without.
+    scores: the teacher's, W, if there are any.
     """
 
     query: str
@@ -66,7 +66,7 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Example:
-        """Raises ValueError naming file and line of what can't be read."""
+        """Read an example. Raises ValueError naming file and line of what can't be read."""
         ...
 
 
@@ -80,7 +80,7 @@ def stanford_examples(
     check: Check = CHECK,
     progress: bool | None = None,
 ) -> ExampleSource:
-    """Stanford ColBERT's training files.
+    """Read Stanford ColBERT's training files.
 
     Every line's form, ids and scores are checked here, and that the texts are not empty; of an
     examples file beyond 1 GB the first 10,000 lines (`check`), the others when they are read.
@@ -92,9 +92,10 @@ def stanford_examples(
         or `Texts.queries` of it.
       collection: what `read_collection` reads, or `Texts.passages` of it, for several examples
         files to share.
-      nway: how many passages of each line to take, from the left; None: as many as the first has.
-      scores: False: leave scores out.
-      progress: whether to show a bar while checking; None: on a terminal.
+      nway: how many passages of each line to take, from the left. If None, as many as the
+        first line has.
+      scores: if False, leave scores out.
+      progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
       ValueError: naming file and line: not JSON, a missing or non-finite score, scores on some
@@ -119,7 +120,7 @@ def pair_examples(
     check: Check = CHECK,
     progress: bool | None = None,
 ) -> ExampleSource:
-    """Texts in JSONL, by field names, or in a TSV, as ColBERTv1's triples of texts are.
+    """Read texts from JSONL, by field names, or from a TSV, as ColBERTv1's triples of texts are.
 
     Every line is checked here; of a file beyond 1 GB the first 10,000 (`check`), the others when
     they are read.
@@ -128,11 +129,11 @@ def pair_examples(
       path: JSONL; a name in .tsv: query, positive and negatives with tabs between, to which the
         field names do not apply. With .gz at its end the file is unpacked into memory.
       query, positive: fields of a text each.
-      negatives: a field of a text or a list of texts, or several such fields; None: without.
-      scores: a field of a list of numbers, the positive's first; None: without.
-      nway: how many documents to take, the positive and the first negatives; None: as many as the
-        first line has.
-      progress: whether to show a bar while checking; None: on a terminal.
+      negatives: a field of a text or a list of texts, or several such fields.
+      scores: a field of a list of numbers, the positive's first.
+      nway: how many documents to take, the positive and the first negatives. If None, as many as
+        the first line has.
+      progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
       ValueError: naming file and line: not JSON, a missing field or empty text, fewer documents
@@ -169,7 +170,7 @@ def dataset_examples(
     progress: bool | None = None,
     **load: Any,
 ) -> ExampleSource:
-    """A Hugging Face data set, by column names.
+    """Read a Hugging Face data set by column names.
 
     The first 10,000 rows are checked here (`check`), the others when they are read.
 
@@ -181,9 +182,9 @@ def dataset_examples(
       documents: instead of these two, a column of lists of texts, or several columns; the positive
         comes first.
       scores: column of lists of numbers, one a document.
-      nway: how many documents to take; None: as many as the first row has.
+      nway: how many documents to take. If None, as many as the first row has.
       split: of a name, a folder or a `DatasetDict`.
-      progress: whether to show a bar while checking; None: on a terminal.
+      progress: whether to show a bar while checking; if None, on a terminal.
       load: passed to `load_dataset` (`name`, `revision`, ...).
 
     Raises:
@@ -220,7 +221,7 @@ def dataset_examples(
 
 
 def concatenate(sources: Sequence[ExampleSource]) -> ExampleSource:
-    """The sources' examples, one source after the other.
+    """Join sources into one, with the examples of one after those of the other.
 
     Raises:
       ValueError: no source; another number of documents, or scores in some only.

@@ -62,14 +62,14 @@ class Texts:
 
     @classmethod
     def queries(cls, path: str | Path) -> Texts:
-        """From a TSV of `qid, text`, or JSONL with an id and a text (`qid` and `question`)."""
+        """Open a TSV of `qid, text`, or JSONL with an id and a text (`qid` and `question`)."""
         lines = Lines(path)
         is_json = lines.raw(0).removeprefix(_MARK).lstrip().startswith(b"{")
         return cls(lines, _QUERIES_JSON if is_json else _QUERIES_TSV, "query")
 
     @classmethod
     def passages(cls, path: str | Path) -> Texts:
-        """From what `evaluation.read_collection` reads."""
+        """Open a file that `read_collection` reads."""
         form = _PASSAGES[passage_parser(Path(path))]
         lines = Lines(path)
         if form.tabbed and is_header(lines[0]):
@@ -97,7 +97,7 @@ class Texts:
         raise KeyError(key)
 
     def rows(self, keys: Sequence[Any]) -> list[int]:
-        """The rows with ids. Raises ValueError for one that is unknown, or no number or string."""
+        """The rows with ids. Raises ValueError for ids that are unknown or of another type."""
         first = self._first
         if first is not None and set(map(type, keys)) == {int}:  # quickly, for large files
             rows = [key - first for key in keys]
@@ -119,7 +119,7 @@ class Texts:
         return rows
 
     def text(self, row: int) -> str:
-        """The text of a row. Raises ValueError for a line that can't be read or has none."""
+        """The text of a row. Raises ValueError for a line that can't be read or has no text."""
         return self._lines.read(row, self._checked)
 
     def items(self, *, checked: bool = False) -> Iterator[tuple[str, str]]:
@@ -162,7 +162,7 @@ class Texts:
 
 
 def checked_text(text: str, name: str) -> str:
-    """The text itself. Raises ValueError where it is empty or no valid Unicode."""
+    """Give the text itself. Raises ValueError where it is empty or not valid Unicode."""
     if not text or text.isspace():
         raise ValueError(f"{name} is empty: give it a text, or take out the examples that have it")
     if not text.isascii():
@@ -210,7 +210,7 @@ _PASSAGES: dict[Callable[[str], tuple[str, str]] | None, _Format] = {
 
 
 def whole_number(text: str) -> int | None:
-    """The number that is written so and not otherwise."""
+    """The number whose usual spelling is the text; None for any other text."""
     plain = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
     return int(text) if plain and len(text) < 19 else None
 

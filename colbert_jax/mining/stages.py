@@ -233,8 +233,8 @@ def make_examples(
     Args:
       scored: what `score_ranking` wrote.
       nway: passages of an example.
-      positives: qid -> pids of labelled passages; None: without labels.
-      depth: draw from this many best-scored passages of each query; None: from all.
+      positives: qid -> pids of labelled passages, if there are any.
+      depth: draw from this many best-scored passages of each query. If None, from all.
       batch: examples made between two commits: what a kill loses.
       overwrite: make the file anew where it is there.
 
@@ -304,9 +304,9 @@ def mine(
       model: the checkpoint of the round before.
       collection: a file that `data.read_collection` reads, or `data.Texts.passages` of one.
       queries: a file that `data.Texts.queries` reads, or these.
-      nbits: of the index; None: what the checkpoint asks for, else 2.
+      nbits: of the index. If None, what the checkpoint asks for, else 2.
       nway, k, positives, seed, depth, mode: as of the stages.
-      overwrite: make everything anew; False: keep what is finished, go on with what is not.
+      overwrite: make everything anew. If False, keep what is finished and go on with the rest.
 
     Returns:
       what `make_examples` wrote.

@@ -47,10 +47,10 @@ def load_teacher(
 
     Args:
       name_or_path: a folder or a Hugging Face hub id.
-      maxlen: tokens that a text, or a pair of a cross-encoder, is cut to; None: what the files
-        say, else all positions. Stanford's scorer has 180.
-      dtype: of the dense layers; None: bfloat16 on accelerators, float32 on a CPU.
-      devices: None: all local ones.
+      maxlen: tokens that a text, or a pair of a cross-encoder, is cut to. If None, what the
+        files say, else all positions. Stanford's scorer has 180.
+      dtype: of the dense layers. If None, bfloat16 on accelerators, float32 on a CPU.
+      devices: if None, all local ones.
       revision, token: for the hub.
 
     Raises:
@@ -122,13 +122,13 @@ class BiEncoder:
     def encode_queries(
         self, queries: str | Sequence[str], *, progress: bool | None = False
     ) -> np.ndarray:
-        """float32[N, H]; of unit length where the model's own modules say so."""
+        """Embed queries, float32[N, H], of unit length where the model's own modules say so."""
         return self._encode(as_texts(queries, "query"), True, "queries", progress)
 
     def encode_documents(
         self, documents: str | Sequence[str], *, progress: bool | None = None
     ) -> np.ndarray:
-        """float32[N, H], as of `encode_queries`; `progress` None: a bar on a terminal."""
+        """Embed documents, float32[N, H]. If `progress` is None, a bar shows on a terminal."""
         return self._encode(as_texts(documents, "document"), False, "documents", progress)
 
     def score(
@@ -138,7 +138,7 @@ class BiEncoder:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]. Each distinct text is embedded once.
+        """Score pairs, queries[i] with documents[i]. Each distinct text is embedded once.
 
         Returns:
           float32[N].
@@ -152,7 +152,7 @@ class BiEncoder:
     def similarity(
         self, queries: np.ndarray, documents: np.ndarray, rows_q: np.ndarray, rows_d: np.ndarray
     ) -> np.ndarray:
-        """float32[N]: scores of the pairs (rows_q[i], rows_d[i]) of vectors [., H]."""
+        """Score the pairs (rows_q[i], rows_d[i]) of vectors [., H]: float32[N]."""
         scores = np.empty(len(rows_q), np.float32)
         for start in range(0, len(scores), self.pairs_at_once):
             part = slice(start, start + self.pairs_at_once)
@@ -202,7 +202,7 @@ class LateInteraction:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]. Each distinct text is encoded once.
+        """Score pairs, queries[i] with documents[i]. Each distinct text is encoded once.
 
         Returns:
           float32[N].
@@ -266,7 +266,7 @@ class CrossEncoder:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]; as of `BiEncoder.score`."""
+        """Score pairs, queries[i] with documents[i]: float32[N], as `BiEncoder.score`."""
         queries, documents = _pairs(queries, documents)
         parts = [np.zeros(0, np.float32)]
         pairs = list(zip(queries, documents, strict=True))

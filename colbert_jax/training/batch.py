@@ -28,7 +28,7 @@ class ExampleBatch(NamedTuple):
     queries: B rows.
     documents: groups of as many rows each, B * W in all.
     order: int32[B * W].
-    scores: float32[B, W], the teacher's; None: without.
+    scores: float32[B, W], the teacher's, if there are any.
     """
 
     queries: TokenBatch

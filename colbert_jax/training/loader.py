@@ -53,7 +53,7 @@ TASK_SETTINGS = (
 
 
 class Step(NamedTuple):
-    """What one optimiser step trains on.
+    """The examples of one optimiser step.
 
     number: of the step, from 0.
     batches: one for each micro-batch, this process's rows as NumPy arrays.
@@ -105,9 +105,9 @@ class Loader:
         Args:
           bsize: queries of a step, in all its micro-batches and processes.
           seed: of the order; any whole number >= 0.
-          nway: documents of a query; None: all the source has.
+          nway: documents of a query. If None, all that the source has.
           accumsteps: micro-batches of a step.
-          shuffle: False: the source's own order, the same in each epoch.
+          shuffle: if False, examples come in the source's own order in each epoch.
           start: the first step to give.
           devices: of this process, among which its rows are divided.
           group: the processes of the job; every one of them makes a loader.
@@ -117,7 +117,7 @@ class Loader:
           longest: the model's number of positions.
 
         Raises:
-          ValueError: numbers that do not fit each other, by name.
+          ValueError: numbers that do not fit together; names them.
         """
         group = Group() if group is None else group
         for name, value, least in (
@@ -163,7 +163,8 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        """Raises what went wrong while preparing the step; StopIteration once closed."""
+        """Give the next step. Raises what went wrong while it was prepared; StopIteration once
+        closed."""
         if self._error is not None:
             raise self._error
         if self._closed.is_set():
@@ -315,7 +316,7 @@ class _Order:
 
 
 def check_divides(bsize: int, accumsteps: int, processes: int, devices: int) -> None:
-    """Raises ValueError where a step's queries cannot be shared out; `devices` of each process."""
+    """Raise ValueError where a step's queries cannot be shared out; `devices` of each process."""
     parts = accumsteps * processes * devices
     if bsize % parts:
         raise ValueError(
@@ -325,7 +326,7 @@ def check_divides(bsize: int, accumsteps: int, processes: int, devices: int) -> 
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """int[count]: the order of the examples in an epoch.
+    """Give the order of the examples in an epoch, int[count].
 
     The ranks of a counter-based generator's raw words, which NumPy keeps as they are from version
     to version, as it does not for `Generator.permutation`.
@@ -336,12 +337,12 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def padded_length(length: int, longest: int) -> int:
-    """`batching.ladder_length` with training's ladder."""
+    """Round a length up to a step of training's ladder: see `batching.ladder_length`."""
     return ladder_length(length, longest, _LADDER)
 
 
 def _num_groups(rows: int, devices: int, most: int) -> int:
-    """How many equal groups `rows` are cut into."""
+    """The number of equal groups that `rows` are cut into."""
     fitting = [
         n
         for n in range(2, most + 1)
@@ -441,7 +442,7 @@ class Mixture:
         return task, step
 
     def request_stop(self) -> None:
-        """See `Loader.stop_requested`."""
+        """Ask every process to stop: see `Loader.stop_requested`."""
         for loader in self._loaders:
             loader.stop_requested = True
 

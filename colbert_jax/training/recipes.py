@@ -73,7 +73,7 @@ class TextChanges:
     mask_punctuation: bool | None = None
 
     def over(self, base: TextConfig | None) -> dict[str, Any]:
-        """Arguments of `ColBERT.from_pretrained`; `base` None: a late-interaction checkpoint."""
+        """Arguments of `ColBERT.from_pretrained`; `base`: settings of a plain encoder."""
         changes = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
         settings = {} if base is None else dataclasses.asdict(base)
         if not changes.pop("markers", True):
@@ -87,7 +87,7 @@ class Recipe:
 
     checkpoint: folder or hub id of what training starts from.
     folder: where the run is kept; the trained model is in it.
-    dim: width of a plain encoder's new projection; None: 128.
+    dim: width of a plain encoder's new projection. If None, 128.
     coupled_teacher: folder or hub id of a late-interaction model, or of a plain encoder, whose
       scores of all pairs of a batch are learned with `coupled_weight`.
     dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
@@ -179,11 +179,11 @@ class DenoisedSupervision(Recipe):
 
     queries, collection: what is mined.
     teacher: what `load_teacher` takes, folder or hub id; it reads `teacher_maxlen` tokens.
-    positives: judgements (`qid 0 pid gain`); None: the teacher's best passage is the positive.
+    positives: judgements (`qid 0 pid gain`). If None, the teacher's best passage is the positive.
     examples: examples that have scores already, of the same queries and collection, to distil from
       beside the mined ones.
-    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`); both
-      None: the checkpoint is warm already.
+    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`). If both
+      are None, the checkpoint is warm already.
     """
 
     checkpoint: str = "bert-base-uncased"
@@ -213,7 +213,7 @@ class DenoisedSupervision(Recipe):
 
 
 def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
-    """The recipe's starting model; `checkpoint`: another one, made by an earlier stage."""
+    """Load the recipe's starting model, or `checkpoint`, which an earlier stage made."""
     if checkpoint is not None:
         return ColBERT.from_pretrained(checkpoint, **recipe.text.over(None))
     path, _ = hub.resolve_checkpoint(recipe.checkpoint)

@@ -38,7 +38,7 @@ class CoupledTeacher(NamedTuple):
     """A coupled teacher on the devices.
 
     params: its parameters.
-    ids: int32[V], its ids of the model's word pieces; None: they are the same.
+    ids: int32[V], its ids of the model's word pieces. If None, they are the same.
     """
 
     params: dict
@@ -151,7 +151,7 @@ def make_loss(
 
     Args:
       dtype: of the dense layers' computation.
-      mesh: of the devices that the batch is spread over; None: one device.
+      mesh: of the devices that the batch is spread over. If None, one device.
       teachers: the coupled ones, for a `coupled_weight`.
 
     Returns:
@@ -289,7 +289,7 @@ def score_loss(
       queries: float32[B, Lq, D].
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
-      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`; None: there is none.
+      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`, if there is one.
 
     Returns:
       the loss, float32[], and its parts by name.

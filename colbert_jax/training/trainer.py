@@ -68,22 +68,22 @@ def train(
       model: what training starts from.
       examples: see `data.examples`.
       folder: of the run.
-      config: None: the defaults, those of ColBERTv2.
+      config: if None, the defaults, those of ColBERTv2.
       tasks: further sources, each with a loss of its own and a share of the steps; `examples` have
         the rest of them.
-      teacher: of `coupled_weight`; several score as one whose similarity of two tokens is the mean
-        of theirs. It is given the model's tokens, so it must have the model's word pieces, under
-        whichever ids, and settings of texts.
+      teacher: the coupled teacher of `coupled_weight`, or several, which score as one whose
+        similarity of two tokens is the mean of theirs. It reads the model's tokens, so it must have
+        the model's word pieces, under whichever ids, and text settings.
       dev: a small collection to evaluate on every `eval_every` steps.
-      devices: None: all of the job.
+      devices: if None, all of the job.
       overwrite: remove a run that is in `folder` first.
-      progress: None: a bar on a terminal.
+      progress: whether to show a bar; if None, on a terminal.
 
     Raises:
       ValueError: settings and examples that do not fit together, or another run in `folder`.
       FileExistsError: files in `folder` have the names of a run's and belong to no run.
       OSError: a checkpoint could not be written.
-      FloatingPointError: the loss is not a number any more.
+      FloatingPointError: the loss or the gradient is not finite.
     """
     # --- What must fit together: checked before anything is written
     folder, config = Path(folder), TrainingConfig() if config is None else config
@@ -246,7 +246,7 @@ def _check(
 def _check_teachers(
     teacher: ColBERT | Sequence[ColBERT] | None, model: ColBERT, configs: Sequence[TrainingConfig]
 ) -> tuple[list[ColBERT], list[np.ndarray | None]]:
-    """The coupled teachers, and each one's ids of the model's word pieces; None: they are the same.
+    """The coupled teachers, and each one's ids of the model's word pieces, None for the same ids.
 
     Raises ValueError for teachers that do not fit.
     """
