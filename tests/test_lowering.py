@@ -18,7 +18,7 @@ from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays
 from colbert_jax.search.backend import DeviceBackend
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import make_gradients
 
 F32, I32 = jnp.float32, jnp.int32
@@ -38,11 +38,13 @@ def training_step(mesh=None):
         set_path(params, path, shaped(*shape))
 
     def rows(n, length):
-        return Rows(
+        return TokenBatch(
             shaped(n, length, dtype=I32), shaped(n, dtype=I32), shaped(n, length, dtype=bool)
         )
 
-    batch = Batch(rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4))
+    batch = ExampleBatch(
+        rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4)
+    )
     gradients = make_gradients(encoder, config, "bfloat16", mesh)
     function = partial(gradients, trained=("backbone", "head"))
     return function, params, batch, shaped(dtype=I32), shaped(dtype=I32)

@@ -45,10 +45,11 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
-    """What reads (pid, text) from a line of a collection; None: the line is the text.
+    """The function that reads (pid, text) from a line of a collection; None where the line is the
+    text.
 
     Raises:
-      ValueError: the file's name tells no format.
+      ValueError: the file's name does not tell the format.
     """
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if suffix not in _PARSERS:
@@ -59,7 +60,7 @@ def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
-    """Queries by id, from a TSV of `qid, text`.
+    """Read queries by id from a TSV of `qid, text`.
 
     Raises:
       ValueError: a line without a tab, an empty query, an id twice, an empty file.
@@ -78,7 +79,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Judgements: qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
+    """Read judgements, qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
 
     Raises:
       ValueError: a line of another form, an empty file.

@@ -29,7 +29,7 @@ from colbert_jax.index import build, sources  # noqa: E402
 from colbert_jax.index import folder as index_folder  # noqa: E402
 from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
 from colbert_jax.training import Task, trainer  # noqa: E402
-from colbert_jax.training.metrics import Metrics  # noqa: E402
+from colbert_jax.training.run import Metrics  # noqa: E402
 
 report: dict = {}
 
