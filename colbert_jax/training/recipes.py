@@ -15,13 +15,13 @@ from typing import Any
 from colbert_jax.checkpoints import detect_layout, hub
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TextConfig, TrainingConfig
+from colbert_jax.data.collections import read_qrels
 from colbert_jax.data.examples import (
     Source,
     concatenate,
     pair_examples,
     stanford_examples,
 )
-from colbert_jax.evaluation import read_qrels
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import load_teacher
