@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_retrieve_draws_a_picture(retrieve):
 def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_path):
     cells = execute(NOTEBOOKS / "convert.ipynb", tmp_path, COLBERT_CHECKPOINT=str(stanford_folder))
     assert cells["install"].outputs == []
-    assert "flax: colbert_jax.json, model.safetensors" in printed(cells["write"])
+    assert "native: colbert_jax.json, model.safetensors" in printed(cells["write"])
     differences = re.findall(r"^([\w-]+): largest difference (\S+)$", printed(cells["check"]), re.M)
     assert len(differences) == 6
     assert all(float(value) < 1e-5 for _, value in differences)
@@ -147,3 +148,14 @@ def test_committed_notebook_is_clean(path):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_install_cell_names_the_checkout(path):
+    """Until a package is published there is one place to install from that exists."""
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
+    (folder, extras) = re.search(r'^SOURCE = "(.+?)(\[.+\])?"$', cells["install"], re.M).groups()
+    project = tomllib.loads((NOTEBOOKS / folder / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["name"] == "colbert-jax"
+    wanted = (extras or "[]")[1:-1].split(",")
+    assert set(filter(None, wanted)) <= project["optional-dependencies"].keys()

@@ -9,13 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from colbert_jax.colbert import ColBERT
-from colbert_jax.evaluation import (
-    evaluate_ranking,
-    read_collection,
-    read_qrels,
-    read_queries,
-)
-from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
+from colbert_jax.data.collections import read_collection, read_qrels, read_queries
+from colbert_jax.evaluation.metrics import DEPTH, evaluate_ranking, require_ir_measures
 from colbert_jax.search.arrays import RawArrays
 from colbert_jax.search.exact import exact_search
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from colbert_jax.colbert import ColBERT
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
-from colbert_jax.index import Index
+from colbert_jax.index.index import Index
 from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import concatenate_hits
 

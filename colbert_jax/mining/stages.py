@@ -36,7 +36,7 @@ from colbert_jax.data.collections import json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
 from colbert_jax.files import read_object, write_json
-from colbert_jax.index import Index
+from colbert_jax.index.index import Index
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,

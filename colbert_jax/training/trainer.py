@@ -140,8 +140,9 @@ def train(
                 if saving or (dev and evaluating) or done % config.log_every == 0:
                     values = window.close(rates, done, checkpoints)
                     metrics.write(done, values)
-                    shown = {"loss": losses["loss"], "examples/s": values["examples_per_second"]}
-                    bar.set_postfix({n: f"{float(x):.4g}" for n, x in shown.items()}, refresh=False)
+                    rate = f"{values['examples_per_second']:.4g}"
+                    shown = {"loss": f"{float(losses['loss']):.4f}", "examples/s": rate}
+                    bar.set_postfix(shown, refresh=False)
 
                 # --- Save, evaluate
                 if saving:
