@@ -236,9 +236,18 @@ class ColBERT:
         write_checkpoint(checkpoint, Path(folder), layout)
 
     def encode_queries(
-        self, queries: str | Sequence[str], *, progress: bool | None = False
+        self,
+        queries: str | Sequence[str],
+        *,
+        allow_blank: bool = False,
+        progress: bool | None = False,
     ) -> np.ndarray:
         """Encode queries to token embeddings.
+
+        Args:
+          allow_blank: encode empty and blank queries too, as other libraries do. They ask nothing,
+            so searches refuse them.
+          progress: True for a bar. If None, a bar on a terminal, else log lines.
 
         Returns:
           float32[B, Lq, D]. With query expansion Lq is `query_maxlen`; without it, or with a
@@ -248,7 +257,8 @@ class ColBERT:
         Raises:
           ValueError, TypeError: an empty or blank query, or one that is no string, by its place.
         """
-        token_ids = self.tokenizer.queries(as_queries(queries))
+        listed = as_texts(queries, "query") if allow_blank else as_queries(queries)
+        token_ids = self.tokenizer.queries(listed)
         with progress_bar(len(token_ids.ids), "queries", "query", progress) as bar:
             rows = self._encode(self.query_params, token_ids, self.tokenizer.kept_in_query, bar)
         width = self.config.text.fixed_query_length

@@ -128,6 +128,7 @@ def test_rank_for_several_queries(model, texts):
 def test_blank_queries_are_refused(model, blank):
     with pytest.raises(ValueError, match="query 1 is empty or blank"):
         model.encode_queries(["heat", blank])
+    assert len(model.encode_queries(["heat", blank], allow_blank=True)) == 2
     with pytest.raises(ValueError, match="query 0 is empty or blank"):
         model.rank(blank, ["a"])
     with pytest.raises(ValueError, match="query 0 is empty or blank"):

@@ -286,28 +286,74 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_readers_meet_the_old_index_or_the_new_one(tmp_path):
-    """Indexes opened over and over while they are replaced: never an error, never a mixture."""
+    """Indexes opened over and over while they are replaced: never an error, never a mixture.
+
+    It goes on until every reader has met both kinds often, however slow the machine is.
+    """
     path = tmp_path / "i"
     kinds = [Index.build(tmp_path / f"k{n}", **ready(n, n=20 + n)).path for n in (0, 1)]
     shutil.copytree(kinds[0], path)
-    done, seen = threading.Event(), []
+    done, published, errors = threading.Event(), [0], []
+    seen: list[list[tuple[int, int, int]]] = [[], []]
 
-    def read():
-        while not done.is_set():
-            _, metadata, arrays = fmt.open_arrays(path)
-            seen.append((metadata.num_documents, len(arrays["offsets"]) - 1))
+    def read(opened):
+        try:
+            while not done.is_set():
+                before = published[0]
+                _, metadata, arrays = fmt.open_arrays(path)
+                opened.append((before, metadata.num_documents, len(arrays["offsets"]) - 1))
+        except Exception as error:
+            errors.append(error)
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
+    def has_seen_enough(opened):
+        """Both kinds, at five different states of the index each."""
+        met = {(before, claimed) for before, claimed, _ in list(opened)}
+        return all(sum(kind == n for _, kind in met) >= 5 for n in (20, 21))
+
+    readers = [threading.Thread(target=read, args=(opened,)) for opened in seen]
     for reader in readers:
         reader.start()
-    for n in range(120):
-        new = shutil.copytree(kinds[n % 2], building_folder(path))
-        publish(new, path)
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert all(claimed == found for claimed, found in seen) and {20, 21} == set(dict(seen))
-    assert len(seen) > 20
+    try:
+        while not errors and published[0] < 20_000:
+            if published[0] >= 120 and all(map(has_seen_enough, seen)):
+                break
+            new = shutil.copytree(kinds[(published[0] + 1) % 2], building_folder(path))
+            publish(new, path)
+            published[0] += 1
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert errors == [] and all(map(has_seen_enough, seen))
+    assert all(claimed == found for opened in seen for _, claimed, found in opened)
+
+
+@pytest.mark.parametrize("damage", ["codes.npy", "metadata.json"])
+def test_a_damaged_index_is_not_waited_for(tmp_path, damage):
+    """What fails though nobody replaces it fails soon, and in its own words."""
+    path = Index.build(tmp_path / "i", **ready()).path
+    (path / damage).write_bytes(b"{")
+    start = time.monotonic()
+    with pytest.raises(fmt.IndexFormatError, match=f"{damage}: damaged"):
+        fmt.open_arrays(path)
+    assert time.monotonic() - start < 30
+
+
+def test_opening_waits_as_long_as_the_index_changes(tmp_path, monkeypatch):
+    """However often it is replaced in the middle; what counts is that it is another each time."""
+    path = tmp_path / "i"
+    whole = Index.build(tmp_path / "whole", **ready()).path
+    shutil.copytree(whole, path)
+    original, left = fmt.open_array, [100]
+
+    def open_array(folder, name, *spec):
+        if name == "codes" and left[0]:
+            left[0] -= 1
+            publish(shutil.copytree(whole, building_folder(path)), path)
+        return original(folder, name, *spec)
+
+    monkeypatch.setattr(fmt, "open_array", open_array)
+    assert fmt.open_arrays(path)[1].num_documents == 60 and left == [0]
 
 
 def test_links_and_relative_paths(tmp_path, monkeypatch):
