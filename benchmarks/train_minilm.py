@@ -42,10 +42,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax import ColBERT
+from colbert_jax import ColBERT, Retriever
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
-from colbert_jax.index import Index
 from colbert_jax.mining import make_examples, retrieve
 from colbert_jax.models.colbert import unit_length
 from colbert_jax.runtime import enable_compilation_cache
@@ -320,14 +319,14 @@ def make_projections(checkpoint: str, data: Path, folder: Path) -> None:
 def nearest(model: ColBERT, collection: Path, names: Iterable[str], folder: Path) -> None:
     """`<name>_ranking.tsv`: of each of the queries of a name the nearest passages."""
     path = folder / f"{collection.stem}.index"
-    if not path.exists():
-        pids, texts = zip(*read_collection(collection), strict=True)
-        Index.build(path, model, texts, ids=pids, nbits=NBITS, store_texts=False)
-    index = Index.open(path)
+    if path.exists():
+        retriever = Retriever.open(path, model)
+    else:
+        retriever = Retriever.build(path, model, collection, nbits=NBITS, store_texts=False)
     for name in names:
         queries = read_queries(collection.with_name(f"{name}_queries.tsv"))
         ranking = folder / f"{name}_ranking.tsv"
-        retrieve(index, model, queries, ranking, k=NEAREST, mode="fast")
+        retrieve(retriever, queries, ranking, k=NEAREST, mode="fast")
 
 
 def drawn(ranking: Path, own_first: bool) -> Iterator[str]:

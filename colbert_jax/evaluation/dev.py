@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from colbert_jax.colbert import ColBERT
 from colbert_jax.data.collections import read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import DEPTH, evaluate_ranking, require_ir_measures
-from colbert_jax.search.arrays import RawArrays
-from colbert_jax.search.exact import exact_search
+from colbert_jax.retriever import rank_documents
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,8 @@ class DevCollection:
 
     def evaluate(self, model: ColBERT) -> dict[str, float]:
         """Measure nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
-        pids = list(self.passages)
-        documents = model.encode_documents(list(self.passages.values()), progress=False)
-        raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
-        encoded = model.encode_queries(list(self.queries.values()))
-        k = min(DEPTH, int((documents.lengths > 0).sum()))
-        hits = exact_search(raw, documents.lengths, encoded, k)
+        found = rank_documents(model, list(self.queries.values()), self.passages, DEPTH)
         ranking = {
-            qid: [pids[i] for i in ids]
-            for qid, ids in zip(self.queries, hits.positions, strict=True)
+            qid: [hit.id for hit in hits] for qid, hits in zip(self.queries, found, strict=True)
         }
         return evaluate_ranking(ranking, self.qrels)

@@ -23,7 +23,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +36,6 @@ from colbert_jax.data.collections import json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
 from colbert_jax.files import read_object, write_json
-from colbert_jax.index.index import Index
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,
@@ -46,6 +45,7 @@ from colbert_jax.mining.ranking import (
 )
 from colbert_jax.mining.resumable import Block, BlockFile, check_settings, remove_finished
 from colbert_jax.mining.teacher import BiEncoder
+from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import check_k
 
 Positives = Mapping[str, Collection[str]]
@@ -80,8 +80,7 @@ class Mined(NamedTuple):
 
 
 def retrieve(
-    index: Index,
-    model: ColBERT,
+    retriever: Retriever,
     queries: Mapping[str, str],
     output: str | Path,
     *,
@@ -94,7 +93,7 @@ def retrieve(
     """Write the k best passages of each query as a ranking.
 
     Args:
-      index: of the collection, made with this model; not sharded over several processes.
+      retriever: model and index of the collection; not sharded over several processes.
       queries: qid -> text.
       k: passages a query; the paper has 500.
       batch: queries searched in one call, and lost by a kill.
@@ -102,27 +101,20 @@ def retrieve(
       overwrite: make the file anew where it is there.
 
     Raises:
-      ValueError: an empty query, an id with a tab in it, an index of another model.
+      ValueError: an empty query, an id with a tab in it.
       FileExistsError: `output` was made with other settings.
     """
     k = check_k(k)
     _check_batch(batch)
     _check_queries(queries)
-    made_with = (index.metadata.model or {}).get("fingerprint")
-    fingerprint = model.fingerprint()
-    if made_with not in (None, fingerprint):
-        raise ValueError(
-            f"{index.path}: built with another model, or other document settings, than this one "
-            f"(fingerprint {made_with}, not {fingerprint})"
-        )
     qids = list(queries)
 
     def settings() -> dict[str, Any]:
         return {
             "stage": "retrieve",
-            "index": index.metadata.build,
-            "model": fingerprint,
-            "query settings": repr(model.config.text),
+            "index": retriever.index.metadata.build,
+            "model": retriever.model.fingerprint(),
+            "query settings": repr(retriever.model.config.text),
             "queries": hash_texts(queries),
             "k": k,
             "mode": mode,
@@ -130,11 +122,11 @@ def retrieve(
 
     def block(first: int) -> Block:
         part = qids[first : first + batch]
-        found = _search(index, model, [queries[qid] for qid in part], k, mode)
+        found = retriever.search([queries[qid] for qid in part], k, mode=mode, texts=False)
         lines = [
-            f"{qid}\t{_tabless(pid, 'passage')}\t{rank}\t{score:.6f}\n"
+            f"{qid}\t{_tabless(hit.id, 'passage')}\t{rank}\t{hit.score:.6f}\n"
             for qid, hits in zip(part, found, strict=True)
-            for rank, (pid, score) in enumerate(hits, 1)
+            for rank, hit in enumerate(hits, 1)
         ]
         return _block(lines, len(part))
 
@@ -321,10 +313,10 @@ def mine(
         queries = Texts.queries(queries)
     texts = dict(queries.items(checked=True))
     check_labels(_as_text(positives), passages)
-    index = _index(model, passages, folder, nbits, overwrite, progress)
+    retriever = _retriever(model, passages, folder, nbits, overwrite, progress)
     common: Any = {"overwrite": overwrite, "progress": progress}
-    ranking = retrieve(index, model, texts, folder / "ranking.tsv", k=k, mode=mode, **common)
-    del index
+    ranking = retrieve(retriever, texts, folder / "ranking.tsv", k=k, mode=mode, **common)
+    del retriever
     scored = score_ranking(
         ranking.path,
         texts,
@@ -345,14 +337,14 @@ def mine(
     )
 
 
-def _index(
+def _retriever(
     model: ColBERT,
     collection: Texts,
     folder: Path,
     nbits: int | None,
     overwrite: bool,
     progress: bool | None,
-) -> Index:
+) -> Retriever:
     """Open the index in a folder; build it where it is not there, with all processes together."""
     path, meta = folder / "index", folder / "index.meta"
     settings = {
@@ -370,8 +362,8 @@ def _index(
                 check_settings(read_object(meta).get("settings"), settings, path, "was made")
         built = group.exchange("the index", built)[0]
     if built:
-        return Index.open(path)
-    index = Index.build(
+        return Retriever.open(path, model)
+    retriever = Retriever.build(
         path,
         model,
         collection.items(),
@@ -382,7 +374,7 @@ def _index(
     )
     if jax.process_index() == 0:
         write_json(meta, {"settings": settings})
-    return index
+    return retriever
 
 
 # --- The frame of a stage -------------------------------------------------------------------
@@ -453,15 +445,6 @@ def _texts(
 
 
 # --- Retrieval ------------------------------------------------------------------------------
-
-
-def _search(
-    index: Index, model: ColBERT, queries: list[str], k: int, mode: str
-) -> Iterator[list[tuple[str, float]]]:
-    """Ids and scores of each query's k best passages, best first."""
-    hits = index.search(model.encode_queries(queries), k, mode=mode)
-    for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
-        yield [(index.ids[n], score) for n, score in zip(positions, scores, strict=True)]
 
 
 # --- Scores ---------------------------------------------------------------------------------

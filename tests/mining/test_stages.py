@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import support
 
-from colbert_jax import Index
+from colbert_jax import Index, Retriever
 from colbert_jax.mining import stages
 from colbert_jax.mining.stages import make_examples, mine, retrieve, score_ranking
 from colbert_jax.mining.teacher import load_teacher
@@ -53,7 +53,9 @@ def bi(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranking(model, index, tmp_path_factory):
-    return retrieve(index, model, QUERIES, tmp_path_factory.mktemp("run") / "r.tsv", k=9).path
+    return retrieve(
+        Retriever(model, index), QUERIES, tmp_path_factory.mktemp("run") / "r.tsv", k=9
+    ).path
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_ranking_is_what_search_finds(model, index, ranking):
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
     arguments = dict(k=5, batch=2)
-    whole = retrieve(index, model, QUERIES, tmp_path / "whole", **arguments)
+    whole = retrieve(Retriever(model, index), QUERIES, tmp_path / "whole", **arguments)
     search, calls = Index.search, []
 
     def dying(self, *args, **kwargs):
@@ -99,18 +101,18 @@ def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(Index, "search", dying)
         with pytest.raises(RuntimeError, match="killed"):
-            retrieve(index, model, QUERIES, tmp_path / "cut", **arguments)
+            retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
         assert not (tmp_path / "cut").exists()
         if after:
             with pytest.raises(FileExistsError, match="left unfinished by a run with other"):
-                retrieve(index, model, QUERIES, tmp_path / "cut", k=6)
+                retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", k=6)
         calls.clear()
         patch.setattr(Index, "search", lambda *a, **b: (calls.append(a), search(*a, **b))[1])
-        again = retrieve(index, model, QUERIES, tmp_path / "cut", **arguments)
+        again = retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
     assert len(calls) == 4 - after and again.queries == whole.queries == len(QUERIES)
     assert again.path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(FileExistsError, match="k: 5, not 6"):
-        retrieve(index, model, QUERIES, tmp_path / "cut", k=6)
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", k=6)
 
 
 def test_retrieval_checks_its_input(model, index, tmp_path, plain_folder):
@@ -120,14 +122,14 @@ def test_retrieval_checks_its_input(model, index, tmp_path, plain_folder):
         ({"a\tb": "heat"}, "the query id 'a.tb' has a tab"),
     ):
         with pytest.raises(ValueError, match=message):
-            retrieve(index, model, queries, tmp_path / "r")
+            retrieve(Retriever(model, index), queries, tmp_path / "r")
     with pytest.raises(ValueError, match="batch must be >= 1, got 0"):
-        retrieve(index, model, QUERIES, tmp_path / "r", batch=0)
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "r", batch=0)
     with pytest.raises(ValueError, match="k must be a whole number"):
-        retrieve(index, model, QUERIES, tmp_path / "r", k=0)
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "r", k=0)
     other = type(model).from_pretrained(plain_folder, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="built with another model"):
-        retrieve(index, other, QUERIES, tmp_path / "r")
+        retrieve(Retriever(other, index), QUERIES, tmp_path / "r")
     assert names(tmp_path) == []
 
 
