@@ -523,7 +523,7 @@ def test_a_streamed_tensor_of_another_size(tmp_path):
     assert isinstance(stored, Stored)
     assert stored.read().ravel().tolist() == [0, 1, 2, 0, 1]
     assert stored.rows(1, 4).read().ravel().tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match="given 5"):
+    with pytest.raises(ValueError, match="got 5 elements"):
         write_torch_file(file, Streamed(np.dtype(np.int32), (6,), lambda: iter(blocks)))
     assert read_torch_file(file).shape == (5, 1)
 
