@@ -15,7 +15,7 @@ import pytest
 import support
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-PASSAGES = 60
+DOCUMENTS = 60
 
 
 def execute(path: Path, folder: Path, **environment: str) -> dict:
@@ -68,7 +68,7 @@ def retrieve(stanford_folder, tmp_path_factory) -> dict:
         NOTEBOOKS / "retrieve.ipynb",
         tmp_path_factory.mktemp("retrieve"),
         COLBERT_CHECKPOINT=str(stanford_folder),
-        COLBERT_PASSAGES=str(PASSAGES),
+        COLBERT_DOCUMENTS=str(DOCUMENTS),
     )
 
 
@@ -83,7 +83,7 @@ def test_retrieve_installs_nothing_where_the_library_is(retrieve):
 
 
 def test_retrieve_prints_three_results_of_each_question(retrieve):
-    assert f"{PASSAGES} passages" in printed(retrieve["collection"])
+    assert f"{DOCUMENTS} documents" in printed(retrieve["collection"])
     blocks = printed(retrieve["search"]).strip().split("\n\n")
     assert len(blocks) == 4
     for block in blocks:
@@ -91,7 +91,7 @@ def test_retrieve_prints_three_results_of_each_question(retrieve):
         scores = [float(score) for score, _, _ in results]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
         for _, name, first_word in results:
-            assert first_word == f"{name}:"  # the id and the text of one passage
+            assert first_word == f"{name}:"  # the id and the text of one document
 
 
 def test_retrieve_compares_plaid_with_exact_search(retrieve):
@@ -126,7 +126,7 @@ def test_train_fine_tunes_twice(tmp_path):
         tmp_path,
         COLBERT_CHECKPOINT=str(checkpoint),
         COLBERT_TEACHER=str(teacher),
-        COLBERT_PASSAGES=str(PASSAGES),
+        COLBERT_DOCUMENTS=str(DOCUMENTS),
         COLBERT_STEPS="2",
         COLBERT_BATCH="4",
     )
