@@ -35,13 +35,18 @@ class ResidualCodec:
     bucket_weights: float32[2^b], the value that stands for each bucket.
     """
 
-    centroids: jax.Array
-    bucket_cutoffs: jax.Array
-    bucket_weights: jax.Array
+    centroids: jax.Array | np.ndarray
+    bucket_cutoffs: jax.Array | np.ndarray
+    bucket_weights: jax.Array | np.ndarray
 
     @property
     def nbits(self) -> int:
-        return self.bucket_weights.shape[0].bit_length() - 1
+        return nbits_of(self.bucket_weights)
+
+
+def nbits_of(bucket_weights: Any) -> int:
+    """Bits of a bucket, b, from the weights float32[2^b]."""
+    return bucket_weights.shape[0].bit_length() - 1
 
 
 def check_packable(dim: int, nbits: int) -> None:
@@ -187,7 +192,7 @@ def decompress(codec: Any, codes: jax.Array, residuals: jax.Array) -> jax.Array:
 
 def unpack_weights(bucket_weights: jax.Array, residuals: jax.Array) -> jax.Array:
     """Packed residuals uint8[..., P] to the weights of their buckets float32[..., P * 8 / b]."""
-    nbits = bucket_weights.shape[0].bit_length() - 1
+    nbits = nbits_of(bucket_weights)
     table = bucket_weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
     return table[residuals].reshape(*residuals.shape[:-1], residuals.shape[-1] * 8 // nbits)
 

@@ -21,7 +21,7 @@ def check_mesh(mesh: Mesh) -> None:
     """Raise ValueError unless the mesh has one axis, of type Auto."""
     if len(mesh.axis_names) != 1 or mesh.axis_types != (AxisType.Auto,):
         raise ValueError(
-            f"points are spread over a mesh of one axis of type Auto, got {mesh}; make it with "
+            f"expected a mesh of one axis of type Auto, got {mesh}; make it with "
             'jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))'
         )
 

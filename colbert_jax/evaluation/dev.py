@@ -17,7 +17,7 @@ from colbert_jax.search.exact import exact_search
 
 @dataclass(frozen=True)
 class DevCollection:
-    """Passages, queries and judgements to evaluate on; exact scoring, no index.
+    """Passages, queries and judgements to evaluate on, by exact scoring without an index.
 
     passages, queries: texts by id. qrels: query id -> passage id -> gain.
     """
@@ -33,7 +33,7 @@ class DevCollection:
 
     @classmethod
     def read(cls, collection: str | Path, queries: str | Path, qrels: str | Path) -> DevCollection:
-        """From files; queries without a judgement are left out."""
+        """Read from files; queries without a judgement are left out."""
         judged = read_qrels(qrels)
         asked = {qid: text for qid, text in read_queries(queries).items() if qid in judged}
         if not asked:
@@ -41,7 +41,7 @@ class DevCollection:
         return cls(dict(read_collection(collection)), asked, {q: judged[q] for q in asked})
 
     def evaluate(self, model: ColBERT) -> dict[str, float]:
-        """nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
+        """Measure nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
         pids = list(self.passages)
         documents = model.encode_documents(list(self.passages.values()), progress=False)
         raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))

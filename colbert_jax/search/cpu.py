@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from colbert_jax.compression.codec import unpack
+from colbert_jax.compression.codec import nbits_of, unpack
 from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
 from colbert_jax.search.arrays import IndexArrays
@@ -46,7 +46,7 @@ class CpuArrays(NamedTuple):
 def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
     """Views of an index's arrays on the host, of the one type that the kernels are compiled for."""
     weights = np.ascontiguousarray(arrays.bucket_weights, np.float32)
-    nbits = len(weights).bit_length() - 1
+    nbits = nbits_of(weights)
     table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
     word = np.uint64 if nbits < 8 else np.float32  # two weights at a time, where a byte has them
     return CpuArrays(

@@ -13,10 +13,11 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.cpu_kernels import compiled, dots, insert
+from colbert_jax.search.plaid import PRUNED
 
 BLOCK = 64  # centroids whose maxima are kept, so that few of them are looked at when probing
 LOWEST = np.int32(-(2**31))
-_PRUNED = np.float32(-9999.0)  # per query token, for a document without a token left
+_PRUNED = np.float32(PRUNED)
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
 

@@ -30,10 +30,11 @@ import numpy as np
 
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.config import SearchConfig
-from colbert_jax.scoring.residual import field_weights, slot_major, token_maxima
+from colbert_jax.scoring.residual import token_maxima
+from colbert_jax.scoring.slots import field_weights, slot_major
 from colbert_jax.search.arrays import IndexArrays, best_of
 
-_PRUNED = -9999.0  # per query token, for a document without a token left: ColBERT's constant
+PRUNED = -9999.0  # a query token's best score where pruning left no token: ColBERT's constant
 _TILE = 32  # tokens
 _CLASSES = 31  # of document lengths in tiles, the last for all that are longer
 _FEWEST_ENTRIES = 64
@@ -326,9 +327,9 @@ def centroid_interaction(
         codes = arrays.codes[rows]
         if kept is not None:
             mask = mask & _rows_of(kept, codes)
-        return jnp.where(mask[..., None], _rows_of(table, codes), _PRUNED).max(axis=2)
+        return jnp.where(mask[..., None], _rows_of(table, codes), PRUNED).max(axis=2)
 
-    return by_tiles(maxima, arrays.offsets, ids, table.shape[-1], _PRUNED, block)
+    return by_tiles(maxima, arrays.offsets, ids, table.shape[-1], PRUNED, block)
 
 
 def exact_scores(

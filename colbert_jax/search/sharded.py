@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from colbert_jax.batching import ladder_length, next_power_of_two
-from colbert_jax.compression.sharding import replicate
+from colbert_jax.compression.sharding import check_mesh, replicate
 from colbert_jax.config import SearchConfig
 from colbert_jax.embeddings import document_ranges
 from colbert_jax.progress import progress_bar
@@ -112,15 +112,6 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
     placed = placed._replace(inverse_norms=_norms(placed, mesh=mesh))
     (first,) = place(lambda s: (bounds[s : s + 1].astype(np.int32),), 1)
     return ShardedArrays(placed, bounds, first, mesh)
-
-
-def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError unless a mesh has one axis."""
-    if len(mesh.axis_names) != 1:
-        raise ValueError(
-            f"an index is sharded over a mesh of one axis, got axes {mesh.axis_names}: "
-            'jax.make_mesh((n,), ("data",))'
-        )
 
 
 def split_lists(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickletools
 import struct
 import sys
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from colbert_jax.files import replacing
 from colbert_jax.tensors.stored import Stored, c_strides, span
 
 _DTYPES = {
@@ -441,22 +441,12 @@ def write_torch_file(path: str | Path, value: Any) -> None:
     """
     arrays: _Arrays = {}
     pickle = b"\x80\x02" + b"".join(_opcodes(value, arrays)) + b"."
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            with zipfile.ZipFile(stream, "w") as archive:
-                _write_member(archive, "data.pkl", len(pickle), [pickle])
-                _write_member(archive, "byteorder", 6, [b"little"])
-                for key, array in arrays.values():
-                    _write_member(archive, f"data/{key}", array.nbytes, _chunks(array))
-                _write_member(archive, "version", 2, [b"3\n"])
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(Path(path), "wb") as stream, zipfile.ZipFile(stream, "w") as archive:
+        _write_member(archive, "data.pkl", len(pickle), [pickle])
+        _write_member(archive, "byteorder", 6, [b"little"])
+        for key, array in arrays.values():
+            _write_member(archive, f"data/{key}", array.nbytes, _chunks(array))
+        _write_member(archive, "version", 2, [b"3\n"])
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, size: int, chunks: Iterable[Any]) -> None:

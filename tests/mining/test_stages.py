@@ -121,6 +121,8 @@ def test_retrieval_checks_its_input(model, index, tmp_path, plain_folder):
     ):
         with pytest.raises(ValueError, match=message):
             retrieve(index, model, queries, tmp_path / "r")
+    with pytest.raises(ValueError, match="batch must be >= 1, got 0"):
+        retrieve(index, model, QUERIES, tmp_path / "r", batch=0)
     with pytest.raises(ValueError, match="k must be a whole number"):
         retrieve(index, model, QUERIES, tmp_path / "r", k=0)
     other = type(model).from_pretrained(plain_folder, devices=jax.devices()[:1])
@@ -148,14 +150,14 @@ def test_scores_are_the_teachers_best_first(ranking, scored, texts):
 
 
 @pytest.mark.parametrize("patience", [0, 20, 50])
-def test_killed_scoring_goes_on(ranking, collection, scored, tmp_path, monkeypatch, patience):
-    monkeypatch.setattr(stages, "_PAIRS", 18)  # two queries a block
+def test_killed_scoring_goes_on(ranking, collection, scored, tmp_path, patience):
     output = tmp_path / "scores"
+    block = dict(batch=18)  # two queries
     arguments = ranking, QUERIES, collection
     with pytest.raises(RuntimeError, match="killed"):
-        score_ranking(*arguments, FakeTeacher(patience), output)
+        score_ranking(*arguments, FakeTeacher(patience), output, **block)
     teacher = FakeTeacher()
-    done = score_ranking(*arguments, teacher, output)
+    done = score_ranking(*arguments, teacher, output, **block)
     assert len(teacher.pairs) == 72 - patience // 18 * 18 and done.queries == 8
     assert output.read_bytes() == scored.read_bytes()
     assert score_ranking(*arguments, FakeTeacher(0), output).queries == 8  # kept
@@ -189,10 +191,8 @@ def test_a_bi_encoder_embeds_each_passage_once(
     bi, ranking, collection, texts, tmp_path, monkeypatch, stage
 ):
     """Killed while it embeds passages, or while it scores pairs."""
-    monkeypatch.setattr(stages, "_PAIRS", 18)
-    monkeypatch.setattr(stages, "_PASSAGES", 10)
     arguments = ranking, QUERIES, collection, bi
-    whole = score_ranking(*arguments, tmp_path / "whole").path
+    whole = score_ranking(*arguments, tmp_path / "whole", batch=18).path
     embedded, real, calls = [], type(bi).encode_documents, []
     function = getattr(type(bi), stage)
 
@@ -210,9 +210,9 @@ def test_a_bi_encoder_embeds_each_passage_once(
         patch.setattr(type(bi), "encode_documents", note)
         patch.setattr(type(bi), stage, dying)
         with pytest.raises(RuntimeError, match="killed"):
-            score_ranking(*arguments, tmp_path / "cut")
+            score_ranking(*arguments, tmp_path / "cut", batch=18)
     monkeypatch.setattr(type(bi), "encode_documents", note)
-    score_ranking(*arguments, tmp_path / "cut")
+    score_ranking(*arguments, tmp_path / "cut", batch=18)
     assert (tmp_path / "cut").read_bytes() == whole.read_bytes()
     assert names(tmp_path) == ["cut", "cut.meta", "whole", "whole.meta"]
     pids = {line.split("\t")[1] for line in ranking.read_text().splitlines()}
@@ -221,6 +221,14 @@ def test_a_bi_encoder_embeds_each_passage_once(
     pairs = rows(whole)[0][1:]
     expected = bi.encode_documents([texts[pid] for pid, _ in pairs]) @ query
     np.testing.assert_allclose([score for _, score in pairs], expected, atol=2e-6)
+
+
+def test_vectors_of_somebody_else_are_left_alone(bi, ranking, collection, tmp_path):
+    (tmp_path / "s.vectors").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"s\.vectors: exists, and is not of this stage"):
+        score_ranking(ranking, QUERIES, collection, bi, tmp_path / "s")
+    score_ranking(ranking, QUERIES, collection, FakeTeacher(), tmp_path / "s")
+    assert (tmp_path / "s.vectors").read_bytes() == b"mine"
 
 
 BAD_RANKINGS = [
@@ -312,8 +320,7 @@ def test_labels_come_first_and_are_no_negatives(many, tmp_path):
 
 @pytest.mark.parametrize("after", [1, 3, 4])
 def test_killed_examples_go_on(many, tmp_path, monkeypatch, after):
-    monkeypatch.setattr(stages, "_LINES", 1)
-    whole = make_examples(many, tmp_path / "whole", nway=8)
+    whole = make_examples(many, tmp_path / "whole", nway=8, batch=1)
     made, example = [], stages._example
 
     def dying(*arguments):
@@ -325,8 +332,8 @@ def test_killed_examples_go_on(many, tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_example", dying)
         with pytest.raises(RuntimeError, match="killed"):
-            make_examples(many, tmp_path / "cut", nway=8)
-    again = make_examples(many, tmp_path / "cut", nway=8)
+            make_examples(many, tmp_path / "cut", nway=8, batch=1)
+    again = make_examples(many, tmp_path / "cut", nway=8, batch=1)
     assert again[1:] == whole[1:] and again.path.read_bytes() == whole.path.read_bytes()
     assert make_examples(many, tmp_path / "cut", nway=8) == again
     with pytest.raises(FileExistsError, match="nway: 8, not 9"):
