@@ -72,16 +72,19 @@ def retrieve(stanford_folder, tmp_path_factory) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_every_cell_of_retrieve_ran(retrieve):
     for name, cell in retrieve.items():
         assert cell.execution_count, f"cell {name} did not run"
         assert all(output.output_type != "error" for output in cell.outputs), f"cell {name} failed"
 
 
+@pytest.mark.slow
 def test_retrieve_installs_nothing_where_the_library_is(retrieve):
     assert retrieve["install"].outputs == []
 
 
+@pytest.mark.slow
 def test_retrieve_prints_three_results_of_each_question(retrieve):
     assert f"{DOCUMENTS} documents" in printed(retrieve["collection"])
     blocks = printed(retrieve["search"]).strip().split("\n\n")
@@ -94,12 +97,14 @@ def test_retrieve_prints_three_results_of_each_question(retrieve):
             assert first_word == f"{name}:"  # the id and the text of one document
 
 
+@pytest.mark.slow
 def test_retrieve_compares_plaid_with_exact_search(retrieve):
     assert printed(retrieve["speed"]).count("queries per second") == 2
     share = re.match(r"(\d+\.\d)%", printed(retrieve["exact"]))
     assert share is not None and 50 <= float(share[1]) <= 100
 
 
+@pytest.mark.slow
 def test_retrieve_draws_a_picture(retrieve):
     shown = [output.get("data", {}) for output in retrieve["picture"].outputs]
     pictures = [data["image/png"] for data in shown if "image/png" in data]
@@ -107,6 +112,7 @@ def test_retrieve_draws_a_picture(retrieve):
     assert base64.b64decode(pictures[0]).startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_path):
     cells = execute(NOTEBOOKS / "convert.ipynb", tmp_path, COLBERT_CHECKPOINT=str(stanford_folder))
     assert cells["install"].outputs == []
@@ -117,6 +123,7 @@ def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_pa
     assert printed(cells["flmr"]).split() == ["(1,", "16,", "16)", "(1,", "48,", "16)"]
 
 
+@pytest.mark.slow
 def test_train_fine_tunes_twice(tmp_path):
     one_layer = {"num_hidden_layers": 1}
     checkpoint = support.write_stanford(tmp_path / "checkpoint", one_layer)
