@@ -40,6 +40,7 @@ ELSEWHERE = [
     "--cache CACHE",
     "python benchmarks/search.py CACHE --passages 10000 --queries 128 --seconds 3 "
     "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
+    "python benchmarks/train_minilm.py DATA --checkpoint MINILM --folder runs/minilm",
 ]
 
 
@@ -71,6 +72,7 @@ def elsewhere(tmp_path, monkeypatch, one_device, quick_compilation):
     )
     Path("queries.tsv").write_text("q1\theat flow\nq2\trunning cats\n")
     Path("qrels.tsv").write_text("q1\t0\t3\t1\nq2\t0\t4\t2\n")
+    Path("pairs.jsonl").write_text('{"query": "heat flow", "positive": "heat"}\n' * 4)
     Path("triples.jsonl").write_text('["q1", 3, 4]\n["q2", 4, 5]\n')
     scored = [
         [q, *([pid, -float(pid)] for pid in range(n, n + 4))] for n, q in ((3, "q1"), (4, "q2"))

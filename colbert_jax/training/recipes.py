@@ -15,18 +15,19 @@ from typing import Any
 from colbert_jax.checkpoints import detect_layout, hub
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TextConfig, TrainingConfig
-from colbert_jax.data import (
+from colbert_jax.data.collections import read_qrels
+from colbert_jax.data.examples import (
     ExampleSource,
-    Texts,
     concatenate,
     dataset_examples,
     pair_examples,
-    read_qrels,
     stanford_examples,
 )
+from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.files import replacing
-from colbert_jax.mining import load_teacher, mine
+from colbert_jax.mining.stages import mine
+from colbert_jax.mining.teacher import load_teacher
 from colbert_jax.settings import to_json
 from colbert_jax.training.trainer import Trained, train
 
