@@ -182,8 +182,8 @@ class DenoisedSupervision(Recipe):
     positives: judgements (`qid 0 pid gain`). If None, the teacher's best passage is the positive.
     examples: examples that have scores already, of the same queries and collection, to distil from
       beside the mined ones.
-    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`). If both
-      are None, the checkpoint is warm already.
+    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`). If
+      both are None, the checkpoint is warm already.
     """
 
     checkpoint: str = "bert-base-uncased"
