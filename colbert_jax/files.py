@@ -245,9 +245,11 @@ def _draft(place: Path) -> Path:
 
 
 def _drafts(place: Path) -> Iterator[Path]:
-    """What `_draft` has named and a kill has left."""
-    pattern = f".{glob.escape(place.name)}.{'[0-9a-f]' * _DIGITS}{_OURS}"
-    return place.parent.glob(pattern)
+    """What `_draft` has named and a kill has left, with the drafts of these drafts."""
+    digits = "[0-9a-f]" * _DIGITS
+    draft = f".{glob.escape(place.name)}.{digits}{_OURS}"
+    for pattern in (draft, f".{draft}.{digits}{_OURS}"):
+        yield from place.parent.glob(pattern)
 
 
 # --- Locks ----------------------------------------------------------------------------------

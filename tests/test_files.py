@@ -122,7 +122,11 @@ def test_files_are_replaced_one_by_one_in_a_folder(tmp_path):
 
 
 def test_recover_keeps_to_its_own(tmp_path):
-    own = [".best.0123abcd.colbert_jax", ".best.previous.colbert_jax"]
+    own = [
+        ".best.0123abcd.colbert_jax",
+        ".best.previous.colbert_jax",
+        "..best.0123abcd.colbert_jax.4567cdef.colbert_jax",  # published into a draft
+    ]
     others = [".best.x.0123abcd.colbert_jax", ".bes.0123abcd.colbert_jax", "best.old", "best.new"]
     for name in ["best", *own, *others]:
         (tmp_path / name).mkdir()
