@@ -20,7 +20,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch, one_device, quick_compilation):
+def elsewhere(tmp_path, monkeypatch, one_device):
     """A working folder with the files that the commands name, and a checkpoint for every hub id."""
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
