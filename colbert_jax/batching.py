@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 def ladder_length(length: int, longest: int | None = None, ladder: Sequence[int] = LADDER) -> int:
-    """The padded length for a row: the next step of the ladder, doubling beyond its end.
+    """Round a row's length up to the next step of the ladder, doubling beyond its end.
 
     `longest` caps the result (a model's number of positions); it must not be below `length`.
     """
@@ -45,7 +45,7 @@ def ladder_length(length: int, longest: int | None = None, ladder: Sequence[int]
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two >= n, at least 1."""
+    """Round up to a power of two, at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -109,12 +109,12 @@ def pad_rows(rows: Sequence[np.ndarray], size: int, length: int, fill: int = 0) 
 
 
 class BatchRunner:
-    """Local devices that share the rows of every batch; parameters are on each of them."""
+    """Runs programs on local devices, which share the rows of a batch and each hold parameters."""
 
     def __init__(self, devices: Sequence[jax.Device] | None, longest: int):
         """
         Args:
-          devices: None: all local ones.
+          devices: If None, all local devices.
           longest: the most tokens that a row may have.
         """
         self.devices = list(devices or jax.local_devices())
@@ -129,21 +129,21 @@ class BatchRunner:
         self._compiling = threading.Lock()
 
     def windows(self, items: list[Item]) -> Iterator[list[Item]]:
-        """The items in parts that are worth a sorting of their own."""
+        """Cut items into parts that are sorted by length one at a time."""
         size = WINDOW * len(self.devices)
         return (items[i : i + size] for i in range(0, len(items), size))
 
     def put(self, params: dict) -> dict:
-        """Parameters on every device; on a CPU the arrays are taken over without a copy."""
+        """Put parameters on every device; on a CPU the arrays are used without a copy."""
         replicated = NamedSharding(self._mesh, PartitionSpec())
         return jax.device_put(params, replicated, may_alias=True)
 
     def program(self, function: Callable[..., jax.Array], arrays: int) -> Callable[..., jax.Array]:
-        """function(params, *arrays) compiled so that each device runs it on its share of the rows.
+        """Compile function(params, *arrays) so that each device runs it on its share of the rows.
 
         Args:
-          function: to an array with the rows of its arguments.
-          arrays: how many it takes behind the parameters.
+          function: returns an array with as many rows as its arguments.
+          arrays: how many arrays it takes after the parameters.
         """
         rows = PartitionSpec("data")
         return jax.jit(
@@ -156,7 +156,7 @@ class BatchRunner:
         )
 
     def run(self, program: Callable[..., jax.Array], params: dict, *batch: np.ndarray):
-        """What a program gives for one batch, on the host."""
+        """Run a program on one batch and fetch the result."""
         shape = batch[0].shape
         arguments = jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
         if shape in self._compiled:
@@ -194,7 +194,7 @@ class BatchRunner:
 
 
 def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """function(item) of each item, the next one computed while the caller uses the last."""
+    """Yield function(item) of each item; the next is computed while the caller uses the last."""
     items = iter(items)
     with ThreadPoolExecutor(1) as host:
 

@@ -1,4 +1,4 @@
-"""`colbert-jax`: the library from the command line. Thin: every command is a few library calls."""
+"""`colbert-jax`: the library from the command line; every command is a few library calls."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import MODES
+from colbert_jax.data.documents import Documents
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
     evaluate_ranking,
@@ -25,17 +26,18 @@ from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
-from colbert_jax.progress import progress_bar
+from colbert_jax.retriever import Hit, Retriever, rank_documents
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
-from colbert_jax.search.arrays import Hits, concatenate_hits
 from colbert_jax.settings import add_arguments, given, make, merge, read_settings
 from colbert_jax.training.recipes import RECIPES
 
-_BATCH = 32  # queries searched in one call
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for an error of the user's making."""
+    """Run a command.
+
+    Returns:
+      the exit status: 0; 2 for bad input, named on stderr; 130 after Ctrl-C.
+    """
     args = _parser().parse_args(arguments)
     try:
         enable_compilation_cache()
@@ -47,35 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except KeyboardInterrupt:
-        print("interrupted; a build goes on where it was when run again", file=sys.stderr)
+        print(f"colbert-jax: interrupted{args.resumes}", file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         if args.traceback:
             raise
-        print(f"colbert-jax: error: {error}", file=sys.stderr)
+        message = str(error).replace("overwrite=True", "--overwrite")  # what to type here
+        print(f"colbert-jax: error: {message}", file=sys.stderr)
         return 2
     return 0
 
 
 def index(args: argparse.Namespace) -> None:
-    next(iter(read_collection(args.collection)))  # a wrong file is told before the model is loaded
-    path = Path(args.index)
-    if path.exists() and not args.overwrite:
-        raise FileExistsError(f"{path}: exists; pass --overwrite to replace it")
     settings = {} if args.doc_maxlen is None else {"doc_maxlen": args.doc_maxlen}
-    model = ColBERT.from_pretrained(args.checkpoint, dim=args.dim, **settings)
-    built = Index.build(
-        path,
-        model,
-        (text for _, text in read_collection(args.collection)),
-        ids=(pid for pid, _ in read_collection(args.collection)),
+    retriever = Retriever.build(
+        args.index,
+        args.checkpoint,
+        Path(args.collection),
         nbits=args.nbits,
         kmeans_niters=args.kmeans_niters,
         num_centroids=args.num_centroids,
         store_texts=not args.no_texts,
         overwrite=args.overwrite,
+        dim=args.dim,
+        **settings,
     )
-    print(_summary(built))
+    print(_summary(retriever.index))
 
 
 def search(args: argparse.Namespace) -> None:
@@ -85,25 +84,22 @@ def search(args: argparse.Namespace) -> None:
         queries = read_queries(args.queries)
     else:
         queries = {f"q{n}": text for n, text in enumerate(args.query, 1)}
-    opened = Index.open(args.index)
-    hits = _search(opened, list(queries.values()), args.k, args)
+    retriever = Retriever.open(args.index, args.checkpoint)
+    found = _search(retriever, queries, args.k, args, texts=not args.output)
     if args.output:
-        write_run(args.output, list(queries), hits, opened.ids)
-        print(f"{len(queries)} queries, {hits.positions.shape[1]} results each: {args.output}")
+        write_run(args.output, found)
+        results = sum(map(len, found.values()))
+        print(f"{len(found)} queries, {results} results: {args.output}")
         return
-    for query, ids, scores in zip(queries.values(), hits.positions, hits.scores, strict=True):
-        print(query)
-        for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
-            text = opened.texts[int(i)] if opened.texts is not None else ""
-            print(f"{rank:4}  {score:8.4f}  {opened.ids[int(i)]}  {_shortened(text)}")
+    for qid, hits in found.items():
+        print(queries[qid])
+        _print_hits(hits)
 
 
 def rank(args: argparse.Namespace) -> None:
-    pids, texts = zip(*read_collection(args.file), strict=True)
+    documents = Documents(args.file)  # a bad file is named before the model is loaded
     model = ColBERT.from_pretrained(args.checkpoint)
-    hits = model.rank(args.query, texts, args.k)
-    for place, (i, score) in enumerate(zip(hits.positions, hits.scores, strict=True), 1):
-        print(f"{place:4}  {score:8.4f}  {pids[i]}  {_shortened(texts[i])}")
+    _print_hits(rank_documents(model, args.query, documents, args.k))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -119,13 +115,9 @@ def evaluate(args: argparse.Namespace) -> None:
     ):
         if number > len(queries):
             print(f"{number - len(queries)} queries {name}: left out", file=sys.stderr)
-    opened = Index.open(args.index)
-    hits = _search(opened, list(queries.values()), DEPTH, args)
-    ranking = {
-        qid: [opened.ids[int(i)] for i in ids]
-        for qid, ids in zip(queries, hits.positions, strict=True)
-    }
-    values = evaluate_ranking(ranking, qrels)
+    retriever = Retriever.open(args.index, args.checkpoint)
+    found = _search(retriever, queries, DEPTH, args, texts=False)
+    values = evaluate_ranking({qid: [hit.id for hit in hits] for qid, hits in found.items()}, qrels)
     if args.json:
         about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
         print(json.dumps(about | values))
@@ -140,13 +132,13 @@ def info(args: argparse.Namespace) -> None:
     if args.verify:
         opened.verify()
     if args.json:
-        print(json.dumps(opened.metadata))
+        print(json.dumps(opened.metadata.to_json()))
         return
     print(_summary(opened))
-    model = opened.metadata["model"]
+    model = opened.metadata.model
     print(f"model        {model['load']['name_or_path'] if model else 'none: ready embeddings'}")
     print(f"format       {FORMAT_VERSION}")
-    print(f"settings     {json.dumps(opened.metadata['settings'])}")
+    print(f"settings     {json.dumps(opened.metadata.settings)}")
     if args.verify:
         print("checksums    all files are whole")
 
@@ -198,24 +190,25 @@ def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
 
-def _search(opened: Index, queries: list[str], k: int, args: argparse.Namespace) -> Hits:
-    model = ColBERT.for_index(opened, args.checkpoint)
-    encoded = model.encode_queries(queries, progress=None)
-    parts = []
-    with progress_bar(len(queries), "searching", "query") as bar:
-        for start in range(0, len(queries), _BATCH):
-            block = encoded[start : start + _BATCH]
-            hits = opened.search(
-                block,
-                k,
-                mode=args.mode,
-                ncells=args.ncells,
-                centroid_score_threshold=args.centroid_score_threshold,
-                ndocs=args.ndocs,
-            )
-            parts.append(hits)
-            bar.update(len(block))
-    return concatenate_hits(parts)
+def _search(
+    retriever: Retriever, queries: Mapping[str, str], k: int, args: argparse.Namespace, texts: bool
+) -> dict[str, list[Hit]]:
+    hits = retriever.search(
+        list(queries.values()),
+        k,
+        mode=args.mode,
+        ncells=args.ncells,
+        centroid_score_threshold=args.centroid_score_threshold,
+        ndocs=args.ndocs,
+        texts=texts,
+        progress=None,
+    )
+    return dict(zip(queries, hits, strict=True))
+
+
+def _print_hits(hits: Sequence[Hit]) -> None:
+    for place, hit in enumerate(hits, 1):
+        print(f"{place:4}  {hit.score:8.4f}  {hit.id}  {_shortened(hit.text or '')}")
 
 
 def _summary(opened: Index) -> str:
@@ -223,10 +216,10 @@ def _summary(opened: Index) -> str:
     size = sum(file.stat().st_size for file in opened.path.iterdir())
     return (
         f"{opened.path}\n"
-        f"documents    {m['num_documents']} ({m['num_empty_documents']} without a token)\n"
-        f"tokens       {m['num_tokens']}\n"
-        f"dimensions   {m['dim']} at {m['nbits']} bits\n"
-        f"centroids    {m['num_centroids']}\n"
+        f"documents    {m.num_documents} ({m.num_empty_documents} without a token)\n"
+        f"tokens       {m.num_tokens}\n"
+        f"dimensions   {m.dim} at {m.nbits} bits\n"
+        f"centroids    {m.num_centroids}\n"
         f"size         {size / 1e6:.1f} MB"
     )
 
@@ -237,16 +230,16 @@ def _shortened(text: str, most: int = 100) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="colbert-jax", description="Late-interaction retrieval: index passages, search them."
+        prog="colbert-jax", description="Late-interaction retrieval: index documents, search them."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(run, summary: str) -> argparse.ArgumentParser:
+    def command(run, summary: str, resumes: str = "") -> argparse.ArgumentParser:
         name = run.__name__.strip("_").replace("_", "-")
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, resumes=resumes)
         sub.add_argument(
             "--traceback",
             action="store_true",
@@ -255,17 +248,21 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    sub = command(index, "index a collection of passages")
-    sub.add_argument("collection", help="TSV (pid, text[, title]), JSONL, or a passage a line")
+    sub = command(
+        index, "index a collection of documents", "; run again, the build goes on where it was"
+    )
+    sub.add_argument("collection", help="TSV (pid, text[, title]), JSONL, or one document per line")
     sub.add_argument("index", help="folder of the index to build")
     sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
     sub.add_argument("--nbits", type=int, help="1, 2, 4 or 8 (default: the checkpoint's, else 2)")
-    sub.add_argument("--dim", type=int, help="new projection for a plain BERT, untrained")
-    sub.add_argument("--doc-maxlen", type=int, help="tokens kept of a passage")
+    sub.add_argument(
+        "--dim", type=int, help="width of a new, untrained projection for a plain encoder"
+    )
+    sub.add_argument("--doc-maxlen", type=int, help="tokens kept of a document")
     sub.add_argument("--kmeans-niters", type=int, help="k-means iterations")
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
-    sub.add_argument("--no-texts", action="store_true", help="do not keep the passages' texts")
-    sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+    sub.add_argument("--no-texts", action="store_true", help="do not keep the documents' texts")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
 
     sub = command(search, "search an index")
     sub.add_argument("index")
@@ -275,9 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", help="write a run file: qid, pid, rank, score")
     _search_settings(sub)
 
-    sub = command(rank, "order the passages of a file for one query, without an index")
+    sub = command(rank, "order the documents of a file for one query, without an index")
     sub.add_argument("query")
-    sub.add_argument("file", help="TSV (pid, text[, title]), JSONL, or a passage a line")
+    sub.add_argument("file", help="TSV (pid, text[, title]), JSONL, or one document per line")
     sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
     sub.add_argument("-k", type=int, help="results (default: all)")
 
@@ -297,26 +294,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", help="folder, Hugging Face hub id, or ColBERTv1 .dnn file")
     sub.add_argument("folder", help="the folder to make")
     sub.add_argument("--to", required=True, choices=list(LAYOUTS), help="layout to write")
-    sub.add_argument("--revision", help="of the hub repository")
-    sub.add_argument("--base", help="for a .dnn file: the model it was trained from")
+    sub.add_argument("--revision", help="revision of the hub repository")
+    sub.add_argument("--base", help="the model that a .dnn file was trained from")
 
     sub = command(convert_index_, "write an index in another layout")
     sub.add_argument("source", help="index of this library, of Stanford ColBERT or of fast-plaid")
     sub.add_argument("folder", help="the folder to make")
     sub.add_argument("--to", required=True, choices=list(TARGETS), help="layout to write")
-    sub.add_argument("--checkpoint", help="the model it was made with, for the index to remember")
-    sub.add_argument("--collection", help="its passages in order, to be kept with --to native")
-    sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+    sub.add_argument("--checkpoint", help="the model that made it, for the index to remember")
+    sub.add_argument("--collection", help="its documents in order, to be kept with --to native")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
 
-    sub = command(train, "train a model, or go on where a run stopped")
+    sub = command(
+        train,
+        "train a model, or go on where a run stopped",
+        "; run again, training goes on from its last checkpoint",
+    )
     recipes = sub.add_subparsers(title="recipes", required=True, metavar="RECIPE", dest="recipe")
     for name, (kind, run) in RECIPES.items():
         one = recipes.add_parser(name, help=run.__doc__, description=kind.__doc__)
-        one.add_argument("--settings", help="JSON with settings; flags change single ones")
-        one.add_argument("--overwrite", action="store_true", help="start anew")
+        one.add_argument("--settings", help="JSON file with settings; flags override single ones")
+        one.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
         add_arguments(one, kind)
 
-    sub = command(demo, "index the standard library's documentation and ask it five questions")
+    sub = command(demo, "index the documentation of Python's standard library, ask five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")
     sub.add_argument("--checkpoint", help="default: the packaged all-MiniLM-L6-v2")
     return parser

@@ -1,11 +1,11 @@
-"""ColBERT as a user holds it: a tokenizer, an encoder, and the batching between them."""
+"""`ColBERT`: texts to token embeddings; a tokenizer, an encoder, and the batching between them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_chec
 from colbert_jax.checkpoints.common import fingerprint
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
+from colbert_jax.explanation import Explanation
 from colbert_jax.models.colbert import (
     EncoderConfig,
     check_quantization,
@@ -34,10 +35,7 @@ from colbert_jax.models.colbert import (
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
-from colbert_jax.text import TextTokenizer, TokenIds, as_texts
-
-if TYPE_CHECKING:
-    from colbert_jax.index import Index
+from colbert_jax.text import TextTokenizer, TokenIds, as_queries, as_texts
 
 _DOCUMENT_SETTINGS = (
     "doc_maxlen",
@@ -49,28 +47,6 @@ _DOCUMENT_SETTINGS = (
     "strip",
     "lowercase",
 )
-_PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
-
-
-class Explanation(NamedTuple):
-    """Where a score comes from.
-
-    query, document: a label for every row, the source word of each token.
-    similarity: float32[Lq, Ld]; the score is the sum of its row maxima.
-    """
-
-    query: list[str]
-    document: list[str]
-    similarity: np.ndarray
-
-    @property
-    def matches(self) -> list[tuple[str, str, float]]:
-        """For each query row the document word it matched best, and their similarity."""
-        best = self.similarity.argmax(axis=1)
-        return [
-            (word, self.document[j], float(self.similarity[i, j]))
-            for i, (word, j) in enumerate(zip(self.query, best, strict=True))
-        ]
 
 
 class ColBERT:
@@ -92,12 +68,18 @@ class ColBERT:
         """
         Args:
           checkpoint: what `checkpoints.read_checkpoint` returned.
-          load: arguments of `from_pretrained` that load it again (an index remembers them).
-          dtype: of the encoder's dense layers; None: bfloat16 on accelerators, float32 on a CPU.
-          quantization: "int8": the backbone's dense layers multiply 8-bit integers (`models.int8`)
-            and give `dtype`, at a small loss of quality. Four times smaller; faster only on devices
-            with int8 units, and on CPUs with VNNI from jaxlib 0.12 on. None: not.
-          devices: to encode on; None: all local ones.
+          load: arguments of `from_pretrained` that load the same model again, for an index to
+            remember. If None, the checkpoint's folder.
+          dtype: of the dense layers' computation. If None, bfloat16 on accelerators and float32 on
+            a CPU.
+          quantization: "int8" makes the backbone's dense layers multiply 8-bit integers
+            (`models.int8`), at a small loss of quality: four times smaller, and faster on devices
+            with int8 units and on CPUs with VNNI from jaxlib 0.12 on. If None, no quantization.
+          devices: to encode on. If None, all local devices.
+
+        Raises:
+          ValueError: texts may be longer than the encoder has positions, or an unknown
+            quantization.
         """
         check_quantization(quantization)
         config, encoder = checkpoint.config, checkpoint.encoder
@@ -149,22 +131,22 @@ class ColBERT:
         """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
         plain Hugging Face, this library's own.
 
-        A plain encoder without a late-interaction head is used as it is: its token embeddings at
-        full width, without markers, [MASK] expansion or dropped punctuation
-        (`TextConfig.untrained`).
+        A plain encoder without a late-interaction head gives its token embeddings at full width,
+        without markers, [MASK] expansion or dropped punctuation (`TextConfig.untrained`).
 
         Args:
           name_or_path: a folder, a Hugging Face hub id, or a ColBERTv1 `.dnn` file.
-          dim: for a plain encoder: add a new projection to this width, with random weights drawn
-            from `seed`, to be trained.
+          dim: width of a new projection for a plain encoder, with random weights drawn from `seed`,
+            to be trained. If None, no projection is added.
           dtype, quantization, devices: see `ColBERT`.
-          revision, token: for the hub.
-          base: for a `.dnn` file: folder or hub id of the model it was trained from, for its
-            configuration and tokenizer; None: the files beside it, else the model it names.
+          revision, token: of the hub.
+          base: for a `.dnn` file, the folder or hub id of the model it was trained from, which has
+            its configuration and tokenizer. If None, the files beside it, else the model it names.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
           FileNotFoundError, ValueError: naming the file and what is wrong with it.
+          TypeError: an unknown setting.
         """
         names = {f.name for f in dataclasses.fields(TextConfig)}
         unknown = sorted(text_settings.keys() - names)
@@ -192,45 +174,6 @@ class ColBERT:
         load |= text_settings
         return cls(checkpoint, load=load, dtype=dtype, quantization=quantization, devices=devices)
 
-    @classmethod
-    def for_index(
-        cls, index: Index, name_or_path: str | Path | None = None, **arguments: Any
-    ) -> ColBERT:
-        """Load the model that an index was built with.
-
-        Args:
-          index: an open index.
-          name_or_path: where its checkpoint is now; None: where it was.
-          **arguments: for `from_pretrained`.
-
-        Raises:
-          ValueError: the index was built from ready embeddings, or the checkpoint is another one.
-        """
-        model = index.metadata["model"]
-        if model is None:
-            if name_or_path is None:
-                raise ValueError(
-                    f"{index.path}: built from ready embeddings, without a model; name a checkpoint"
-                )
-            return cls.from_pretrained(name_or_path, **arguments)
-        load = dict(model["load"])
-        if name_or_path is not None:
-            load |= {"name_or_path": str(name_or_path)}
-            load = {name: value for name, value in load.items() if name not in _PLACE}
-        try:
-            loaded = cls.from_pretrained(**(load | arguments))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error}. The index {index.path} was built with it; name its place if it moved"
-            ) from None
-        if loaded.fingerprint() != model["fingerprint"]:
-            raise ValueError(
-                f"{load['name_or_path']}: not the checkpoint, or not the document settings, that "
-                f"{index.path} was built with (fingerprint {loaded.fingerprint()}, not "
-                f"{model['fingerprint']})"
-            )
-        return loaded
-
     @property
     def encoder_config(self) -> EncoderConfig:
         """The architecture: backbone, pooling of words, head."""
@@ -246,10 +189,11 @@ class ColBERT:
 
     @property
     def quantization(self) -> str | None:
+        """How the weights were quantised when they were loaded; None if they were not."""
         return self._quantization
 
     def set_params(self, params: dict) -> None:
-        """Give the model other parameters, those of queries and documents alike.
+        """Replace the parameters, for queries and documents alike.
 
         Args:
           params: float32 arrays in the form of `self.params`.
@@ -267,12 +211,13 @@ class ColBERT:
         """Write the model as a new folder.
 
         Args:
-          layout: "native" (this library's own: safetensors and one JSON), "stanford", "flmr",
-            "pylate", "sentence-transformers" or "colbertv1": each is what its own library loads.
-          metadata: what else to remember, such as how it was trained.
+          layout: "native" (safetensors and one JSON file), "stanford", "flmr", "pylate",
+            "sentence-transformers" or "colbertv1"; the library of that name loads the result.
+          metadata: further facts to keep, such as how the model was trained.
 
         Raises:
-          ValueError: an unknown layout, a setting that it cannot say, or quantised weights.
+          ValueError: an unknown layout, a setting that the layout has no place for, or quantised
+            weights.
           FileExistsError: `folder` exists and is not empty.
         """
         if self._quantization is not None:
@@ -291,16 +236,29 @@ class ColBERT:
         write_checkpoint(checkpoint, Path(folder), layout)
 
     def encode_queries(
-        self, queries: str | Sequence[str], *, progress: bool | None = False
+        self,
+        queries: str | Sequence[str],
+        *,
+        allow_blank: bool = False,
+        progress: bool | None = False,
     ) -> np.ndarray:
-        """Token embeddings of queries.
+        """Encode queries to token embeddings.
+
+        Args:
+          allow_blank: encode empty and blank queries too, as other libraries do. They ask nothing,
+            so searches refuse them.
+          progress: True for a bar. If None, a bar on a terminal, else log lines.
 
         Returns:
           float32[B, Lq, D]. With query expansion Lq is `query_maxlen`; without it, or with a
           smaller `query_minlen`, Lq is the longest query's step of the length ladder. Rows of
           zeros fill up; they add nothing to a score.
+
+        Raises:
+          ValueError, TypeError: an empty or blank query, or one that is no string, by its place.
         """
-        token_ids = self.tokenizer.queries(as_texts(queries, "query"))
+        listed = as_texts(queries, "query") if allow_blank else as_queries(queries)
+        token_ids = self.tokenizer.queries(listed)
         with progress_bar(len(token_ids.ids), "queries", "query", progress) as bar:
             rows = self._encode(self.query_params, token_ids, self.tokenizer.kept_in_query, bar)
         width = self.config.text.fixed_query_length
@@ -311,7 +269,14 @@ class ColBERT:
     def encode_documents(
         self, documents: str | Sequence[str], *, progress: bool | None = None
     ) -> DocumentEmbeddings:
-        """Token embeddings of documents, in their order; `progress` None: a bar on a terminal."""
+        """Encode documents to token embeddings, in their order.
+
+        Args:
+          progress: True for a bar, False for silence. If None, a bar on a terminal, else log lines.
+
+        Raises:
+          TypeError, ValueError: a document that is not a string or not valid Unicode, by position.
+        """
         texts = as_texts(documents, "document")
         with progress_bar(len(texts), "encoding", "doc", progress) as bar:
             parts = list(self.encode_windows(self._runner.windows(texts), bar))
@@ -324,57 +289,66 @@ class ColBERT:
     def encode_windows(
         self, windows: Iterable[list[str]], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
-        """Encode lists of documents one after the other, tokenising the next one meanwhile."""
+        """Encode lists of documents in turn; the next list is tokenised meanwhile."""
         for token_ids in one_ahead(self.tokenizer.documents, windows):
             yield self._encode(self.params, token_ids, self.tokenizer.kept, bar)
 
     def rank(
         self,
-        query: str,
+        queries: str | Sequence[str],
         documents: Sequence[str],
         k: int | None = None,
         *,
         progress: bool | None = False,
     ) -> Hits:
-        """Order documents by their exact score, without an index.
+        """Order documents by their exact score with a query, or with each of several; no index.
 
         Returns:
-          ids int32[k], positions in `documents`, and scores float32[k], best first. `k` None: all.
+          positions in `documents` int32[k] and scores float32[k], best first; for a list of queries
+          [B, k] each. If `k` is None, all documents that have a token.
         """
-        if not isinstance(query, str):
-            raise TypeError(f"rank takes one query string, got {type(query).__name__}")
         k = None if k is None else check_k(k)
+        listed = as_queries(queries)
         encoded = self.encode_documents(as_texts(documents, "document"), progress=progress)
         count = int((encoded.lengths > 0).sum())
-        if count == 0:
-            return Hits(np.zeros(0, np.int32), np.zeros(0, np.float32))
-        # Powers of two of tokens and documents, so that calls of any size share a few programs.
-        tokens, n = len(encoded.values), len(encoded)
-        values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
-        offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
-        arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
         k = count if k is None else min(k, count)
-        hits = exact_search(arrays, encoded.lengths, self.encode_queries([query]), k)
-        return Hits(hits.positions[0], hits.scores[0])
+        hits = Hits(np.zeros((len(listed), k), np.int32), np.zeros((len(listed), k), np.float32))
+        if k and listed:
+            # Powers of two of tokens and documents, so that calls of any size share a few programs.
+            tokens, n = len(encoded.values), len(encoded)
+            values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
+            offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
+            arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
+            hits = exact_search(arrays, encoded.lengths, self.encode_queries(listed), k)
+        return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
 
     def explain(self, query: str, document: str) -> Explanation:
-        """Which query words matched which document words."""
+        """Show which query words matched which document words."""
         q, d = self.encode_queries([query])[0], self.encode_documents([document], progress=False)[0]
         labels = self.tokenizer.labels(query, is_query=True)
         q = q[: len(labels)]
         return Explanation(labels, self.tokenizer.labels(document, is_query=False), q @ d.T)
 
     def fingerprint(self) -> str:
-        """A short hash of settings and weights: equal for models that embed equally.
+        """Hash settings and weights: models that embed documents alike have equal fingerprints.
 
-        How queries are made is left out: an index does not depend on it.
+        Settings of queries are left out, because an index does not depend on them.
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
         return fingerprint([text, encoder, self.tokenizer.fingerprint], self.params)
 
+    def describe(self) -> dict[str, Any]:
+        """What an index remembers of the model: how to load it, how to know it, its search
+        settings; JSON."""
+        return {
+            "load": self.load,
+            "fingerprint": self.fingerprint(),
+            "search": vars(self.config.search),
+        }
+
     def _encode(self, params: dict, token_ids: TokenIds, keep, bar) -> DocumentEmbeddings:
-        """Embeddings of the rows, in their order. `keep` tells from a row's ids which it keeps."""
+        """Embeddings of the rows, in their order; `keep` maps a row's ids to which are kept."""
         ids, attended = token_ids
         kept = [keep(row) for row in ids]
         offsets = offsets_from_lengths(np.array([row.sum() for row in kept], np.int64))
@@ -396,5 +370,5 @@ class ColBERT:
         return DocumentEmbeddings(values, offsets)
 
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
-        """What `TokenEncoder` gives for ids, attended and kept, on the host."""
+        """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)

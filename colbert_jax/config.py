@@ -1,9 +1,8 @@
-"""Every setting of the library, as frozen dataclasses: one class per concern.
+"""All settings of the library, as frozen dataclasses: one class per concern.
 
 Architectures of encoders are in `models.config` and `models.colbert`.
 
-Field names are Stanford ColBERT's where it has the setting, so that an `artifact.metadata` reads
-straight into them.
+Settings that Stanford ColBERT has too go by its names, which are those of `artifact.metadata`.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ MODES = ("fast", "accurate", "exact")
 LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
-def _require_types(settings: Any) -> None:
-    """Hold every field of a settings dataclass to its annotation (JSON has no other check)."""
+def require_types(settings: Any) -> None:
+    """Raise ValueError for a field of a settings dataclass that is not of its annotated type."""
     for f in dataclasses.fields(settings):
-        value, wanted = getattr(settings, f.name), str(f.type)
-        if value is None and "None" in wanted:
+        value, expected = getattr(settings, f.name), str(f.type)
+        if value is None and "None" in expected:
             continue
-        base = wanted.split(" | ")[0]
+        base = expected.split(" | ")[0]
         kinds: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(base)
         if kinds is None:
             continue
         if not isinstance(value, kinds) or (base != "bool" and isinstance(value, bool)):
-            raise ValueError(f"{f.name} must be {wanted}, got {value!r}")
+            raise ValueError(f"{f.name} must be {expected}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,23 @@ class TextConfig:
     The defaults are Stanford ColBERT's.
 
     query_maxlen, doc_maxlen: longest input in tokens; longer texts are cut.
-    query_token_id, doc_token_id: the marker put at position 1; None: no marker.
-    query_expansion: fill queries up to `query_minlen` tokens (None: `query_maxlen`) with
-      `expansion_token` (None: [MASK], else the end-of-sequence token), whose vectors count.
-    attend_to_mask_tokens: whether the other tokens attend to that filling.
-    mask_punctuation: drop ASCII punctuation from a document's output.
-    skiplist_words: drop exactly these tokens instead; () drops none.
-    skiplist_in_queries: drop them from queries too.
-    keep_only_token_ids: of documents, keep nothing but these tokens.
-    query_prompt, doc_prompt: text put before every text; strip, lowercase: done to the whole.
-    mask_instruction_token: a query's tokens up to and including this one give no embedding (FLMR).
+    query_token_id, doc_token_id: the marker at position 1. If None, no marker.
+    query_expansion: whether to fill queries up to `query_minlen` tokens with `expansion_token`;
+      the embeddings of the filling count in MaxSim.
+    attend_to_mask_tokens: whether the other tokens attend to the filling.
+    mask_punctuation: whether to drop the token embeddings of a document's ASCII punctuation.
+    query_minlen: see `query_expansion`. If None, `query_maxlen`.
+    expansion_token: see `query_expansion`. If None, [MASK], or the end-of-sequence token where the
+      tokenizer has no [MASK].
+    skiplist_words: tokens of documents to drop in place of punctuation; () drops none. If None,
+      `mask_punctuation` decides.
+    skiplist_in_queries: whether to drop them from queries too.
+    keep_only_token_ids: keep only these tokens of documents. If None, all.
+    query_prompt, doc_prompt: text to put before every query or document.
+    strip: whether to remove white space around prompt and text.
+    lowercase: whether to lowercase prompt and text.
+    mask_instruction_token: tokens of a query up to and including this one give no embedding (FLMR).
+      If None, all do.
     """
 
     query_maxlen: int = 32
@@ -82,34 +89,37 @@ class TextConfig:
             if value is None:
                 continue
             items = isinstance(value, (list, tuple)) and all(isinstance(v, kind) for v in value)
-            _require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
+            require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
             object.__setattr__(self, name, tuple(value))  # JSON gives lists
-        _require_types(self)
+        require_types(self)
         for name, marker in (
             ("query_maxlen", self.query_token_id),
             ("doc_maxlen", self.doc_token_id),
         ):
             least = 3 if marker is None else 4  # [CLS] (marker) one token [SEP]
             value = getattr(self, name)
-            _require(value >= least, f"{name} must be at least {least}, got {value}")
+            require(value >= least, f"{name} must be at least {least}, got {value}")
         floor = self.query_minlen
-        _require(
+        require(
             floor is None or 1 <= floor <= self.query_maxlen,
             f"query_minlen must be between 1 and query_maxlen {self.query_maxlen}, got {floor}",
         )
 
     @property
     def fixed_query_length(self) -> int | None:
-        """Tokens of every query, where expansion makes all alike; else None."""
-        alike = self.query_expansion and self.query_minlen in (None, self.query_maxlen)
-        return self.query_maxlen if alike else None
+        """The length of all queries in tokens if expansion makes them equally long, else None."""
+        fixed = self.query_expansion and self.query_minlen in (None, self.query_maxlen)
+        return self.query_maxlen if fixed else None
 
     @classmethod
     def untrained(cls, **changes: Any) -> TextConfig:
-        """Defaults for an encoder that was not trained for late interaction.
+        """Return settings for an encoder that was not trained for late interaction.
 
-        Markers, [MASK] expansion and dropped punctuation are things a model learns to use; without
-        that training each of them is noise, so none is on.
+        Markers, [MASK] expansion and dropped punctuation are off: a model learns to use them in
+        training, and without it they are noise.
+
+        Args:
+          **changes: fields with other values than these defaults.
         """
         settings: dict[str, Any] = dict(
             query_maxlen=128,
@@ -126,9 +136,14 @@ class TextConfig:
 class IndexConfig:
     """How an index is compressed.
 
-    num_centroids: None: Stanford's rule (see `compression.kmeans.num_centroids_for`).
+    nbits: bits of a residual's dimension: 1, 2, 4 or 8.
+    kmeans_niters: iterations of k-means.
+    num_centroids: If None, by Stanford's rule (`compression.kmeans.num_centroids_for`).
+    max_points_per_centroid: k-means trains on a random subset of this many points for each
+      centroid, where there are more.
+    seed: for the sample of documents that k-means trains on, and for its random choices.
     buckets: how residual values are rounded, "optimal" or Stanford's "quantile"
-      (`compression.codec.train_codec`). Readers of either index see no difference.
+      (`compression.codec.train_codec`). The index's format is the same.
     """
 
     nbits: int = 2
@@ -139,15 +154,15 @@ class IndexConfig:
     buckets: str = "optimal"
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
-        _require(self.buckets in BUCKETS, f"buckets must be one of {BUCKETS}, got {self.buckets!r}")
-        _require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
-        _require(
+        require_types(self)
+        require(self.nbits in NBITS, f"nbits must be one of {NBITS}, got {self.nbits}")
+        require(self.buckets in BUCKETS, f"buckets must be one of {BUCKETS}, got {self.buckets!r}")
+        require(self.kmeans_niters >= 1, f"kmeans_niters must be >= 1, got {self.kmeans_niters}")
+        require(
             self.num_centroids is None or self.num_centroids >= 1,
             f"num_centroids must be >= 1, got {self.num_centroids}",
         )
-        _require(
+        require(
             self.max_points_per_centroid >= 1,
             f"max_points_per_centroid must be >= 1, got {self.max_points_per_centroid}",
         )
@@ -155,29 +170,38 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """PLAID's three settings. None means the default for the k of the call (`resolve`)."""
+    """PLAID's three settings. If None, each takes its default for the call's k (`resolve`).
+
+    ncells: inverted lists to probe for each query token.
+    centroid_score_threshold: document tokens whose centroid scores below this for every query token
+      do not count in the first cut.
+    ndocs: documents after the first cut; a quarter of them are scored exactly.
+    """
 
     ncells: int | None = None
     centroid_score_threshold: float | None = None
     ndocs: int | None = None
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.ncells is None or self.ncells >= 1, f"ncells must be >= 1: {self.ncells}")
-        _require(self.ndocs is None or self.ndocs >= 1, f"ndocs must be >= 1: {self.ndocs}")
+        require_types(self)
+        require(self.ncells is None or self.ncells >= 1, f"ncells must be >= 1: {self.ncells}")
+        require(self.ndocs is None or self.ndocs >= 1, f"ndocs must be >= 1: {self.ndocs}")
         threshold = self.centroid_score_threshold
-        _require(
+        require(
             threshold is None or not math.isnan(threshold),
             "centroid_score_threshold must not be NaN",
         )
 
     def resolve(self, k: int, mode: str = "accurate") -> SearchConfig:
-        """The settings for one call: what is None takes the default for this k, each time anew.
+        """Return the settings for a call: those that are None take the default for k and mode.
 
-        "fast" are Stanford's defaults. "accurate" looks at more centroids and documents, so that
-        nine or ten of the ten best documents by exact scoring are found (`benchmarks/search.py`).
+        Args:
+          k: results to return.
+          mode: "fast" for Stanford's defaults; "accurate" for more centroids and documents, so that
+            nine or ten of the ten best documents by exact scoring are found
+            (`benchmarks/search.py`).
         """
-        _require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
+        require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
         table = _FAST if mode == "fast" else _ACCURATE
         ncells, threshold, ndocs = next(row[1:] for row in table if k <= row[0])
         given = self.centroid_score_threshold
@@ -188,7 +212,7 @@ class SearchConfig:
         )
 
 
-# The largest k, and for it ncells, centroid_score_threshold, ndocs.
+# The largest k, and up to it ncells, centroid_score_threshold, ndocs.
 _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
 _ACCURATE = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
 
@@ -197,9 +221,12 @@ _ACCURATE = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
 class ColBERTConfig:
     """All settings of a loaded model.
 
-    `index` and `search` are what the checkpoint itself asks for: defaults of an index built with
-    it. `metadata` keeps every other field of the checkpoint's own file (training settings,
-    provenance) for the code that trains and exports.
+    similarity: "cosine" or "l2", Stanford's setting. Both rank alike, since embeddings have unit
+      length.
+    text: how texts become token ids.
+    index, search: the checkpoint's settings, defaults for an index that is built with it.
+    metadata: all other fields of the checkpoint's settings file (training settings, provenance),
+      kept for training and export.
     """
 
     similarity: str = "cosine"
@@ -209,8 +236,8 @@ class ColBERTConfig:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(
+        require_types(self)
+        require(
             self.similarity in ("cosine", "l2"),
             f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",
         )
@@ -218,46 +245,51 @@ class ColBERTConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained. The defaults are those that ColBERTv2 was trained with
-    (Santhanam et al., 2022, appendix F); names are Stanford ColBERT's where it has the setting.
+    """How a model is trained. The defaults are those of ColBERTv2's training (Santhanam et al.,
+    2022, appendix F); settings that Stanford ColBERT has too go by its names.
 
-    What is learned from:
+    Loss:
       loss: "distillation" (KL divergence from a teacher's scores), "cross-entropy" (the first of
-        `nway` documents against the others; ColBERTv1's pairwise loss with two), "contrastive" (the
-        first against all documents of the batch) or "margin-mse" (`training.losses`).
-      nway: documents a query; None: as many as the examples have.
-      use_ib_negatives: add Stanford's cross-entropy against the other queries' documents.
-      distillation_alpha, student_temperature, teacher_temperature, normalize_teacher,
-        normalize_student: of "distillation"; the last two scale scores to 0..1 per query first.
-      temperature: of "contrastive" and of the coupled teacher's scores, the model's and its own.
-      coupled_weight: this share of the loss is the KL divergence from the scores that another,
-        fixed late-interaction model gives all pairs of the batch (Lin et al., 2021: a tightly
-        coupled teacher), or several together; the loss above is the rest.
-      coupled_tokens: so much is added to that divergence of how differently the model and the
-        teacher match each query token (`losses.token_matches`).
+        `nway` documents against the others; with two, ColBERTv1's pairwise loss), "contrastive"
+        (the first document against all documents of the batch) or "margin-mse"; see
+        `training.losses`.
+      nway: documents for each query. If None, as many as the examples have.
+      use_ib_negatives: whether to add Stanford's cross-entropy against other queries' documents.
+      distillation_alpha, student_temperature, teacher_temperature: for "distillation".
+      normalize_teacher, normalize_student: for "distillation", whether to scale the scores of each
+        query to 0..1 first.
+      temperature: for "contrastive" and for the scores of the coupled teacher and the model.
+      coupled_weight: share of the loss that is the KL divergence from the scores of a coupled
+        teacher for all pairs of the batch (Lin et al., 2021, tightly coupled teachers): another
+        late-interaction model that is not trained, or several together. `loss` is the rest.
+      coupled_tokens: weight, in that divergence, of the difference between how model and teacher
+        match each query token (`losses.token_matches`).
     Optimisation:
-      bsize: queries a step, over all devices; accumsteps: micro-batches these are cut into, which
-        also bound the in-batch negatives.
-      lr, head_lr: peak learning rates of the model and of its projection (None: lr).
-      warmup, maxsteps: the rates rise linearly for `warmup` steps and fall to 0 at `maxsteps`;
-        warmup None: they stay constant.
-      warmup_bert: steps at the start that train the projection only.
-      freeze_layers: so many of the first layers and the embeddings stay as they are; 0: all is
-        trained, the embeddings too.
-      weight_decay, max_grad_norm: of AdamW; the gradient's norm is cut to the second.
-      dropout: in the backbone.
-      shuffle, seed: order of the examples, dropout.
-    Memory and speed (they change results by rounding only):
-      dtype: of the dense layers' computation; None: bfloat16 on accelerators, float32 on a CPU.
-        Parameters are float32 always.
-      remat: compute layers again in the backward pass instead of keeping their insides.
-      chunk: each device encodes so many texts at a time, and again in the backward pass
-        (GradCache), for batches whose activations do not fit; None: all at once.
-      fsdp: spread parameters and the optimiser's moments over the devices.
-      length_groups: documents of a batch are padded in so many groups of about equal length.
-    What is kept:
-      save_every: steps between two checkpoints, of which the last `keep` stay.
-      eval_every: steps between two evaluations on the dev collection; None: as `save_every`.
+      bsize: queries in a step, over all devices.
+      accumsteps: micro-batches that a step is cut into; in-batch negatives come from the same
+        micro-batch.
+      lr, head_lr: peak learning rates of the backbone and of the head. If `head_lr` is None, `lr`.
+      warmup, maxsteps: learning rates rise linearly for `warmup` steps, then fall linearly to 0 at
+        `maxsteps`. If `warmup` is None, they stay constant.
+      warmup_bert: steps at the start in which only the head is trained.
+      freeze_layers: number of first layers that are not trained, nor the embeddings then. If 0, all
+        parameters are trained.
+      weight_decay: of AdamW.
+      max_grad_norm: the gradient is scaled down to at most this norm.
+      dropout: rate in the backbone.
+      shuffle: whether to shuffle the examples.
+      seed: for the order of the examples and for dropout.
+    Memory and speed (these change results by rounding only):
+      dtype: what the dense layers compute in. If None, bfloat16 on accelerators and float32 on a
+        CPU. Parameters are always float32.
+      remat: whether to compute layers again in the backward pass, to save memory.
+      chunk: texts that each device encodes at a time, once more in the backward pass (GradCache),
+        for batches whose activations do not fit into memory. If None, all at once.
+      fsdp: whether to spread parameters and optimiser state over the devices.
+      length_groups: groups of about equal length in which the documents of a batch are padded.
+    Checkpoints and evaluation:
+      save_every, keep: steps between two checkpoints, and the number of checkpoints to keep.
+      eval_every: steps between two evaluations on the dev collection. If None, `save_every`.
       log_every: steps between two lines of metrics.
     """
 
@@ -296,49 +328,49 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require(self.loss in LOSSES, f"loss must be one of {LOSSES}, got {self.loss!r}")
+        require_types(self)
+        require(self.loss in LOSSES, f"loss must be one of {LOSSES}, got {self.loss!r}")
         at_least_one = ("nway", "bsize", "accumsteps", "maxsteps", "chunk", "length_groups")
         for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+            require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
         positive = ("lr", "head_lr", "max_grad_norm", "distillation_alpha", "temperature")
         for name in (*positive, "student_temperature", "teacher_temperature"):
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or (value > 0 and math.isfinite(value)),
                 f"{name} must be positive, got {value}",
             )
         for name in ("warmup", "warmup_bert", "freeze_layers", "weight_decay"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
-        _require(
+            require(value is None or value >= 0, f"{name} must be >= 0, got {value}")
+        require(
             0 <= self.coupled_weight <= 1,
             f"coupled_weight must be in [0, 1], got {self.coupled_weight}",
         )
-        _require(
+        require(
             self.coupled_tokens >= 0 and math.isfinite(self.coupled_tokens),
             f"coupled_tokens must be >= 0 and finite, got {self.coupled_tokens}",
         )
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
-        _require(
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(
             self.dtype in (None, "float32", "bfloat16"),
             f"dtype must be None, 'float32' or 'bfloat16', got {self.dtype!r}",
         )
-        _require(
+        require(
             self.bsize % self.accumsteps == 0,
             f"bsize {self.bsize} is not a multiple of accumsteps {self.accumsteps}",
         )
-        _require(
+        require(
             self.warmup is None or self.warmup <= self.maxsteps,
             f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}",
         )
         compared = self.loss in ("distillation", "cross-entropy", "margin-mse")
-        _require(
+        require(
             not compared or self.nway is None or self.nway >= 2,
             f"loss {self.loss!r} compares documents of a query: nway must be >= 2, got {self.nway}",
         )
-        _require(
+        require(
             self.loss != "contrastive" or not self.use_ib_negatives,
             "the contrastive loss has all documents of the batch as negatives already: "
             "use_ib_negatives must be False",

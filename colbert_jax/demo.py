@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from colbert_jax.colbert import ColBERT, Explanation
-from colbert_jax.index import Index
+from colbert_jax.explanation import Explanation
+from colbert_jax.retriever import Retriever
 
 QUESTIONS = (
     "How do I run an external command and capture its output?",
@@ -42,42 +42,28 @@ def run_demo(folder: Path, checkpoint: str | None = None, k: int = 3) -> None:
     start = time.perf_counter()
     path = folder / "standard_library.index"
     if path.exists():
-        index = Index.open(path)
-        model = ColBERT.for_index(index, checkpoint)
-        print(f"Index of {len(index)} passages is there: {path}")
+        retriever = Retriever.open(path, checkpoint)
+        print(f"Index of {len(retriever)} documents is there: {path}")
     else:
-        model = ColBERT.from_pretrained(checkpoint or packaged_model())
-        passages = standard_library_passages()
-        print(f"Indexing {len(passages)} passages of the Python standard library's documentation")
-        index = Index.build(path, model, passages.values(), ids=passages, nbits=2)
-    assert index.texts is not None
-    hits = index.search(model.encode_queries(QUESTIONS), k=k)
-    for question, ids, scores in zip(QUESTIONS, hits.positions, hits.scores, strict=True):
+        documents = standard_library_documents()
+        print(f"Indexing {len(documents)} docstrings of the Python standard library")
+        retriever = Retriever.build(path, checkpoint or packaged_model(), documents, nbits=2)
+    for question, hits in zip(QUESTIONS, retriever.search(QUESTIONS, k=k), strict=True):
         print(f"\n{question}")
-        for i, score in zip(ids, scores, strict=True):
-            text = index.texts[int(i)]
-            print(f"  {score:6.2f}  {index.ids[int(i)]}")
-            print(f"          {text[:100]}{'...' if len(text) > 100 else ''}")
-            print(f"          {matched_words(model.explain(question, text))}")
+        for hit in hits:
+            assert hit.text is not None
+            print(f"  {hit.score:6.2f}  {hit.id}")
+            print(f"          {hit.text[:100]}{'...' if len(hit.text) > 100 else ''}")
+            print(f"          {matched_words(retriever.explain(question, hit))}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Ask more:")
     print(f'  colbert-jax search {path} "your question"')
 
 
-def matched_words(explanation: Explanation, most: int = 6) -> str:
-    """The strongest matches of a pair as text: "capture ~ captured 0.81, output = output 0.93"."""
-    best: dict[str, tuple[str, float]] = {}
-    for word, match, similarity in explanation.matches:
-        special = word.startswith("[") and word.endswith("]")
-        if (
-            not special
-            and any(c.isalnum() for c in word)
-            and similarity > best.get(word, ("", 0.0))[1]
-        ):
-            best[word] = (match, similarity)
-    strongest = sorted(best.items(), key=lambda item: -item[1][1])[:most]
+def matched_words(explanation: Explanation) -> str:
+    """The strongest matches as text: "capture ~ captured 0.81, output = output 0.93"."""
     return ", ".join(
         f"{word} {'=' if word.lower() == match.lower() else '~'} {match} {similarity:.2f}"
-        for word, (match, similarity) in strongest
+        for word, match, similarity in explanation.strongest()
     )
 
 
@@ -92,16 +78,16 @@ def packaged_model() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def standard_library_passages() -> dict[str, str]:
+def standard_library_documents() -> dict[str, str]:
     """Name -> text of the documented modules, classes and functions, a few thousand.
 
     Docstrings are read from the sources, so nothing is imported. Of a name that is defined twice
     the last definition counts.
     """
-    return dict(_passages(Path(sysconfig.get_path("stdlib"))))
+    return dict(_docstrings_of(Path(sysconfig.get_path("stdlib"))))
 
 
-def _passages(library: Path) -> Iterator[tuple[str, str]]:
+def _docstrings_of(library: Path) -> Iterator[tuple[str, str]]:
     for module in sorted(sys.stdlib_module_names - _SKIPPED):
         if module.startswith("_"):
             continue

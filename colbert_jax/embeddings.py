@@ -10,9 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DocumentEmbeddings:
-    """
+    """Token embeddings of documents of different lengths.
+
     values: float32[T, D], the token embeddings of all documents, one after the other.
-    offsets: int64[N+1], document i is values[offsets[i]:offsets[i+1]].
+    offsets: int64[N+1]; document i is values[offsets[i]:offsets[i+1]].
     """
 
     values: np.ndarray
@@ -20,7 +21,10 @@ class DocumentEmbeddings:
 
     @classmethod
     def from_lengths(cls, values: np.ndarray, lengths: Iterable[int]) -> DocumentEmbeddings:
-        """From flat values [T, D] and the documents' lengths [N], which must add up to T."""
+        """Make them from flat values [T, D] and the documents' lengths [N].
+
+        Raises ValueError unless the lengths add up to T.
+        """
         offsets = offsets_from_lengths(np.asarray(lengths))
         if offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(
@@ -30,12 +34,13 @@ class DocumentEmbeddings:
 
     @classmethod
     def from_list(cls, rows: list[np.ndarray], dim: int) -> DocumentEmbeddings:
-        """From one [Ld, D] array per document."""
+        """Make them from one [Ld, D] array per document; `dim` is D."""
         values = np.concatenate(rows) if rows else np.zeros((0, dim), np.float32)
         return cls.from_lengths(values, [len(row) for row in rows])
 
     @property
     def lengths(self) -> np.ndarray:
+        """int64[N], tokens of each document."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
@@ -50,7 +55,10 @@ class DocumentEmbeddings:
         return (self[i] for i in range(len(self)))
 
     def padded(self, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """[N, Ld, D] with zeros behind each document, and the mask bool[N, Ld] of its tokens."""
+        """Pad to [N, Ld, D] with zeros; also the mask bool[N, Ld] of the documents' tokens.
+
+        Raises ValueError if `length` is less than that of the longest document.
+        """
         longest = int(self.lengths.max(initial=0))
         length = longest if length is None else length
         if length < longest:
@@ -62,12 +70,12 @@ class DocumentEmbeddings:
 
 
 def offsets_from_lengths(lengths: np.ndarray) -> np.ndarray:
-    """int64[N+1] from lengths [N]."""
+    """Offsets int64[N+1] of rows with lengths [N]."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 def document_ranges(offsets: np.ndarray, shards: int) -> np.ndarray:
-    """int64[shards + 1], ascending: where to cut documents into ranges of about equal tokens."""
+    """Cut documents into ranges with about equally many tokens: int64[shards + 1], ascending."""
     targets = offsets[-1] * np.arange(1, shards) // shards
     cuts = np.searchsorted(offsets, targets, side="left")
     return np.concatenate([[0], cuts, [len(offsets) - 1]]).astype(np.int64)

@@ -1,11 +1,31 @@
-"""Small files: read with errors that name them, written whole."""
+"""Files and folders: read with errors that name them, written whole or not at all.
+
+What is being written lies beside its place as `.NAME.<8 hex digits>.colbert_jax`, and a folder that
+makes room for a new one is `.NAME.previous.colbert_jax` for a moment. Names that a user may have
+chosen are never taken over.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Mapping
+import os
+import secrets
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_OURS = ".colbert_jax"
+_DIGITS = 8  # of a draft's name
 
 
 def read_json(file: Path) -> Any:
@@ -51,11 +71,241 @@ def check_types(file: Path, fields: Mapping[str, Any], kinds: Mapping[str, Any])
             raise ValueError(f"{file}: {name} must be {wanted}, got {value!r:.80}")
 
 
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def short_json(value: Any, most: int) -> str:
     """JSON of at most so many characters, for errors."""
     text = json.dumps(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def resolved(path: str | os.PathLike) -> Path:
+    """The real place of a file or folder: `~`, `.` and links followed."""
+    return Path(path).expanduser().resolve()
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file, read in blocks."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+# --- One file -------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(file: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A stream whose content becomes `file` in one step, durably, when the block ends well.
+
+    Until then, and after an error, the file that was there stays as it was.
+
+    Args:
+      mode: "w", text in UTF-8 with plain newlines, or "wb".
+    """
+    draft = _draft(file)
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with draft.open(mode, **text) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a JSON file in one step, durably."""
+    with replacing(file) as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- A folder -------------------------------------------------------------------------------
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError where `folder` exists and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another place")
+
+
+@contextmanager
+def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A draft to write into, which becomes `folder` in one step when the block ends well.
+
+    Args:
+      replace: the folder that is there goes when the new one is complete; what a killed run has
+        left is repaired first (`recover`), so nobody else may be writing to `folder`.
+
+    Raises FileExistsError where a file is at `folder`, or, without `replace`, anything but an empty
+    folder.
+    """
+    folder = folder.resolve()
+    if replace and (folder.is_dir() or not folder.exists()):
+        recover(folder)
+    else:
+        check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(folder)
+    draft.mkdir()
+    try:
+        yield draft
+        for file in draft.rglob("*"):
+            _sync(file)
+        if replace:
+            replace_folder(draft, folder)
+        else:
+            if folder.exists():
+                folder.rmdir()
+            os.replace(draft, folder)
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a finished folder the name of one that may be there, which is then deleted.
+
+    A kill between the two renames leaves the former one at `previous_folder`; `recover` brings it
+    back. The files in `new` must have been synced.
+    """
+    previous = previous_folder(folder)
+    sync_folder(new)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    os.rename(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def previous_folder(folder: Path) -> Path:
+    """Where the former folder is while a new one takes its place."""
+    return beside(folder, "previous")
+
+
+def recover(folder: Path) -> None:
+    """Repair what a kill has left of `publishing`: no draft stays, and the former folder comes back
+    where the new one had not yet come. Only where nobody else is writing to `folder`."""
+    previous = previous_folder(folder)
+    if previous.is_dir() and not folder.exists():
+        os.rename(previous, folder)
+    for left in [previous, *_drafts(folder)]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A draft to write files into, which take their places in `folder` when the block ends well.
+
+    Each replaces the file of its name in one step; the folder's other files stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = _draft(folder / "files")
+    draft.mkdir()
+    try:
+        yield draft
+        for file in sorted(file for file in draft.rglob("*") if file.is_file()):
+            _sync(file)
+            target = folder / file.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable (where the system can open folders)."""
+    if os.name == "posix":
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def beside(place: Path, what: str) -> Path:
+    """A name for what belongs to `place` for a while, one that only this library makes."""
+    return place.with_name(f".{place.name}.{what}{_OURS}")
+
+
+def _draft(place: Path) -> Path:
+    """A new name beside `place`, which nobody else has."""
+    return beside(place, secrets.token_hex(_DIGITS // 2))
+
+
+def _drafts(place: Path) -> Iterator[Path]:
+    """What `_draft` has named and a kill has left, with the drafts of these drafts."""
+    digits = "[0-9a-f]" * _DIGITS
+    draft = f".{glob.escape(place.name)}.{digits}{_OURS}"
+    for pattern in (draft, f".{draft}.{digits}{_OURS}"):
+        yield from place.parent.glob(pattern)
+
+
+# --- Locks ----------------------------------------------------------------------------------
+
+
+def lock(file: int | IO[Any], *, shared: bool = False) -> None:
+    """Lock an open file, or change its lock, without waiting; nothing happens on Windows.
+
+    The system lets go of it when the file is closed, however its process ends.
+
+    Raises:
+      BlockingIOError: somebody else holds it.
+      OSError: its file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def lock_file(file: Path, *, shared: bool = False) -> int | None:
+    """Make a file that is there only to be locked; `unlock_file` deletes it.
+
+    Returns:
+      A descriptor that holds the lock; None where there are no locks, with a warning.
+
+    Raises:
+      BlockingIOError: somebody else holds it.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock(descriptor, shared=shared)
+            # Who held it before may have deleted it since it was opened.
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            os.close(descriptor)
+            file.unlink(missing_ok=True)
+            warnings.warn(
+                f"{file}: this file system has no locks ({error}); make sure that nobody else "
+                "writes here",
+                stacklevel=2,
+            )
+            return None
+
+
+def unlock_file(file: Path, descriptor: int | None) -> None:
+    """Let go of a lock; who is the last to hold it deletes the file."""
+    if descriptor is None:
+        return
+    with suppress(OSError):  # somebody else shares it
+        lock(descriptor)
+        file.unlink()
+    os.close(descriptor)

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tqdm import TqdmWarning
@@ -93,9 +93,9 @@ class LogLines:
         self._spoke, self._due = True, now + self._pace.every
         self._last, self._last_n = now, self.n
 
-    def set_postfix(self, refresh: bool = True, **values: Any) -> None:
+    def set_postfix(self, values: Mapping[str, Any], refresh: bool = True) -> None:
         """Name values that the lines end with; `refresh` has no effect."""
-        self._postfix = values
+        self._postfix = dict(values)
 
     def close(self, stopped: bool = False) -> None:
         """Log the end, if this has logged anything; `stopped` by an error."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 def cache_folder() -> Path:
-    """Where this library keeps files between runs."""
+    """The folder where this library keeps files between runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "colbert_jax")
 
@@ -23,7 +23,13 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
     """Keep compiled programs on disk, so that a second run compiles nothing.
 
     Args:
-      folder: None: `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/colbert_jax/xla`.
+      folder: If None, `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/colbert_jax/xla`.
+
+    Returns:
+      the folder.
+
+    Raises:
+      OSError: it cannot be made.
     """
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
     path = Path(folder or default)
@@ -34,6 +40,7 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
 
 
 def on_cpu() -> bool:
+    """Whether JAX's default devices are CPUs."""
     return jax.default_backend() == "cpu"
 
 
@@ -48,7 +55,7 @@ def _has_numba() -> bool:
 
 
 def use_cpu_kernels() -> bool:
-    """Whether the ragged loops run as numba's kernels: on a CPU, where numba is installed.
+    """Whether numba's kernels run the ragged loops: on a CPU, where numba is installed.
 
     `COLBERT_JAX_CPU_KERNELS=0` leaves all work to XLA.
     """
@@ -57,7 +64,7 @@ def use_cpu_kernels() -> bool:
 
 @functools.cache
 def num_threads() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
@@ -65,7 +72,7 @@ def num_threads() -> int:
 
 
 def spread(worker: Callable[[int], None], threads: int) -> None:
-    """Run worker(0), ..., worker(threads - 1) side by side, the last of them here."""
+    """Run worker(0), ..., worker(threads - 1) side by side, the last one in the calling thread."""
     others = [_pool().submit(worker, lane) for lane in range(threads - 1)]
     try:
         worker(threads - 1)

@@ -23,9 +23,9 @@ _PREFIX = "set:"
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
-    """A flag for every setting; one that is not given leaves no trace in the result."""
+    """Add a flag for every setting; the parsed result has only those that are given."""
     for path, hint, default in _fields(kind):
-        known = "required" if default is dataclasses.MISSING else f"default: {_said(default)}"
+        known = "required" if default is dataclasses.MISSING else f"default: {_shown(default)}"
         parser.add_argument(
             _flag(path),
             dest=_PREFIX + ".".join(path),
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said on the command line, nested as the dataclass is."""
+    """The settings that the command line has, nested as the dataclass is."""
     nested: dict[str, Any] = {}
     for name, value in vars(args).items():
         if not name.startswith(_PREFIX):
@@ -51,7 +51,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings; later ones win, field by field."""
+    """Merge nested settings; later ones win, field by field."""
     out: dict[str, Any] = {}
     for source in sources:
         for name, value in source.items():
@@ -61,7 +61,7 @@ def merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make(kind: type, values: Mapping[str, Any], where: str = "the settings") -> Any:
-    """A settings dataclass from nested values.
+    """Make a settings dataclass from nested values.
 
     Raises:
       ValueError: an unknown or missing setting, or a wrong value, by name; `where` says whose.
@@ -95,12 +95,12 @@ def make(kind: type, values: Mapping[str, Any], where: str = "the settings") -> 
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
-    """Settings from a JSON file."""
+    """Read settings from a JSON file."""
     return read_object(Path(file))
 
 
 def to_json(settings: Any) -> str:
-    """All settings as a file that `read_settings` takes."""
+    """All settings, as the text of a file that `read_settings` takes."""
     return json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -161,5 +161,5 @@ def _metavar(hint: Any) -> str:
     return "true|false" if kind is bool else getattr(kind, "__name__", str(kind)).upper()
 
 
-def _said(default: Any) -> str:
-    return str(default).replace("%", "%%") if default != "" else "none"
+def _shown(default: Any) -> str:
+    return str(default).replace("%", "%%") if default not in ("", ()) else "none"

@@ -1,8 +1,8 @@
-"""Queries and documents to token ids, as the checkpoint's own library makes them.
+"""Turn queries and documents into token ids, as the library that trained the checkpoint does.
 
 A query is `[CLS] marker tokens [SEP]`, filled up with [MASK] (query expansion); a document is
-`[CLS] marker tokens [SEP]`. Both are cut to their maximum length. Rows stay ragged here: padding to
-a static shape is `batching`'s business.
+`[CLS] marker tokens [SEP]`. Both are cut to their maximum length. Rows stay ragged here; `batching`
+pads them to static shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ModelTokenizer:
     """The tokenizer of a checkpoint.
 
     special: role ("pad_token", ...) -> token, for the roles that the model has.
-    truncation_side: "right" or "left".
+    truncation_side: "right" or "left", the end at which long texts are cut.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -36,10 +36,11 @@ class ModelTokenizer:
     truncation_side: str = "right"
 
     def has(self, token: str | None) -> bool:
+        """Whether the vocabulary has a token."""
         return token is not None and self.tokenizer.token_to_id(token) is not None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object that `from_json` reads."""
+        """Return one JSON object that `from_json` reads."""
         return {
             "special_tokens": self.special,
             "truncation_side": self.truncation_side,
@@ -48,16 +49,19 @@ class ModelTokenizer:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
+        """Make a tokenizer from a JSON object. Raises KeyError or ValueError if it is damaged."""
         special = fields["special_tokens"]
         if not isinstance(special, dict) or not all(isinstance(t, str) for t in special.values()):
-            raise ValueError(f"special_tokens must be roles with tokens, got {special!r:.80}")
+            raise ValueError(f"special_tokens must map roles to tokens, got {special!r:.80}")
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
         return cls(without_padding(tokenizer), fields["special_tokens"], fields["truncation_side"])
 
 
 def without_padding(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer with padding and truncation switched off: published files often have them on,
-    and `TextTokenizer` does both itself."""
+    """Switch off a tokenizer's padding and truncation and return it.
+
+    Published files often have them on; `TextTokenizer` truncates, `batching` pads.
+    """
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -66,8 +70,9 @@ def without_padding(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 class TokenIds(NamedTuple):
     """Token ids of a list of texts.
 
-    ids: one int32 array per text, the rows the encoder sees.
-    attended: [N] how many leading rows take part in attention (the rest are [MASK] expansion).
+    ids: one int32 array for each text, the encoder's input.
+    attended: int32[N], how many leading tokens take part in attention; those after them are [MASK]
+      expansion.
     """
 
     ids: list[np.ndarray]
@@ -76,7 +81,7 @@ class TokenIds(NamedTuple):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens and the markers; what is not used is None."""
+    """Ids of the special tokens and the markers; None for those that are not used."""
 
     pad: int
     expansion: int | None
@@ -86,13 +91,20 @@ class SpecialTokens:
 
 
 class TextTokenizer:
-    """Tokenizer of one model: `queries` and `documents` turn texts into token ids."""
+    """The tokenizer of a model: `queries` and `documents` turn texts into token ids.
+
+    skiplist: bool[V], the tokens of documents that give no embedding.
+    vocab_size: V, the largest id + 1.
+    """
 
     def __init__(self, model: ModelTokenizer, config: TextConfig):
         """
         Args:
-          model: the tokenizer, whose post-processor adds [CLS] and [SEP].
-          config: lengths, markers, expansion, what is dropped.
+          model: a tokenizer whose post-processor adds [CLS] and [SEP].
+          config: lengths, markers, expansion, skiplist.
+
+        Raises:
+          ValueError: a special token or marker is missing, or [CLS] and [SEP] are not added.
         """
         self.config = config
         self._tokenizer, self._side = model.tokenizer, model.truncation_side
@@ -107,34 +119,36 @@ class TextTokenizer:
             instruction=self._marker(config.mask_instruction_token, "mask_instruction_token"),
         )
         if len(self._tokenizer.encode("").ids) != 2:
-            raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] behind it")
-        # [V] True where a document's token is dropped from the output.
+            raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] after it")
         self.skiplist = self._skiplist()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells vocabularies apart."""
+        """A hash of the vocabulary."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     def translation(self, other: TextTokenizer) -> np.ndarray | None:
-        """The ids that another tokenizer has for the pieces of this one, by id: int32[V].
+        """Map the ids of this vocabulary to those of another one.
 
-        Special tokens are matched by their role: [CLS] may be <s> there. None: all are the same.
+        Special tokens are matched by their role: [CLS] may be <s> in the other.
+
+        Returns:
+          int32[V], or None if the vocabularies are the same.
 
         Raises:
-          ValueError: a piece that the other vocabulary does not have.
+          ValueError: the other vocabulary lacks a piece.
         """
         if self.fingerprint == other.fingerprint and self._roles == other._roles:
             return None
         ours = self._tokenizer.get_vocab(with_added_tokens=True)
         theirs = other._tokenizer.get_vocab(with_added_tokens=True)
         special = {t: other._roles[role] for role, t in self._roles.items() if role in other._roles}
-        lacking = sorted(piece for piece in ours if special.get(piece, piece) not in theirs)
-        if lacking:
+        missing = sorted(piece for piece in ours if special.get(piece, piece) not in theirs)
+        if missing:
             raise ValueError(
-                f"the other vocabulary lacks {len(lacking)} of {len(ours)} pieces: "
-                f"{', '.join(map(repr, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}"
+                f"the other vocabulary lacks {len(missing)} of {len(ours)} pieces: "
+                f"{', '.join(map(repr, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
             )
         ids = np.zeros(self.vocab_size, np.int32)
         for piece, token_id in ours.items():
@@ -142,36 +156,42 @@ class TextTokenizer:
         return ids
 
     def queries(self, texts: Sequence[str]) -> TokenIds:
-        """Token ids of queries; with query expansion every row has `query_minlen` at least."""
+        """Tokenize queries; with query expansion each has at least `query_minlen` tokens.
+
+        Raises:
+          TypeError, ValueError: a query is not a string, or not valid Unicode.
+        """
         config = self.config
         rows = self._encode(texts, is_query=True)
         attended = np.fromiter(map(len, rows), np.int32, len(rows))
         if config.query_expansion:
-            floor = config.query_minlen or config.query_maxlen
+            minlen = config.query_minlen or config.query_maxlen
             for i, row in enumerate(rows):
-                if config.skiplist_words is None:  # Stanford's: padding in the text is [MASK] too
+                if config.skiplist_words is None:  # as Stanford: padding in a text is [MASK] too
                     row[row == self.special.pad] = self.special.expansion
-                fill = np.full(max(floor - len(row), 0), self.special.expansion, np.int32)
+                fill = np.full(max(minlen - len(row), 0), self.special.expansion, np.int32)
                 rows[i] = np.concatenate([row, fill])
             if config.attend_to_mask_tokens:
                 attended = np.fromiter(map(len, rows), np.int32, len(rows))
         return TokenIds(rows, attended)
 
     def documents(self, texts: Sequence[str]) -> TokenIds:
-        """Token ids of documents, each at most `doc_maxlen` long."""
+        """Tokenize documents, each to at most `doc_maxlen` tokens; errors as for `queries`."""
         rows = self._encode(texts, is_query=False)
         return TokenIds(rows, np.fromiter(map(len, rows), np.int32, len(rows)))
 
     def kept(self, ids: np.ndarray) -> np.ndarray:
-        """Which rows of a document's ids become token embeddings: bool of the same shape."""
+        """Return which tokens of documents become embeddings: bool of the shape of `ids`."""
         return ~self.skiplist[ids]
 
     def kept_in_query(self, ids: np.ndarray) -> np.ndarray:
-        """Which rows of queries count: bool of ids' shape, [L] or [B, L].
+        """Return which tokens of queries become embeddings: bool of the shape of `ids`.
 
-        All of them, except with `skiplist_in_queries`, and with `mask_instruction_token`: then the
-        tokens behind the marker up to and including the first such token are left out (FLMR: they
-        are an instruction, not the question).
+        All do, unless `skiplist_in_queries` drops the skiplist, or `mask_instruction_token` the
+        tokens after the marker up to and including the first such token (FLMR's instruction).
+
+        Args:
+          ids: int[L] or [B, L].
         """
         kept = np.ones(ids.shape, bool)
         if self.config.skiplist_in_queries:
@@ -181,10 +201,10 @@ class TextTokenizer:
         return kept
 
     def labels(self, text: str, *, is_query: bool) -> list[str]:
-        """A readable word for every row of the output: the source word of each token.
+        """Return a readable label for each embedding of a text: the word that its token is from.
 
-        Rows of one word share its label. [CLS], [SEP], the marker ("[Q]", "[D]") and [MASK] are
-        labelled as such; rows that are dropped are left out.
+        All tokens of a word have the word as their label. Others have "[CLS]", "[SEP]", "[MASK]",
+        and the marker "[Q]" or "[D]". Tokens that give no embedding have no label.
         """
         row = self.queries([text]).ids[0] if is_query else self.documents([text]).ids[0]
         text = self._prepare(text, is_query)
@@ -205,7 +225,7 @@ class TextTokenizer:
         return [label for label, keep in zip(labels, kept, strict=True) if keep]
 
     def _role(self, is_query: bool) -> tuple[int | None, int]:
-        """The marker, and how many tokens the tokenizer may give so that it has a place."""
+        """The marker's id, and the maximum number of tokens without it."""
         if is_query:
             marker, limit = self.special.query_marker, self.config.query_maxlen
         else:
@@ -243,7 +263,7 @@ class TextTokenizer:
 
     def _special(self, model: ModelTokenizer, role: str) -> int:
         if role not in model.special:
-            raise ValueError(f"the tokenizer names no {role}")
+            raise ValueError(f"the tokenizer has no {role}")
         return self._id(model.special[role], role)
 
     def _expansion(self, model: ModelTokenizer) -> int:
@@ -265,7 +285,7 @@ class TextTokenizer:
         try:
             return self._id(token, role)
         except ValueError as error:
-            raise ValueError(f"{error}: name another token, or None for none") from None
+            raise ValueError(f"{error}; name another token, or None for no token") from None
 
     def _skiplist(self) -> np.ndarray:
         config, to_id = self.config, self._tokenizer.token_to_id
@@ -286,10 +306,16 @@ class TextTokenizer:
 
 
 def outside_instruction(ids: Any, end_token: int) -> Any:
-    """Which tokens of queries are no instruction: bool of the shape of ids, NumPy's or JAX's.
+    """Return which tokens of queries are outside the instruction.
 
-    The instruction goes from behind the marker up to and including the first `end_token`; a query
-    without one has none.
+    The instruction goes from after the marker up to and including the first `end_token`; a query
+    without that token has no instruction.
+
+    Args:
+      ids: int[..., L], a NumPy or JAX array.
+
+    Returns:
+      bool of the shape of `ids`.
     """
     end = (ids == end_token).argmax(-1)[..., None].clip(1)
     place = np.arange(ids.shape[-1])
@@ -297,12 +323,33 @@ def outside_instruction(ids: Any, end_token: int) -> Any:
 
 
 def as_texts(texts: str | Sequence[str], kind: str) -> list[str]:
-    """A list of strings from what the caller passed; one string is a list of one."""
+    """Turn a caller's texts into a list of strings; a single string becomes a list of one.
+
+    Args:
+      kind: what they are, for error messages.
+
+    Raises:
+      TypeError, ValueError: an item is not a string, or not valid Unicode.
+    """
     if isinstance(texts, str):
         return [texts]
     texts = list(texts)
     if not all(isinstance(text, str) for text in texts):
         raise _bad_text(texts, kind)
+    return texts
+
+
+def as_queries(queries: str | Sequence[str]) -> list[str]:
+    """A list of queries from one or several.
+
+    Raises:
+      TypeError: a query that is not a string.
+      ValueError: an empty or blank query: it asks nothing, so every document would fit it alike.
+    """
+    texts = as_texts(queries, "query")
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"query {i} is empty or blank: leave it out")
     return texts
 
 

@@ -113,7 +113,7 @@ def load(name_or_path: str | Path) -> ColBERT:
 
 
 def encode(model: ColBERT, queries: Sequence[str], documents: Sequence[str]) -> Encoded:
-    encoded = model.encode_queries(queries)
+    encoded = model.encode_queries(queries, allow_blank=True)
     rows = [query[np.abs(query).sum(axis=1) > 0] for query in encoded]  # the rest is padding
     columns = list(model.encode_documents(documents))
     scores = np.full((len(rows), len(columns)), -np.inf, np.float32)  # of documents without tokens

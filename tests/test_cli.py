@@ -7,7 +7,7 @@ import sys
 import pytest
 import support
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import Index, Retriever
 from colbert_jax.cli import main
 
 
@@ -74,7 +74,7 @@ def test_evaluate(capsys, built, files, texts):
     values = json.loads(run(capsys, "evaluate", built, *judged, "--json", "--mode", "exact"))
     assert values["queries"] == 12 and values["mode"] == "exact"
     index = Index.open(built)
-    queries = ColBERT.for_index(index).encode_queries(texts[:12])
+    queries = Retriever.open(index).model.encode_queries(texts[:12])
     ids = index.search(queries, k=100, mode="exact").positions
     place = [row.tolist().index(n) if n in row else 999 for n, row in enumerate(ids)]
     assert values["Success@5"] == pytest.approx(sum(p < 5 for p in place) / 12)
@@ -118,7 +118,7 @@ def test_errors(capsys, built, files, tmp_path, stanford_folder):
     assert "no query of" in message
     (tmp_path / "twice.tsv").write_text("a\tx\na\ty\n")
     message = fails(capsys, "index", tmp_path / "twice.tsv", tmp_path / "i", *checkpoint)
-    assert "duplicate document id 'a': passages 1 and 2" in message
+    assert "duplicate document id 'a': documents 1 and 2" in message
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     message = fails(capsys, "index", tmp_path / "latin.txt", tmp_path / "i", *checkpoint)
     assert "line 1: not UTF-8" in message
@@ -129,6 +129,31 @@ def test_wrong_checkpoint_for_the_index(capsys, built, tmp_path):
     other = support.write_stanford(tmp_path / "other", seed=5)
     message = fails(capsys, "search", built, "heat", "--checkpoint", other)
     assert "not the checkpoint, or" in message
+
+
+def test_blank_queries_are_refused(capsys, built, files, stanford_folder):
+    assert "query 1 is empty or blank" in fails(capsys, "search", built, "heat", "")
+    checkpoint = ["--checkpoint", stanford_folder]
+    assert "query 0 is empty or blank" in fails(
+        capsys, "rank", " ", files / "passages.tsv", *checkpoint
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["index", "c.tsv", "i", "--checkpoint", "m"], "interrupted; run again, the build goes on"),
+        (["search", "i", "query"], "interrupted\n"),
+    ],
+)
+def test_interruption_says_what_is_kept(capsys, monkeypatch, command, expected):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Retriever, "build", interrupt)
+    monkeypatch.setattr(Retriever, "open", interrupt)
+    assert main(command) == 130
+    assert expected in capsys.readouterr().err
 
 
 def test_traceback_on_request(built):
@@ -146,21 +171,21 @@ def test_compiled_programs_may_have_no_place(capsys, built, monkeypatch, tmp_pat
 def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
     import colbert_jax.demo as demo
 
-    passages = dict(list(demo.standard_library_passages().items())[:80])
-    monkeypatch.setattr(demo, "standard_library_passages", lambda: passages)
+    documents = dict(list(demo.standard_library_documents().items())[:80])
+    monkeypatch.setattr(demo, "standard_library_documents", lambda: documents)
     arguments = ["demo", "--folder", tmp_path, "--checkpoint", stanford_folder]
     first, second = run(capsys, *arguments), run(capsys, *arguments)
-    assert "Indexing 80 passages" in first and "is there" in second
+    assert "Indexing 80 docstrings" in first and "is there" in second
     for question in demo.QUESTIONS:
         assert question in first and question in second
 
 
 def test_the_demos_collection():
-    from colbert_jax.demo import standard_library_passages
+    from colbert_jax.demo import standard_library_documents
 
-    passages = standard_library_passages()
-    assert 2000 < len(passages) < 10_000
-    assert passages["shutil.rmtree"].startswith("shutil.rmtree: Recursively delete")
+    documents = standard_library_documents()
+    assert 2000 < len(documents) < 10_000
+    assert documents["shutil.rmtree"].startswith("shutil.rmtree: Recursively delete")
 
 
 def test_as_a_module_without_a_terminal(built, texts):

@@ -100,6 +100,8 @@ def test_nothing_in_nothing_out(model):
     assert model.encode_documents([]).values.shape == (0, 16)
     assert model.encode_queries([]).shape == (0, 16, 16)
     assert model.rank("heat", []).positions.shape == (0,)
+    assert model.rank(["heat", "a"], []).scores.shape == (2, 0)
+    assert model.rank([], ["heat"]).positions.shape == (0, 1)
 
 
 def test_rank_is_maxsim(model, texts):
@@ -110,6 +112,27 @@ def test_rank_is_maxsim(model, texts):
     np.testing.assert_allclose(hits.scores, np.array(expected)[hits.positions], rtol=1e-5)
     assert (np.diff(hits.scores) <= 0).all()
     assert model.rank("running cats", texts, k=3).positions.tolist() == hits.positions[:3].tolist()
+
+
+def test_rank_for_several_queries(model, texts):
+    queries = ["running cats", "heat flow", texts[3]]
+    several = model.rank(queries, texts, k=5)
+    assert several.positions.shape == several.scores.shape == (3, 5)
+    for query, positions, scores in zip(queries, *several, strict=True):
+        one = model.rank(query, texts, k=5)
+        assert one.positions.tolist() == positions.tolist()
+        np.testing.assert_allclose(one.scores, scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n\t", "\u3000"])
+def test_blank_queries_are_refused(model, blank):
+    with pytest.raises(ValueError, match="query 1 is empty or blank"):
+        model.encode_queries(["heat", blank])
+    assert len(model.encode_queries(["heat", blank], allow_blank=True)) == 2
+    with pytest.raises(ValueError, match="query 0 is empty or blank"):
+        model.rank(blank, ["a"])
+    with pytest.raises(ValueError, match="query 0 is empty or blank"):
+        model.explain(blank, "a")
 
 
 @pytest.mark.parametrize("k", [0, -1, "3", True])
@@ -174,8 +197,8 @@ def test_settings_change_and_are_checked(stanford_folder):
 def test_wrong_arguments(model):
     with pytest.raises(TypeError, match="document 1 must be a string, got NoneType"):
         model.encode_documents(["a", None])
-    with pytest.raises(TypeError, match="rank takes one query string"):
-        model.rank(["a"], ["b"])
+    with pytest.raises(TypeError, match="query 1 must be a string, got int"):
+        model.rank(["a", 3], ["b"])
 
 
 def test_model_fingerprint_ignores_query_settings(stanford_folder, model):

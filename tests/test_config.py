@@ -22,13 +22,13 @@ def test_fast_are_stanfords_defaults_by_k(k, expected):
 
 
 @pytest.mark.parametrize("k", [1, 10, 11, 100, 101, 5000])
-def test_high_looks_at_more(k):
-    fast, high = SearchConfig().resolve(k, "fast"), SearchConfig().resolve(k)
-    assert high.ncells > fast.ncells and high.ndocs >= max(fast.ndocs, 4 * k)
-    assert high.centroid_score_threshold < fast.centroid_score_threshold
+def test_accurate_looks_at_more(k):
+    fast, accurate = SearchConfig().resolve(k, "fast"), SearchConfig().resolve(k)
+    assert accurate.ncells > fast.ncells and accurate.ndocs >= max(fast.ndocs, 4 * k)
+    assert accurate.centroid_score_threshold < fast.centroid_score_threshold
 
 
-def test_unknown_recall_is_named():
+def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="mode must be one of"):
         SearchConfig().resolve(10, "best")
 

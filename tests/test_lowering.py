@@ -12,12 +12,13 @@ from jax.sharding import AxisType
 from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig, TrainingConfig
+from colbert_jax.models.backbones import config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
-from colbert_jax.models.config import config_from_huggingface
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
-from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search.backend import DeviceBackend
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import make_gradients
 
 F32, I32 = jnp.float32, jnp.int32
@@ -37,18 +38,20 @@ def training_step(mesh=None):
         set_path(params, path, shaped(*shape))
 
     def rows(n, length):
-        return Rows(
+        return TokenBatch(
             shaped(n, length, dtype=I32), shaped(n, dtype=I32), shaped(n, length, dtype=bool)
         )
 
-    batch = Batch(rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4))
+    batch = ExampleBatch(
+        rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4)
+    )
     gradients = make_gradients(encoder, config, "bfloat16", mesh)
     function = partial(gradients, trained=("backbone", "head"))
     return function, params, batch, shaped(dtype=I32), shaped(dtype=I32)
 
 
 def programs(index):
-    placed = with_inverse_norms(index.arrays)
+    placed = DeviceBackend(index.arrays).arrays
     arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), placed)
     queries = shaped(4, 16, 16)
     settings = SearchConfig().resolve(10)

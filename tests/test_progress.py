@@ -80,7 +80,7 @@ def test_slow_work_of_unknown_size(clock, lines):
 
 def test_rates_leave_out_what_an_earlier_run_did(clock, lines):
     bar = progress_bar(200, "training", "step", initial=100, pace=Pace(clock=clock))
-    bar.set_postfix(loss="0.5000", refresh=False)
+    bar.set_postfix({"loss": "0.5000"}, refresh=False)
     clock.now += 10
     bar.update(20)
     clock.now += 3600

@@ -1,27 +1,61 @@
-"""Every command and snippet of the README, word for word; a tiny model stands behind the hub id."""
+"""Every command and snippet of the README and of docs/, each page from top to bottom.
+
+A tiny model stands behind each hub id. The snippets of docs/distributed.md run in two processes,
+in tests/distributed.
+"""
+
+from __future__ import annotations
 
 import json
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import support
 
+from colbert_jax import ColBERT
 from colbert_jax.checkpoints import hub
 from colbert_jax.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for kind, text in BLOCKS if kind == "" for line in text.splitlines() if line]
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+RUN_HERE = [
+    pytest.param(page, marks=[pytest.mark.slow] if page.name == "training.md" else [])
+    for page in PAGES
+    if page.name != "distributed.md"
+]
+# Commands that are not run here, because they install, download or measure for minutes.
+ELSEWHERE = [
+    "pip install -e .",
+    "make demo",
+    "make test",
+    "python convert/verify.py pylate-folder --python INTERPRETER",
+    "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
+    "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
+    "--cache CACHE",
+    "python benchmarks/search.py CACHE --passages 10000 --queries 128 --seconds 3 "
+    "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
+    "python benchmarks/train_minilm.py DATA --checkpoint MINILM --folder runs/minilm",
+]
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: their kind and text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    return [line for kind, text in blocks(page) if not kind for line in text.splitlines() if line]
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch, one_device):
-    """A working folder with the files that the commands name, and a checkpoint for every hub id."""
+    """A working folder with the files that the pages name, and a checkpoint for every hub id."""
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
         "LinWeizheDragon/ColBERT-v2": support.write_flmr(tmp_path / "flmr"),
@@ -38,64 +72,93 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     )
     Path("queries.tsv").write_text("q1\theat flow\nq2\trunning cats\n")
     Path("qrels.tsv").write_text("q1\t0\t3\t1\nq2\t0\t4\t2\n")
+    Path("pairs.jsonl").write_text('{"query": "heat flow", "positive": "heat"}\n' * 4)
     Path("triples.jsonl").write_text('["q1", 3, 4]\n["q2", 4, 5]\n')
     scored = [
         [q, *([pid, -float(pid)] for pid in range(n, n + 4))] for n, q in ((3, "q1"), (4, "q2"))
     ]
     Path("examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
-    (settings,) = [text for kind, text in BLOCKS if kind == "json"]
+    ((_, settings),) = [block for page in PAGES for block in blocks(page) if block[0] == "json"]
     short = json.loads(settings)
     short["text"]["doc_maxlen"] = 48  # the tiny model has 96 positions
     Path("short.json").write_text(json.dumps(short))
+    golden = ROOT / "tests" / "golden" / "fastplaid_index" / "compressed"
+    shutil.copytree(golden, "fastplaid-index", copy_function=shutil.copyfile)
 
 
-def test_all_blocks_are_covered():
-    assert {kind for kind, _ in BLOCKS} == {"", "json", "python", "text"}
-    others = [c for c in COMMANDS if not c.startswith("colbert-jax ")]
-    assert others == [
-        "make demo",
-        "make test",
-        "pip install -e .",
-        "python convert/index.py fastplaid-index copy.index --to native",
-        "python convert/checkpoint.py colbert-ir/colbertv2.0 native-folder --to native",
-        "python convert/verify.py pylate-folder --python INTERPRETER",
-        "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
-        "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
-        "--cache CACHE",
-        "python benchmarks/search.py CACHE --passages 10000 --queries 128 --seconds 3 "
-        "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
-    ]
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process, where the hub is replaced."""
+
+    def run_command(command: str) -> None:
+        program, *arguments = shlex.split(command)
+        if program == "colbert-jax":
+            assert main(arguments) == 0, command
+        elif command not in ELSEWHERE:
+            assert program == "python", command
+            monkeypatch.setattr("sys.argv", arguments)
+            with pytest.raises(SystemExit) as exit:
+                runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+            assert exit.value.code == 0, command
+
+    return run_command
+
+
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
+def test_page_from_top_to_bottom(page, elsewhere, run, capsys):
+    names: dict = {}
+    for kind, text in blocks(page):
+        if kind == "python":
+            exec(compile(text, page.name, "exec"), names)
+        elif kind == "":
+            for command in filter(None, text.splitlines()):
+                run(command)
+        else:
+            assert kind in ("json", "text")
+    if page == README:
+        assert names["retriever"].index.texts[0].startswith("Dune")
+        assert "[CLS]" in capsys.readouterr().out
+
+
+def test_distributed_page_is_run_by_its_own_tests():
+    kinds = {kind for kind, _ in blocks(ROOT / "docs" / "distributed.md")}
+    assert kinds == {"python", "bash", "yaml"}
+    assert "distributed.md" in (ROOT / "tests" / "distributed" / "worker.py").read_text()
+
+
+def test_commands_that_are_not_run_are_on_a_page():
+    assert set(ELSEWHERE) <= {command for page in PAGES for command in commands(page)}
     makefile = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in makefile and "\ntest:" in makefile
 
 
-def test_commands(elsewhere, capsys):
-    for command in COMMANDS:
-        if command.startswith("colbert-jax "):
-            assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+def test_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) <= 150
 
 
-def test_scripts(elsewhere, capsys):
-    """The conversion scripts, as modules, since the hub is replaced in this process."""
-    for command in COMMANDS:
-        if command.startswith("python convert/checkpoint.py"):
-            script = runpy.run_path(str(ROOT / "convert" / "checkpoint.py"))
-            assert script["main"](["convert", *shlex.split(command)[2:]]) == 0
-    assert "native-folder: native" in capsys.readouterr().out
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_figure_is_missing(page):
+    text = re.sub(r"`[^`]*`|```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", text)
 
 
-def test_snippets(elsewhere, capsys):
-    names: dict = {}
-    for snippet in PYTHON:
-        exec(compile(snippet, "README.md", "exec"), names)
-    assert names["index"].texts[0].startswith("Dune")
-    assert "[CLS]" in capsys.readouterr().out
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_point_to_files(page):
+    text = page.read_text("utf-8")
+    for name in re.findall(r"\]\(\s*([^)\s#]+)[^)]*\)", text):
+        assert (page.parent / name).exists(), name
+    folders = "benchmarks|colbert_jax|convert|docs|notebooks|tests|train"
+    for name in re.findall(rf"`((?:{folders})/[\w./*]+)`", text):
+        assert list(ROOT.glob(name)), name
 
 
-def test_no_figure_is_missing():
-    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`", "", README))
-
-
-def test_links_point_to_files():
-    for name in re.findall(r"`((?:notebooks|benchmarks|colbert_jax|tests)/[\w./]+)`", README):
-        assert (ROOT / name).exists(), name
+def test_picture_is_of_the_real_model(minilm_folder):
+    """The picture's numbers are what all-MiniLM-L6-v2 gives for the two texts."""
+    script = runpy.run_path(str(ROOT / "docs" / "images" / "late_interaction.py"))
+    model = ColBERT.from_pretrained(minilm_folder, dtype="float32")
+    found = model.explain(script["QUERY"], script["DOCUMENT"])
+    picture = (ROOT / "docs" / "images" / "late_interaction.svg").read_text("utf-8")
+    drawn = [float(value) for value in re.findall(r">(-?\d\.\d\d)<", picture)]
+    best = found.similarity.max(axis=1)
+    expected = np.hstack([found.similarity, best[:, None]]).ravel()
+    np.testing.assert_allclose(drawn, [*expected, best.sum()], atol=0.011)

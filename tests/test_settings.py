@@ -80,4 +80,4 @@ def test_settings_round_trip_and_papers_values():
     wanted = dict(nway=64, lr=1e-5, bsize=32, warmup=20_000, maxsteps=400_000, weight_decay=0.0)
     assert wanted.items() <= asdict(last).items() and last.max_grad_norm == 2.0
     assert (FIRST.nway, FIRST.maxsteps) == (32, 150_000)
-    assert set(RECIPES) == {"colbertv1", "distill", "denoised-supervision"}
+    assert set(RECIPES) == {"colbertv1", "contrastive", "distill", "denoised-supervision"}

@@ -171,10 +171,12 @@ def test_tokenizer_without_cls_and_sep_is_refused(plain_folder, tmp_path):
         TextTokenizer(read_tokenizer(folder), TextConfig())
 
 
-def test_no_tokenizer_is_said(plain_folder, tmp_path):
+def test_no_tokenizer(plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "copy")
     (folder / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match=r"no tokenizer: neither tokenizer\.json nor vocab\.txt"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer: tokenizer\.json and vocab\.txt are missing"
+    ):
         TextTokenizer(read_tokenizer(folder), TextConfig())
 
 

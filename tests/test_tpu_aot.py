@@ -60,7 +60,7 @@ def compiled(index) -> dict[str, str]:
 
 @pytest.mark.parametrize("kernel", ["pallas", "xla"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_residual_maxsim(compiled, shape, kernel):
+def test_token_maxima(compiled, shape, kernel):
     assert compiled[f"{kernel} {shape}"] == ""
 
 
@@ -76,7 +76,7 @@ def compile_all(folder: str) -> dict[str, str]:
     from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
     from colbert_jax import Index
-    from colbert_jax.scoring.residual import residual_maxsim
+    from colbert_jax.scoring.residual import token_maxima
 
     index = Index.open(folder)
     chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
@@ -94,10 +94,10 @@ def compile_all(folder: str) -> dict[str, str]:
         arguments = (
             *(shaped(batch, lq, dim), shaped(*documents, lq)),
             shaped(*documents, dim * nbits // 8, dtype=jnp.uint8),
-            *(shaped(*documents), shaped(*documents, dtype=bool), shaped(1 << nbits)),
+            *(shaped(*documents), shaped(1 << nbits)),
         )
         for kernel in ("pallas", "xla"):
-            score = jax.jit(residual_maxsim, static_argnames="kernel")
+            score = jax.jit(token_maxima, static_argnames="kernel")
             programs[f"{kernel} {shape}"] = score.trace(*arguments, kernel=kernel)
     with mock.patch.object(jax, "devices", lambda: list(chips)):
         lowering = test_lowering.programs(index)

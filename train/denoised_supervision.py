@@ -8,7 +8,7 @@
    cross-encoder, draw 32-way examples, distil.
 3. round2/: the same with the model of round 1 and 64-way examples. Its model is the result.
 
-Each step leaves plain files: ranking.tsv, scored.jsonl, examples.jsonl (Stanford's formats). Run
+Each round leaves plain files: ranking.tsv, scores.jsonl, examples.jsonl (Stanford's formats). Run
 the command again and what is done stays as it is.
 
 The same as `colbert-jax train denoised-supervision`; every setting below is a flag of its name.
@@ -23,7 +23,7 @@ SETTINGS = [
     *("--dim", "128"),
     *("--doc-maxlen", "180"),
     # Mining: with a 2-bit index, and the teacher's raw logits.
-    *("--teacher", "cross-encoder/ms-marco-MiniLM-L-6-v2"),
+    *("--teacher", "cross-encoder/ms-marco-MiniLM-L6-v2"),
     *("--teacher-maxlen", "180"),
     *("--rounds", "2"),
     *("--k", "500"),

@@ -14,11 +14,13 @@ from colbert_jax import Index, __version__
 from colbert_jax.batching import ladder_length
 
 BATCHES = True
-KNOB = "recall" in inspect.signature(Index.search).parameters
+# Earlier versions called the mode recall, and "accurate" high.
+MODES = {"mode": ("fast", "accurate", "exact"), "recall": ("fast", "high", "exact")}
 
 
 def settings(k: int) -> list[dict[str, Any]]:
-    knob = [{"recall": name} for name in ("fast", "high", "exact")] if KNOB else []
+    known = inspect.signature(Index.search).parameters
+    knob = [{name: mode} for name, modes in MODES.items() if name in known for mode in modes]
     sweep = [(1, 0.5, 256), (1, 0.5, 512), (1, 0.5, 1024), (2, 0.45, 1024), (2, 0.45, 4096)]
     sweep += [(4, 0.4, 1024), (4, 0.4, 4096), (8, 0.35, 4096), (8, 0.3, 16384)]
     return [{}, *knob] + [
@@ -55,4 +57,4 @@ def search(opened: Index, prepared: np.ndarray, k: int, settings: dict[str, Any]
 
 
 def ids(found: Any) -> list[list[int]]:
-    return found.ids.tolist()
+    return found[0].tolist()

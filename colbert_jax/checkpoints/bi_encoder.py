@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colbert_jax.checkpoints import huggingface, modules, sentence_transformers
+from colbert_jax.checkpoints import huggingface, modules, single_vector
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.checkpoints.modules import MODULES, SETTINGS, Module
+from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.files import check_types, read_object
 from colbert_jax.models.pooling import POOLINGS
 
-# sentence-transformers 5 and before say it in one field a way of pooling.
+# sentence-transformers 5 and before have one field for each way of pooling.
 _OLD_FIELDS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -27,9 +28,9 @@ _SIMILARITIES = ("cosine", "dot")
 
 @dataclass(frozen=True)
 class SingleVector:
-    """How a checkpoint's token embeddings become one vector, and what two of them score.
+    """How a checkpoint's token embeddings become one vector, and how two vectors are compared.
 
-    pooling, normalized: as of `models.pooling.sentence_embeddings`.
+    pooling, normalized: as for `models.pooling.sentence_embeddings`.
     similarity: "cosine" or "dot".
     """
 
@@ -39,23 +40,21 @@ class SingleVector:
 
 
 def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
-    """Read a single-vector model of sentence-transformers; the Dense modules are the head.
+    """Read a single-vector model of sentence-transformers, Dense modules as the head.
 
-    Texts are cut to the length that the folder names.
+    Texts are cut to the folder's maximum length.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
     listed, settings = modules.read_modules(folder), modules.read_settings(folder)
-    checkpoint = sentence_transformers.read_single_vector(
-        folder, listed, settings, dim=None, seed=0
-    )
+    checkpoint = single_vector.read(folder)
     kinds = [module.kind for module in listed if module.kind != "Dropout"]
     usual = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense")]
     if kinds not in (usual, [*usual, "Normalize"]):
         raise ValueError(
             f"{folder / MODULES}: modules {', '.join(kinds)} in this order are not supported; "
-            "supported: Transformer, Pooling, any Dense, and Normalize or none"
+            "supported: Transformer, Pooling, then Dense modules and Normalize if any"
         )
     similarity = str(settings.get("similarity_fn_name") or "cosine").lower()
     if similarity not in _SIMILARITIES:
@@ -66,20 +65,20 @@ def read(folder: Path) -> tuple[Checkpoint, SingleVector]:
     text = checkpoint.config.text
     prompted = bool(text.query_prompt or text.doc_prompt)
     pooling = _read_pooling(listed, prompted)
-    longest = sentence_transformers.longest_text(
-        checkpoint, listed, modules.transformer_settings(listed[0])
-    )
+    longest = longest_text(checkpoint, listed, modules.transformer_settings(listed[0]))
     checkpoint = checkpoint.with_text(query_maxlen=longest, doc_maxlen=longest)
     return checkpoint, SingleVector(pooling, "Normalize" in kinds, similarity)
 
 
 def read_plain(folder: Path) -> tuple[Checkpoint, SingleVector]:
-    """Read a plain encoder, whose files say nothing of pooling: the mean, of unit length."""
-    checkpoint = huggingface.read(folder, dim=None, seed=0)
+    """Read a plain encoder, to be pooled by the mean and normalised: its files have no setting.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    checkpoint = huggingface.read(folder)
     root = Module("", "Transformer", folder)
-    longest = sentence_transformers.longest_text(
-        checkpoint, [root], modules.transformer_settings(root)
-    )
+    longest = longest_text(checkpoint, [root], modules.transformer_settings(root))
     return checkpoint.with_text(query_maxlen=longest, doc_maxlen=longest), SingleVector()
 
 

@@ -1,4 +1,4 @@
-"""ColBERTv1 checkpoints: one `.dnn` file of torch, over a base model's folder."""
+"""ColBERTv1 checkpoints: a torch file `.dnn`, with the configuration of a base model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from colbert_jax.checkpoints.common import (
     refuse_text,
     write_base,
 )
-from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.models.backbones import architecture
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 from colbert_jax.tensors.weights import WEIGHT_FILES, Tensors, state_dict
 
@@ -26,7 +26,7 @@ SUFFIX = ".dnn"
 NAME = "colbert.dnn"
 DEFAULT_BASE = "bert-base-uncased"
 
-# Settings that are no argument of version 1.
+# Text settings that version 1 does not have.
 _FIXED = ("query_token_id", "doc_token_id", "attend_to_mask_tokens")
 # Defaults of its command line.
 _DEFAULTS: dict[str, Any] = dict(
@@ -34,40 +34,49 @@ _DEFAULTS: dict[str, Any] = dict(
 )
 
 
-def detect(folder: Path) -> bool:
-    """Whether a folder has a `.dnn` file, and no weights beside it."""
-    weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-    return not weights and len(list(folder.glob(f"*{SUFFIX}"))) == 1
+def detect(path: Path) -> bool:
+    """Whether this is a file, or a folder with the base model's files and one `.dnn` file as its
+    only weights.
+    """
+    if path.is_file():
+        return True
+    if not (path / "config.json").is_file():
+        return False
+    weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    return not weights and len(list(path.glob(f"*{SUFFIX}"))) == 1
 
 
 def base_name(file: Path) -> str:
-    """The model that a `.dnn` file says it was trained from."""
+    """Return the base model that a `.dnn` file names. Raises ValueError unless it is a hub id."""
     name = _arguments(read_torch_file(file)).get("model") or DEFAULT_BASE
     if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{file}: names {name!r:.80} as its base model; pass base= yourself")
+        raise ValueError(f"{file}: its base model {name!r:.80} is not a hub id; pass base=")
     return name
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """The command line's arguments that a `.dnn` file keeps; {} where it keeps none."""
+    """The command line's arguments in a `.dnn` file; {} if there are none."""
     arguments = value.get("arguments") if isinstance(value, dict) else None
     return arguments if isinstance(arguments, dict) else {}
 
 
-def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
-    """Read a `.dnn` file.
+def read(path: Path, *, dim: int | None = None, base: Path | None = None, **_: Any) -> Checkpoint:
+    """Read a `.dnn` file, or a folder's; arguments and errors as for `checkpoints.read_checkpoint`.
 
     Args:
-      base: folder with the `config.json` and the tokenizer of the model it was trained from.
+      base: folder with the `config.json` and the tokenizer of the model it was trained from. If
+        None, the file's folder.
     """
+    file = path if path.is_file() else next(path.glob(f"*{SUFFIX}"))
+    base = base or file.parent
     value = read_torch_file(file)
     given = {
         key: v
         for key, v in _arguments(value).items()
         if key in (*_DEFAULTS, "dim") and v is not None
     }
-    config, said = stanford.config_from_fields(_DEFAULTS | given, file)
-    # Saved from DistributedDataParallel, the names have a prefix.
+    config, width = stanford.config_from_fields(_DEFAULTS | given, file)
+    # DistributedDataParallel puts a prefix before the names.
     tensors = Tensors(file, state_dict(file, value)).renamed(lambda n: n.removeprefix("module."))
     return stanford.from_tensors(
         file,
@@ -75,19 +84,22 @@ def read(file: Path, *, base: Path, dim: int | None = None) -> Checkpoint:
         tensors,
         read_tokenizer(base),
         config,
-        said,
+        width,
         dim,
     )
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write `colbert.dnn` and the base model's configuration and tokenizer beside it."""
+    """Write `colbert.dnn`, and the configuration and tokenizer of the base model beside it.
+
+    Raises ValueError for settings that the layout cannot store, as for `stanford.write`.
+    """
     one_encoder(checkpoint, "colbertv1")
     fields = stanford.stanford_fields(checkpoint, "colbertv1")
     supported = {*stanford.TEXT_FIELDS, "skiplist_words", "strip", "query_minlen"} - set(_FIXED)
     refuse_text(checkpoint.config.text, supported, "colbertv1")
     projection = fold_head(checkpoint.encoder, checkpoint.params, "colbertv1")
-    prefix = PREFIXES[checkpoint.encoder.backbone.model_type]
+    prefix = architecture(checkpoint.encoder.backbone).prefix
     tensors: dict[str, np.ndarray] = backbone_tensors(
         checkpoint, checkpoint.params, prefix, pooler=True
     )

@@ -1,16 +1,12 @@
-"""What every layout needs: a checkpoint in memory, parameters from tensors and back."""
+"""What all layouts share: a checkpoint in memory, parameters from tensors and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import string
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +15,20 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
 from colbert_jax.checkpoints.tokenizer import write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import (
+    architecture,
+    config_from_huggingface,
+    is_unused,
+    tensor_names,
+    to_huggingface,
+)
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
-from colbert_jax.models.config import BackboneConfig, config_from_huggingface, to_huggingface
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import Tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
-
-# What the forward of a transformers model takes, where token types are among it.
-_INPUTS = {
-    "bert": ("input_ids", "token_type_ids", "attention_mask"),
-    "electra": ("input_ids", "token_type_ids", "attention_mask"),
-}
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,10 @@ class Checkpoint:
 
     folder: where it was read from.
     params: nested dict of float32 arrays, the state of `models.colbert.TokenEncoder`.
-    query_params: the same for an encoder of the queries' own; None: one encoder for both.
-    pooler: BERT's pooler by tensor name, which token embeddings do not use and which some
-      originals want to find.
+    query_params: the same for a second encoder that encodes queries. If None, one encoder serves
+      queries and documents.
+    pooler: BERT's pooler by tensor name. Token embeddings do not use it; some original libraries
+      expect it in a checkpoint.
     """
 
     folder: Path
@@ -55,16 +52,17 @@ class Checkpoint:
     pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def with_text(self, **changes: Any) -> Checkpoint:
-        """The same with other text settings."""
+        """Return the checkpoint with some text settings changed."""
         if "mask_punctuation" in changes and "skiplist_words" not in changes:
-            changes["skiplist_words"] = None  # which would overrule it
+            changes["skiplist_words"] = None  # it would overrule mask_punctuation
         return self.with_text_config(dataclasses.replace(self.config.text, **changes))
 
     def with_text_config(self, text: TextConfig) -> Checkpoint:
+        """Return the checkpoint with other text settings."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
 
     def text_tokenizer(self) -> TextTokenizer:
-        """Texts to token ids. Raises ValueError where the tokenizer does not fit the encoder."""
+        """Make the tokenizer of texts. Raises ValueError if it does not fit the encoder."""
         try:
             tokenizer = TextTokenizer(self.tokenizer, self.config.text)
         except ValueError as error:
@@ -79,10 +77,9 @@ class Checkpoint:
 
 
 def fingerprint(known: list[Any], params: dict) -> str:
-    """A short hash of settings (JSON) and weights.
+    """Hash settings (JSON values) and weights, to tell checkpoints apart.
 
-    It covers the first values of every tensor, so it tells checkpoints apart without reading all of
-    them.
+    Only the first values of every tensor are hashed, so that not all of them are read.
     """
     digest = hashlib.sha256(json.dumps(known).encode())
     for path, array in jax.tree.leaves_with_path(params):
@@ -92,7 +89,7 @@ def fingerprint(known: list[Any], params: dict) -> str:
 
 
 def read_backbone(file: Path) -> BackboneConfig:
-    """The architecture of a `config.json`."""
+    """Read the architecture from a `config.json`. Raises ValueError, naming the file."""
     try:
         return config_from_huggingface(read_object(file))
     except ValueError as error:
@@ -101,23 +98,26 @@ def read_backbone(file: Path) -> BackboneConfig:
 
 
 def find_prefix(tensors: Tensors, backbone: BackboneConfig) -> str:
-    """What stands before the names of the backbone's tensors: its usual prefix, or nothing."""
+    """Return the prefix of the backbone's tensor names: the usual one of its architecture, or "".
+
+    Raises ValueError if its first tensor is missing under both.
+    """
     first = next(iter(tensor_names(backbone).values()))
-    for prefix in (PREFIXES[backbone.model_type], ""):
+    for prefix in (architecture(backbone).prefix, ""):
         if prefix + first in tensors:
             return prefix
     raise ValueError(
-        f"{tensors.file}: no {backbone.model_type} encoder in it: tensor {first!r} is missing"
+        f"{tensors.file}: has no {backbone.model_type} encoder: tensor {first!r} is missing"
     )
 
 
 def backbone_paths(backbone: BackboneConfig, prefix: str) -> dict[tuple, str]:
-    """Path in the state of a TokenEncoder -> tensor name, of the backbone."""
+    """Map paths in a TokenEncoder's state to tensor names, for the backbone."""
     return {("backbone", *path): name for path, name in tensor_names(backbone, prefix).items()}
 
 
 def head_paths(encoder: EncoderConfig, layer: int) -> dict[tuple, str]:
-    """Path -> tensor name, of one dense layer of the head."""
+    """Map paths in a TokenEncoder's state to tensor names, for one dense layer of the head."""
     config, path = encoder.head[layer], ("head", layer)
     names: dict[tuple, str] = {(*path, "linear", "kernel"): "linear.weight"}
     if config.bias:
@@ -130,10 +130,14 @@ def head_paths(encoder: EncoderConfig, layer: int) -> dict[tuple, str]:
 def fill_params(
     encoder: EncoderConfig, sources: Iterable[tuple[Tensors, Mapping[tuple, str]]]
 ) -> dict:
-    """Parameters of a TokenEncoder from tensors in torch's layout.
+    """Read a TokenEncoder's parameters from tensors in torch's layout.
 
     Args:
-      sources: tensors, and which path each of them fills. A path that none fills is left out.
+      sources: pairs of tensors and a map from paths to names among them. Paths that no map holds
+        are left out of the result.
+
+    Raises:
+      ValueError: a tensor is missing, of another shape, or not finite.
     """
     params: dict = {}
     shapes = param_shapes(encoder)
@@ -149,12 +153,14 @@ def fill_params(
 
 
 def set_path(tree: dict, path: tuple, value: Any) -> None:
+    """Set a value in nested dicts, making those that are missing."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
 
 
 def get_path(tree: dict, path: tuple) -> Any:
+    """Return a value from nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
@@ -163,10 +169,20 @@ def get_path(tree: dict, path: tuple) -> Any:
 def refuse_unknown(
     tensors: Tensors, backbone: BackboneConfig, known: Iterable[str], also: Sequence[str] = ()
 ) -> None:
-    """An extra tensor means another architecture, whose numbers would be wrong in silence."""
-    ignorable = (*IGNORED[backbone.model_type], *also)
-    extra = sorted(set(tensors.names()) - set(known))
-    extra = [name for name in extra if not any(part in f".{name}" for part in ignorable)]
+    """Raise ValueError for tensors that the encoder has no place for.
+
+    They mean another architecture, whose embeddings would be wrong without a warning.
+
+    Args:
+      known: the names that are read.
+      also: parts of names to ignore, to be looked for in "." + name, beside those that the
+        architecture's models have.
+    """
+    extra = [
+        name
+        for name in sorted(set(tensors.names()) - set(known))
+        if not is_unused(backbone, name) and not any(part in f".{name}" for part in also)
+    ]
     if extra:
         shown = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
         raise ValueError(
@@ -176,6 +192,7 @@ def refuse_unknown(
 
 
 def read_pooler(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
+    """Read BERT's pooler; {} where there is none."""
     names = [f"pooler.dense.{part}" for part in ("weight", "bias")]
     return {name: tensors.read(prefix + name) for name in names if prefix + name in tensors}
 
@@ -184,7 +201,7 @@ def read_pooler(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
 
 
 def tensors_of(params: dict, names: Mapping[tuple, str]) -> dict[str, np.ndarray]:
-    """Tensors in torch's layout from parameters."""
+    """Turn parameters into tensors in torch's layout; the inverse of `fill_params`."""
     tensors = {}
     for path, name in names.items():
         array = np.asarray(get_path(params, path), np.float32)
@@ -195,13 +212,15 @@ def tensors_of(params: dict, names: Mapping[tuple, str]) -> dict[str, np.ndarray
 def backbone_tensors(
     checkpoint: Checkpoint, params: dict, prefix: str, *, pooler: bool
 ) -> dict[str, np.ndarray]:
-    """The backbone's tensors behind `prefix`; with `pooler`, zeros where the checkpoint has none.
+    """Return the backbone's tensors, their names after `prefix`.
 
-    Originals that build a pooler would else fill it at random and warn.
+    Args:
+      pooler: whether to add a pooler, of zeros if the checkpoint has none. Original libraries that
+        build a pooler would otherwise fill it at random and warn.
     """
     backbone = checkpoint.encoder.backbone
     tensors = tensors_of(params, backbone_paths(backbone, prefix))
-    if pooler and backbone.model_type in ("bert", "roberta", "xlm-roberta", "mpnet"):
+    if pooler and architecture(backbone).pooler:
         width = backbone.hidden_size
         zeros = {
             "pooler.dense.weight": np.zeros((width, width), np.float32),
@@ -212,9 +231,9 @@ def backbone_tensors(
 
 
 def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
-    """The head as one matrix [dim, hidden] for layouts that have a single projection.
+    """Multiply the head into one matrix float32[D, hidden_size], for layouts with one projection.
 
-    Raises ValueError where it is not linear: a bias or an activation.
+    Raises ValueError if the head is not linear: a layer has a bias or an activation.
     """
     matrix = np.eye(encoder.backbone.hidden_size, dtype=np.float64)
     for i, layer in enumerate(encoder.head):
@@ -222,7 +241,7 @@ def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
             what = "a bias" if layer.bias else f"activation {layer.activation}"
             raise ValueError(
                 f"the {layout} layout has one projection without bias; dense layer {i + 1} of the "
-                f"head has {what}; write the pylate, sentence-transformers or flax layout"
+                f"head has {what}; write the pylate, sentence-transformers or native layout"
             )
         step = np.asarray(params["head"][i]["linear"]["kernel"], np.float64)
         if layer.residual:
@@ -233,15 +252,16 @@ def fold_head(encoder: EncoderConfig, params: dict, layout: str) -> np.ndarray:
 
 
 def one_encoder(checkpoint: Checkpoint, layout: str) -> None:
+    """Raise ValueError if queries have a second encoder."""
     if checkpoint.query_params is not None:
         raise ValueError(
-            f"the {layout} layout has one encoder, this checkpoint has one of its own for "
-            "queries; write the flmr or flax layout"
+            f"the {layout} layout has one encoder, this checkpoint has two; write the flmr or "
+            "native layout"
         )
 
 
 def refuse_text(text: TextConfig, supported: Iterable[str], layout: str) -> None:
-    """Raises ValueError for text settings, other than defaults, that a layout cannot say."""
+    """Raise ValueError for text settings, other than defaults, that a layout cannot store."""
     default = TextConfig()
     cannot = [
         f"{f.name}={getattr(text, f.name)!r}"
@@ -249,17 +269,20 @@ def refuse_text(text: TextConfig, supported: Iterable[str], layout: str) -> None
         if f.name not in supported and getattr(text, f.name) != getattr(default, f.name)
     ]
     if cannot:
-        raise ValueError(f"the {layout} layout cannot say {', '.join(cannot)}")
+        raise ValueError(f"the {layout} layout cannot store {', '.join(cannot)}")
 
 
 def fixed_expansion(text: TextConfig, layout: str) -> None:
-    """Raises ValueError where queries are filled up to less than their maximum length."""
+    """Raise ValueError if queries are filled up to less than their maximum length."""
     if text.query_minlen not in (None, text.query_maxlen):
-        raise ValueError(f"the {layout} layout cannot say query_minlen={text.query_minlen}")
+        raise ValueError(f"the {layout} layout cannot store query_minlen={text.query_minlen}")
 
 
 def masks_punctuation(checkpoint: Checkpoint, layout: str) -> bool:
-    """Whether documents drop Stanford's punctuation, or nothing; else raises ValueError."""
+    """Return True if documents drop ASCII punctuation, as Stanford's do, and False if nothing.
+
+    Raises ValueError if they drop other tokens.
+    """
     text = checkpoint.config.text
     dropped = set(skipped_tokens(checkpoint))
     for mask in (True, False):
@@ -267,13 +290,13 @@ def masks_punctuation(checkpoint: Checkpoint, layout: str) -> bool:
         if dropped == set(skipped_tokens(other)):
             return mask
     raise ValueError(
-        f"the {layout} layout drops ASCII punctuation or nothing; this checkpoint's skiplist has "
-        f"{len(dropped)} tokens of its own (skiplist_words={text.skiplist_words!r})"
+        f"the {layout} layout drops ASCII punctuation or nothing; this checkpoint drops "
+        f"{len(dropped)} tokens (skiplist_words={text.skiplist_words!r})"
     )
 
 
 def skipped_tokens(checkpoint: Checkpoint) -> list[str]:
-    """The tokens that documents drop, padding apart, by id; punctuation in its usual order."""
+    """List the tokens that documents drop, without padding: punctuation first, others by id."""
     tokenizer = TextTokenizer(checkpoint.tokenizer, checkpoint.config.text)
     to_token = checkpoint.tokenizer.tokenizer.id_to_token
     ids = set(np.flatnonzero(tokenizer.skiplist).tolist())
@@ -284,47 +307,21 @@ def skipped_tokens(checkpoint: Checkpoint) -> list[str]:
     return usual + [token for token in tokens if token not in usual]
 
 
-def check_free(folder: Path) -> None:
-    """Raises FileExistsError where `folder` exists and is not an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another place")
-
-
-@contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` when all is written.
-
-    Raises FileExistsError where `folder` exists and is not empty.
-    """
-    check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rmdir()
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file as transformers does (it asks for the format in the header)."""
+    """Write a safetensors file whose header names the format, as transformers requires."""
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_base(checkpoint: Checkpoint, folder: Path, architectures: list[str]) -> None:
-    """`config.json` and the tokenizer's files."""
+    """Write `config.json` and the tokenizer's files.
+
+    Args:
+      architectures: the classes that `config.json` names.
+    """
     backbone = checkpoint.encoder.backbone
     fields = to_huggingface(backbone) | {"architectures": architectures, "torch_dtype": "float32"}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
-    inputs = _INPUTS.get(backbone.model_type, ("input_ids", "attention_mask"))
+    types = ("token_type_ids",) if architecture(backbone).token_types else ()
+    inputs = ("input_ids", *types, "attention_mask")
     write_tokenizer(folder, checkpoint.tokenizer, max_length=backbone.max_length, inputs=inputs)

@@ -12,12 +12,12 @@ from colbert_jax.checkpoints.common import (
     refuse_unknown,
 )
 from colbert_jax.checkpoints.modules import Module
-from colbert_jax.checkpoints.names import PREFIXES
 from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object
-from colbert_jax.models.config import BertConfig
+from colbert_jax.models.backbones import architecture
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.cross_encoder import cross_encoder_config
 from colbert_jax.tensors.weights import find_tensors
 
@@ -38,37 +38,36 @@ def _architectures(folder: Path) -> list[str]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a cross-encoder; the head of its encoder is pooler and classifier.
+    """Read a cross-encoder; the head of its encoder is the pooler and the classifier.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it: another
-        architecture, another number of classes than one, tensors that are missing, unknown or of
-        another shape.
+        architecture, more than one class, tensors that are missing, unknown or of another shape.
     """
     file = folder / "config.json"
     names = _architectures(folder)
     if names != [_CLASS]:
         raise ValueError(
-            f"{file}: architectures {', '.join(names) or 'none'}; supported as a cross-encoder: "
-            f"{_CLASS}"
+            f"{file}: architectures is {', '.join(names) or 'missing'}; supported as a "
+            f"cross-encoder: {_CLASS}"
         )
     backbone = read_backbone(file)
     if not isinstance(backbone, BertConfig):
         raise ValueError(f"{file}: {_CLASS} with model_type {backbone.model_type!r}")
     if backbone.type_vocab_size < 2:
         raise ValueError(
-            f"{file}: type_vocab_size is {backbone.type_vocab_size}; query and document of a "
-            "cross-encoder have token types 0 and 1"
+            f"{file}: type_vocab_size is {backbone.type_vocab_size}; a cross-encoder needs token "
+            "type 0 for the query and 1 for the document"
         )
     encoder = cross_encoder_config(backbone)
     tensors = find_tensors(folder)
     classes = tensors.shape(f"{_CLASSIFIER}.weight")[0]
     if classes != 1:
         raise ValueError(
-            f"{tensors.file}: a classifier of {classes} classes; a cross-encoder that scores pairs "
-            "has one (num_labels=1)"
+            f"{tensors.file}: the classifier has {classes} classes; a cross-encoder that scores "
+            "pairs has one (num_labels=1)"
         )
-    prefix = PREFIXES[backbone.model_type]
+    prefix = architecture(backbone).prefix
     paths = backbone_paths(backbone, prefix)
     for i, name in enumerate((f"{prefix}pooler.dense", _CLASSIFIER)):
         paths["head", i, "linear", "kernel"] = f"{name}.weight"
@@ -82,7 +81,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def check_pairs(checkpoint: Checkpoint) -> None:
-    """Raises ValueError where the tokenizer does not make `[CLS] a [SEP] b [SEP]` of a pair."""
+    """Raise ValueError unless the tokenizer turns a pair into `[CLS] a [SEP] b [SEP]`."""
     model = checkpoint.tokenizer
     pair, first, second = (
         model.tokenizer.encode("a", "b"),
@@ -93,8 +92,8 @@ def check_pairs(checkpoint: Checkpoint) -> None:
     types = [0] * (len(first.ids) + 2) + [1] * (len(second.ids) + 1)
     if pair.ids != ids or pair.type_ids != types:
         raise ValueError(
-            f"{checkpoint.folder}: the tokenizer makes {' '.join(pair.tokens)} with token types "
-            f"{pair.type_ids} of a pair; a BERT cross-encoder needs [CLS] a [SEP] b [SEP] with "
+            f"{checkpoint.folder}: the tokenizer turns a pair into {' '.join(pair.tokens)} with "
+            f"token types {pair.type_ids}; a BERT cross-encoder needs [CLS] a [SEP] b [SEP] with "
             f"{types}"
         )
 

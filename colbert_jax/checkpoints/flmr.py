@@ -1,7 +1,7 @@
 """FLMR folders (`LinWeizheDragon/ColBERT-v2` and the PreFLMR family), their text part.
 
-One BERT for queries and documents, or one each; tokenizers in `query_tokenizer/` and
-`context_tokenizer/`. Vision tensors are left where they are.
+Queries and documents share a BERT or have one each; tokenizers are in `query_tokenizer/` and
+`context_tokenizer/`. Vision tensors are not read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.models.backbones import config_from_huggingface
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
-from colbert_jax.models.config import BackboneConfig, BertConfig, config_from_huggingface
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
 from colbert_jax.text import ModelTokenizer
 
@@ -40,7 +42,7 @@ MODEL_TYPE = "flmr"
 QUERY, CONTEXT = "query", "context"
 QUERY_TOKENIZER, CONTEXT_TOKENIZER = "query_tokenizer", "context_tokenizer"
 
-# config.json holds only what differs from these.
+# config.json holds only the settings that differ from these.
 TEXT_DEFAULTS: dict[str, Any] = dict(
     vocab_size=30522,
     hidden_size=768,
@@ -82,13 +84,17 @@ _TEXT_FIELDS = (
 
 
 def detect(folder: Path) -> bool:
-    """Whether the two tokenizer folders are there, or config.json says so."""
+    """Whether the two tokenizer folders are there, or config.json has FLMR's model type."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
     if all((folder / name).is_dir() for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)):
         return True
-    return read_object(folder / "config.json").get("model_type") == MODEL_TYPE
+    return read_object(file).get("model_type") == MODEL_TYPE
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read the text part; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / "config.json"
     fields = read_object(file)
     check_types(file, fields, _TYPES)
@@ -103,13 +109,13 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
         raise ValueError(f"{tensors.file}: tensor {sides[QUERY]!r} is missing")
     if separate and len(found) < 2:
         raise ValueError(
-            f"{tensors.file}: {file.name} speaks of two text encoders, only the {found[0]} side "
-            "is in the weights"
+            f"{tensors.file}: {file.name} asks for two text encoders, the weights hold only the "
+            f"{found[0]} side"
         )
     encoder = EncoderConfig.projecting(backbone, tensors.shape(sides[found[0]])[0])
     for asked, where in ((fields.get("dim"), f"{file.name} has dim"), (dim, "dim was given as")):
         if asked is not None and asked != encoder.dim:
-            raise ValueError(f"{folder}: {where} {asked}, the weights project to {encoder.dim}")
+            raise ValueError(f"{folder}: {where} {asked}, but the weights project to {encoder.dim}")
     names = {side: _side_names(encoder, side) for side in found}
     known = {name for side in names.values() for name in side.values()}
     refuse_unknown(tensors, backbone, known, _VISION)
@@ -130,7 +136,7 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
 
 
 def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
-    """The text encoder's architecture: the sparse `text_config` over upstream's defaults."""
+    """Return the text encoder's architecture: `text_config` over the original's defaults."""
     text = fields.get("text_config") or {}
     if not isinstance(text, dict):
         raise ValueError(f"{file}: text_config must be an object")
@@ -148,7 +154,7 @@ def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
 
 
 def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -> TextConfig:
-    """Text settings: lengths from the tokenizers' own configurations, the rest from config.json."""
+    """Read text settings: lengths from the tokenizers' configurations, others from config.json."""
     query, context = (
         read_object(file) if (file := folder / name / "tokenizer_config.json").is_file() else {}
         for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
@@ -168,14 +174,14 @@ def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -
 
 
 def instruction_token(fields: Mapping[str, Any], tokenizer: ModelTokenizer) -> str | None:
-    """The token that ends an instruction: as upstream, the first of its encoding."""
+    """Return the token that ends an instruction: the first of its encoding, as in the original."""
     text = fields.get("mask_instruction_token")
     tokens = tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens if text else []
     return tokens[0] if tokens else None
 
 
 def read_tokenizers(folder: Path) -> ModelTokenizer:
-    """The tokenizer of both sides. Raises ValueError where they do not agree."""
+    """Read the tokenizer of both sides. Raises ValueError if they differ."""
     places = [folder / name for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]
     places = [place for place in places if place.is_dir()] or [folder]
     models = [read_tokenizer(place) for place in places]
@@ -185,7 +191,7 @@ def read_tokenizers(folder: Path) -> ModelTokenizer:
 
 
 def _canonical(name: str) -> str | None:
-    """Upstream's alias, and Stanford's names, as the names that upstream writes."""
+    """Rename the original's alias, and Stanford's names, to the names that the original writes."""
     if name.endswith("position_ids"):
         return None
     name = name.replace("_text_encoder.text_model.", "_text_encoder.bert_model.")
@@ -205,22 +211,24 @@ def _side_names(encoder: EncoderConfig, side: str) -> dict[tuple, str]:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what FLMR's `from_pretrained` loads.
+    """Write a folder that FLMR's `from_pretrained` loads.
 
-    Raises ValueError for what its layout cannot say: another backbone than BERT, no query
-    expansion, other markers, prompts, a head with a bias or an activation.
+    Raises ValueError for a checkpoint that the layout cannot store: another backbone than BERT, no
+    query expansion, other markers, prompts, a head with a bias or an activation.
     """
     backbone, text = checkpoint.encoder.backbone, checkpoint.config.text
     if not isinstance(backbone, BertConfig):
-        raise ValueError(f"the flmr layout has BERT encoders, this one is {backbone.model_type}")
+        raise ValueError(
+            f"the flmr layout has BERT encoders, this checkpoint has {backbone.model_type}"
+        )
     refuse_text(text, _TEXT_FIELDS, "flmr")
     fixed_expansion(text, "flmr")
     markers = (text.query_token_id, text.doc_token_id)
     ids = tuple(map(checkpoint.tokenizer.tokenizer.token_to_id, ("[unused0]", "[unused1]")))
     if markers != ("[unused0]", "[unused1]") or ids != (1, 2):
         raise ValueError(
-            f"the flmr layout has [unused0] and [unused1] with ids 1 and 2 as markers, this "
-            f"checkpoint {markers} with {ids}"
+            f"the flmr layout has the markers [unused0] and [unused1] with ids 1 and 2, this "
+            f"checkpoint has {markers} and the ids {ids}"
         )
     separate = checkpoint.query_params is not None
     tensors: dict[str, np.ndarray] = {}
@@ -255,7 +263,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:
-    """config.json as upstream writes it: of text_config what differs from the defaults."""
+    """Return the fields of config.json; `text_config` holds what differs from the defaults.
+
+    Args:
+      separate: whether queries and documents have an encoder each.
+    """
     backbone, text = checkpoint.encoder.backbone, checkpoint.config.text
     differing = {
         name: value
@@ -289,7 +301,7 @@ def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:
 def write_flmr_tokenizer(
     folder: Path, model: ModelTokenizer, tokenizer_class: str, max_length: int, settings: dict
 ) -> None:
-    """A slow BERT tokenizer's files: upstream's classes read `vocab.txt`."""
+    """Write the files of a slow BERT tokenizer: the original's classes read `vocab.txt`."""
     inputs = ("input_ids", "token_type_ids", "attention_mask")
     normalizer = _normalizer(model)
     has_vocabulary = write_tokenizer(

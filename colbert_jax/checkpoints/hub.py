@@ -1,6 +1,6 @@
-"""Model names to folders: a local folder as it is, else a Hugging Face hub id.
+"""Find the folder of a checkpoint by its name: a local folder, or a Hugging Face hub id.
 
-Caching, tokens (`HF_TOKEN`) and offline mode (`HF_HUB_OFFLINE`) are huggingface_hub's own.
+huggingface_hub does the caching, and follows `HF_TOKEN` and `HF_HUB_OFFLINE`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from colbert_jax.checkpoints import colbertv1, flmr
 from colbert_jax.tensors.weights import WEIGHT_FILES
 
-# What the readers open beside weights, in the root and in the folders of modules and tokenizers.
+# Files beside weights that are read, in the root and in the folders of modules and tokenizers.
 _SETTINGS = (
     "config.json",
     "config_sentence_transformers.json",
@@ -29,11 +29,11 @@ _SETTINGS = (
     "*.model",
     f"*{colbertv1.SUFFIX}",
 )
-# Folders of modules and of tokenizers. Others hold copies for other runtimes, or of a training run.
+# Folders of modules and of tokenizers. Others hold copies for other runtimes or training states.
 _FOLDERS = ("[0-9]*_*", flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)
-# One of them must be in a cached copy of unknown extent: without its settings, as another library
-# may have left it there, a checkpoint would be read as a plain encoder. No library opens the last
-# one; it comes with a download of everything.
+# A cached copy that may be incomplete must hold one of these: another library may have left it
+# there without its settings, and it would be read as a plain encoder. No library opens the last
+# file; it comes with a download of everything.
 _TELLING = ("artifact.metadata", "modules.json", "colbert_jax.json", ".gitattributes")
 
 
@@ -44,11 +44,20 @@ def resolve_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[Path, Path | None]:
-    """The folder of a checkpoint, or a `.dnn` file and the folder of its base model.
+    """Find a checkpoint, fetching it from the hub if its name is not a local path.
+
+    Args:
+      name_or_path: a folder, a hub id, or a ColBERTv1 `.dnn` file.
+      base: for a `.dnn` file, the folder or hub id of its base model. If None, the model that the
+        file names, or its folder if that holds a `config.json`.
+      revision, token: as for `resolve`.
+
+    Returns:
+      the folder, or the `.dnn` file; and for a file the folder of its base model, else None.
 
     Raises:
-      FileNotFoundError: neither here nor reachable on the hub.
-      ValueError: a `base` for something else than a `.dnn` file.
+      FileNotFoundError: not a local path and not reachable on the hub.
+      ValueError: `base` was given for a checkpoint other than a `.dnn` file.
     """
     path = Path(name_or_path).expanduser()
     if not (path.is_file() and path.suffix == colbertv1.SUFFIX):
@@ -68,13 +77,15 @@ def resolve(
     token: str | bool | None = None,
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint, fetched from the hub where the name is not a folder here.
+    """Find the folder of a checkpoint, fetching it from the hub if its name is not a local folder.
 
     Args:
-      weights: whether they are needed too.
+      revision: branch, tag or commit on the hub. If None, the main branch.
+      token: access token for the hub. If None, the one that huggingface_hub knows.
+      weights: whether to fetch weights too.
 
     Raises:
-      FileNotFoundError: neither a folder nor reachable on the hub.
+      FileNotFoundError: not a local folder and not reachable on the hub.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -96,9 +107,12 @@ def fetch(
     token: str | bool | None = None,
     weights: bool = True,
 ) -> Path:
-    """The cached copy of a hub repository, with the files that the readers need.
+    """Download the needed files of a hub repository into the cache and return their folder.
 
-    Where the hub is not reached, what an earlier run fetched serves as well, if it is complete.
+    If the hub cannot be reached, a complete copy from an earlier run is used.
+
+    Args:
+      revision, token, weights: as for `resolve`.
 
     Raises:
       FileNotFoundError: no such repository or revision, or neither the hub nor the cache has it.
@@ -115,10 +129,10 @@ def fetch(
     where = f"{name}@{revision}" if revision else name
 
     def missing(reason: str, advice: str) -> FileNotFoundError:
-        return FileNotFoundError(f"{where}: no such folder here, and {reason}. {advice}")
+        return FileNotFoundError(f"{where}: no such local folder, and {reason}. {advice}")
 
     advice = "Without the hub, download the checkpoint elsewhere and pass its folder"
-    reason, wanted = "HF_HUB_OFFLINE is set", None
+    reason, needed = "HF_HUB_OFFLINE is set", None
     try:
         if not constants.HF_HUB_OFFLINE:
             try:
@@ -126,23 +140,23 @@ def fetch(
                 info = HfApi().model_info(
                     name, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT
                 )
-                wanted = needed_files((f.rfilename for f in info.siblings or ()), weights)
-                if wanted:
+                needed = needed_files((f.rfilename for f in info.siblings or ()), weights)
+                if needed:
                     got = snapshot_download(
-                        name, revision=revision, token=token, allow_patterns=wanted
+                        name, revision=revision, token=token, allow_patterns=needed
                     )
-                    if not _lacking(Path(got), wanted):
+                    if not _missing(Path(got), needed):
                         return Path(got)
-                    reason = "the download broke off"
+                    reason = "the download was interrupted"
             except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
                 raise
             except Exception as error:  # of whichever HTTP library the client is built on
                 reason = _first_line(error)
                 if getattr(getattr(error, "response", None), "status_code", None) == 401:
                     advice = "Check the token: token=, or HF_TOKEN"
-            if wanted == []:
+            if needed == []:
                 raise missing(
-                    "its repository on the Hugging Face hub has no file of a checkpoint",
+                    "its repository on the Hugging Face hub holds no checkpoint",
                     "A checkpoint has a config.json and weights in safetensors or torch files",
                 )
         # Asked for no files, newer clients do not refuse a snapshot for those that were left out.
@@ -150,7 +164,7 @@ def fetch(
             name, revision=revision, local_files_only=True, allow_patterns=[]
         )
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: neither a folder here nor a hub id: {error}") from None
+        raise FileNotFoundError(f"{name}: neither a local folder nor a hub id: {error}") from None
     except GatedRepoError as error:
         raise missing(
             "its repository on the Hugging Face hub is gated",
@@ -160,22 +174,22 @@ def fetch(
         raise missing(f"the Hugging Face hub has no revision {revision!r} of it", advice) from error
     except RepositoryNotFoundError as error:
         raise missing(
-            "the Hugging Face hub has no repository of that name that this token may read",
+            "the Hugging Face hub has no repository of that name, or the token may not read it",
             "Check the spelling; for a private one pass token=, or set HF_TOKEN",
         ) from error
     except LocalEntryNotFoundError as error:
         raise missing(
-            f"the Hugging Face hub did not provide it ({reason}), nor is it in the cache", advice
+            f"the Hugging Face hub did not provide it ({reason}) and it is not in the cache", advice
         ) from error
     listed = _cached_listing(name, revision)
-    doubt = _doubt(Path(cached), wanted if listed is None else needed_files(listed, weights))
+    doubt = _doubt(Path(cached), needed if listed is None else needed_files(listed, weights))
     if doubt is not None:
         raise missing(f"the Hugging Face hub did not provide it ({reason}); {doubt}", advice)
     return Path(cached)
 
 
 def _cached_listing(name: str, revision: str | None) -> list[str] | None:
-    """The names of a repository's files, which downloads have left in the cache since 1.23."""
+    """The names of a repository's files, which huggingface_hub 1.23 and later keep in the cache."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -188,33 +202,37 @@ def _cached_listing(name: str, revision: str | None) -> list[str] | None:
         return None
 
 
-def _doubt(folder: Path, wanted: list[str] | None) -> str | None:
-    """What speaks against a cached snapshot being complete; `wanted` None: not known."""
-    if wanted is None:
+def _doubt(folder: Path, needed: list[str] | None) -> str | None:
+    """Why a cached snapshot may be incomplete, or None; `needed` is None where it is not known."""
+    if needed is None:
         if any((folder / name).is_file() for name in _TELLING):
             return None
-        return f"its copy in the cache may be a part only, no file tells its layout: {folder}"
-    lacking = _lacking(folder, wanted)
-    if not lacking:
+        return f"its copy in the cache may be incomplete, no file in it names a layout: {folder}"
+    missing = _missing(folder, needed)
+    if not missing:
         return None
-    more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-    return f"its copy in the cache lacks {', '.join(lacking[:3])}{more}: {folder}"
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"its copy in the cache lacks {', '.join(missing[:3])}{more}: {folder}"
 
 
-def _lacking(folder: Path, wanted: Iterable[str]) -> list[str]:
-    return [name for name in wanted if not (folder / name).is_file()]
+def _missing(folder: Path, needed: Iterable[str]) -> list[str]:
+    return [name for name in needed if not (folder / name).is_file()]
 
 
 def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
-    """Of a repository's files those that the readers open: settings, tokenizer, one set of weights.
+    """Choose the files of a repository that are read: settings, tokenizer, one set of weights.
 
-    Weights of a folder are taken in one format only, safetensors before torch files.
+    Of a folder's weights one format is chosen, safetensors before torch files.
+
+    Args:
+      names: all files of the repository, as paths from its root.
+      weights: whether to choose weights.
     """
     folders: dict[PurePosixPath, list[str]] = {}
     for name in names:
         path = PurePosixPath(name)
         folders.setdefault(path.parent, []).append(path.name)
-    wanted = []
+    needed = []
     for folder, files in folders.items():
         settings = [f for f in files if any(fnmatch(f, pattern) for pattern in _SETTINGS)]
         known = any(fnmatch(str(folder), pattern) for pattern in _FOLDERS)
@@ -226,8 +244,8 @@ def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
             if best.endswith(".index.json"):
                 suffix = best.removesuffix(".index.json").partition(".")[2]
                 settings += [f for f in files if f.endswith(f".{suffix}")]
-        wanted += [str(folder / f) for f in settings]
-    return wanted
+        needed += [str(folder / f) for f in settings]
+    return needed
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,9 @@
-"""Plain Hugging Face encoders, with or without the head of another task, which is left out."""
+"""Plain Hugging Face encoders; the head of another task is not read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,13 @@ from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import find_tensors
 
 
-def read(folder: Path, *, dim: int | None, seed: int) -> Checkpoint:
-    """Read a plain encoder; `dim` adds a projection drawn from `seed`."""
+def detect(folder: Path) -> bool:
+    """Whether there is a `config.json`."""
+    return (folder / "config.json").is_file()
+
+
+def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Checkpoint:
+    """Read a plain encoder; arguments and errors as for `checkpoints.read_checkpoint`."""
     backbone = read_backbone(folder / "config.json")
     encoder = EncoderConfig.projecting(backbone, dim)
     tensors = find_tensors(folder)
@@ -46,12 +52,13 @@ def read(folder: Path, *, dim: int | None, seed: int) -> Checkpoint:
 
 
 def new_projection(encoder: EncoderConfig, seed: int) -> dict:
-    """Parameters of a one-layer head, to be trained."""
+    """Draw the parameters of a one-layer head, to be trained."""
     shape = (encoder.backbone.hidden_size, encoder.dim)
     kernel = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     return {"linear": {"kernel": np.asarray(kernel * encoder.backbone.initializer_range)}}
 
 
 def untrained_text(backbone: BackboneConfig) -> TextConfig:
+    """Return text settings for an encoder that was not trained for late interaction."""
     longest = backbone.max_length
     return TextConfig.untrained(query_maxlen=min(128, longest), doc_maxlen=min(512, longest))

@@ -33,7 +33,7 @@ from colbert_jax.text import ModelTokenizer
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 
-# Settings of the Transformer module: the name followed the architecture once.
+# Settings of the Transformer module: older releases named the file after the architecture.
 _TRANSFORMER_SETTINGS = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -65,7 +65,7 @@ _TORCH_CLASSES["Identity"] = "torch.nn.modules.linear.Identity"
 
 
 class Module(NamedTuple):
-    """An entry of modules.json: class path, its last part, and the module's own folder."""
+    """An entry of modules.json: class path, its last part, and the module's folder."""
 
     type: str
     kind: str
@@ -73,7 +73,7 @@ class Module(NamedTuple):
 
 
 def read_modules(folder: Path) -> list[Module]:
-    """The modules in their order. Raises ValueError for a path that leaves the folder."""
+    """Read the list of modules. Raises ValueError for a path that leads out of the folder."""
     file = folder / MODULES
     entries = read_json(file)
     if not isinstance(entries, list) or not all(
@@ -90,8 +90,18 @@ def read_modules(folder: Path) -> list[Module]:
     return modules
 
 
+def has_modules(folder: Path) -> bool:
+    """Whether a folder has a `modules.json`."""
+    return (folder / MODULES).is_file()
+
+
+def has_dense(folder: Path) -> bool:
+    """Whether a folder's `modules.json` lists a Dense module."""
+    return has_modules(folder) and any(m.kind == "Dense" for m in read_modules(folder))
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-    """`config_sentence_transformers.json`; {} where there is none."""
+    """Read `config_sentence_transformers.json`; {} if there is none."""
     file = folder / SETTINGS
     fields = read_object(file) if file.is_file() else {}
     check_types(file, fields, _SETTINGS_TYPES)
@@ -101,6 +111,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def transformer_settings(module: Module) -> dict[str, Any]:
+    """Read the settings of a Transformer module; {} if there are none."""
     for name in _TRANSFORMER_SETTINGS:
         if (module.folder / name).is_file():
             fields = read_object(module.folder / name)
@@ -112,13 +123,20 @@ def transformer_settings(module: Module) -> dict[str, Any]:
 def read_encoder(
     folder: Path, modules: Sequence[Module], ignored: Sequence[str], dim: int | None
 ) -> tuple[Checkpoint, dict[str, Any]]:
-    """The transformer and the dense modules of a folder, and the settings of the transformer.
+    """Read the transformer and the dense modules of a folder.
 
-    The text settings of the checkpoint are the library's defaults; the caller knows the real ones.
+    The text settings of the checkpoint are the library's defaults; the caller replaces them.
 
     Args:
-      ignored: kinds of modules that the caller has dealt with.
-      dim: the width that the head must have; None: whatever it has.
+      modules: as `read_modules` gives them.
+      ignored: kinds of modules that the caller handles.
+      dim: the width that the head must have. If None, any.
+
+    Returns:
+      the checkpoint, and the settings of the transformer.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
     known = {"Transformer", "Dense", *ignored}
     for module in modules:
@@ -129,7 +147,9 @@ def read_encoder(
             )
     transformers = [m for m in modules if m.kind == "Transformer"]
     if len(transformers) != 1 or modules[0] is not transformers[0]:
-        raise ValueError(f"{folder / MODULES}: expected one Transformer module, in the first place")
+        raise ValueError(
+            f"{folder / MODULES}: expected one Transformer module, as the first module"
+        )
     root = transformers[0].folder
     backbone = read_backbone(root / "config.json")
     dense = [m.folder for m in modules if m.kind == "Dense"]
@@ -149,7 +169,7 @@ def read_encoder(
         extra = sorted(set(head.names()) - set(names.values()))
         if extra:
             raise ValueError(
-                f"{head.file}: tensors that its config.json does not speak of: {extra}"
+                f"{head.file}: tensors that its config.json does not describe: {extra}"
             )
         sources.append((head, names))
     params = fill_params(encoder, sources)
@@ -161,18 +181,21 @@ def read_encoder(
 
 
 def _read_tokenizer(folder: Path, backbone: BackboneConfig) -> ModelTokenizer:
-    """The tokenizer, with the encoder's own padding: PyLate saves it with [MASK] or the end of the
-    sequence in its place, which other layouts would take for padding and drop."""
+    """The tokenizer, its padding token that of the encoder.
+
+    PyLate saves [MASK] or the end of the sequence as the padding token, and other layouts would
+    drop these as padding.
+    """
     model = read_tokenizer(folder)
-    special, own = model.special, model.tokenizer.id_to_token(backbone.pad_token_id)
+    special, padding = model.special, model.tokenizer.id_to_token(backbone.pad_token_id)
     fills = (special.get("mask_token"), special.get("eos_token"))
-    if own is None or special.get("pad_token") not in fills:
+    if padding is None or special.get("pad_token") not in fills:
         return model
-    return dataclasses.replace(model, special={**special, "pad_token": own})
+    return dataclasses.replace(model, special={**special, "pad_token": padding})
 
 
 def read_dense(folder: Path) -> DenseConfig:
-    """The configuration of a Dense module, with sentence-transformers' defaults."""
+    """Read the configuration of a Dense module, with sentence-transformers' defaults."""
     file = folder / "config.json"
     fields = read_object(file)
     path = fields.get("activation_function", "torch.nn.modules.activation.Tanh")
@@ -202,14 +225,14 @@ def write_encoder(
 ) -> list[dict[str, str]]:
     """Write the weights of the transformer and of each dense module.
 
-    Without a head an identity projection is written: the originals would add a random one.
+    A checkpoint without a head gets an identity projection: the originals would add a random one.
 
     Args:
       dense_type: class path of a dense module.
-      **extra: more fields for their configurations.
+      **extra: more fields for the dense modules' configurations.
 
     Returns:
-      their entries for `modules.json`.
+      the dense modules' entries for `modules.json`.
     """
     save_tensors(
         folder / SAFETENSORS, backbone_tensors(checkpoint, checkpoint.params, "", pooler=True)
@@ -235,7 +258,7 @@ def write_encoder(
 
 
 def with_head(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with an identity projection where there is no head."""
+    """Return the checkpoint, with an identity projection if it has no head."""
     if checkpoint.encoder.head:
         return checkpoint
     backbone = checkpoint.encoder.backbone

@@ -1,7 +1,7 @@
-"""This library's own layout: `model.safetensors` and `colbert_jax.json`, nothing else.
+"""The layout of this library: `model.safetensors` and `colbert_jax.json`, nothing else.
 
-Tensors have the names of the NNX state and Flax's layout; the JSON holds the architecture, every
-setting and the tokenizer.
+Tensors have the names of the NNX state, and kernels are [in, out] as in Flax; the JSON holds the
+architecture, every setting and the tokenizer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from colbert_jax.checkpoints.common import Checkpoint, save_tensors, set_path
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
-from colbert_jax.models.config import config_from_huggingface, to_huggingface
 from colbert_jax.tensors.weights import SAFETENSORS, Tensors, open_tensors
 from colbert_jax.text import ModelTokenizer
 
@@ -26,10 +26,12 @@ _QUERY = "query_encoder."
 
 
 def detect(folder: Path) -> bool:
+    """Whether `colbert_jax.json` is there."""
     return (folder / FILE).is_file()
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / FILE
     fields = read_object(file)
     if fields.get("version") != VERSION:
@@ -66,7 +68,7 @@ def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
     known |= {_QUERY + name for name in names.values()} if separate else set()
     extra = sorted(set(tensors.names()) - known)
     if extra:
-        raise ValueError(f"{tensors.file}: tensors that {FILE} does not speak of: {extra[:5]}")
+        raise ValueError(f"{tensors.file}: tensors that {FILE} does not describe: {extra[:5]}")
     return Checkpoint(
         folder,
         encoder,
@@ -93,6 +95,7 @@ def _name(path: tuple) -> str:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the two files."""
     config = checkpoint.config
     fields: dict[str, Any] = {
         "version": VERSION,

@@ -1,10 +1,9 @@
-"""PyLate folders: `modules.json` with Dense modules, and PyLate's own settings."""
+"""PyLate folders: `modules.json` with Dense modules, and PyLate's settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.modules import (
     MODULES,
     SETTINGS,
-    Module,
+    has_modules,
     read_encoder,
+    read_modules,
+    read_settings,
     write_encoder,
     write_modules,
 )
-from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
 from colbert_jax.files import write_json
+from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer
 
 _KEYS = (
@@ -39,20 +40,25 @@ _KEYS = (
 )
 
 
-def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
-    """Whether a folder of modules is PyLate's: its classes, or any of its settings."""
+def detect(folder: Path) -> bool:
+    """Whether a folder of modules has PyLate's classes or any of its settings."""
+    if not has_modules(folder):
+        return False
+    settings = read_settings(folder)
     return (
         settings.get("model_type") == "ColBERT"
-        or any(module.type.startswith("pylate.") for module in modules)
+        or any(module.type.startswith("pylate.") for module in read_modules(folder))
         or any(key in settings for key in _KEYS)
     )
 
 
-def read(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None
-) -> Checkpoint:
-    """Read what PyLate reads: transformer and Dense modules; others take no part."""
-    used = [m for m in modules if m.kind in ("Transformer", "Dense")]
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder as PyLate does; arguments and errors as for `checkpoints.read_checkpoint`.
+
+    Only transformer and Dense modules are used.
+    """
+    settings = read_settings(folder)
+    used = [m for m in read_modules(folder) if m.kind in ("Transformer", "Dense")]
     checkpoint, transformer = read_encoder(folder, used, (), dim)
     try:
         text = read_text(settings, transformer, checkpoint.tokenizer)
@@ -63,7 +69,7 @@ def read(
         raise ValueError(f"{folder / SETTINGS}: similarity_fn_name {similarity!r} is not MaxSim")
     if not checkpoint.encoder.head:
         raise ValueError(
-            f"{folder / MODULES}: lists no Dense module, so PyLate would project at random"
+            f"{folder / MODULES}: lists no Dense module, so PyLate would add a random projection"
         )
     return checkpoint.with_text_config(text)
 
@@ -71,10 +77,10 @@ def read(
 def read_text(
     settings: dict[str, Any], transformer: dict[str, Any], tokenizer: ModelTokenizer
 ) -> TextConfig:
-    """Text settings, with PyLate's defaults where one is absent or null.
+    """Read text settings, with PyLate's defaults for those that are absent or null.
 
-    A prompt named "query" or "document" is put before every text, as PyLate does when asked for it
-    by that name; else the default prompt is.
+    The prompt named "query" or "document" is put before every text, as PyLate does when called with
+    that name; if there is none, the default prompt is.
     """
 
     def get(name: str, default: Any) -> Any:
@@ -89,7 +95,7 @@ def read_text(
         prefix = get(theirs, usual)
         if prefix != "" and not tokenizer.has(prefix):
             raise ValueError(
-                f"{theirs} {prefix!r} is no token of the tokenizer; PyLate would add it with a "
+                f"{theirs} {prefix!r} is not a token of the tokenizer; PyLate would add it with a "
                 "random embedding. Save the model with PyLate first, or set it to an empty string"
             )
         markers[ours] = prefix or None
@@ -114,10 +120,9 @@ def read_text(
 
 
 def prompt(settings: dict[str, Any], *names: str) -> str:
-    """The first of the prompts of these names that is there, else the default prompt.
+    """Return the first prompt with one of these names, else the default prompt, else "".
 
-    PyLate saves "query" and "document" as empty strings where none was set, so an empty prompt is
-    none.
+    Empty prompts are skipped: PyLate saves "query" and "document" as empty strings if none was set.
     """
     prompts = settings.get("prompts") or {}
     found = (prompts.get(name) for name in (*names, settings.get("default_prompt_name")))
@@ -125,10 +130,10 @@ def prompt(settings: dict[str, Any], *names: str) -> str:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what PyLate loads.
+    """Write a folder that PyLate loads.
 
-    Raises ValueError for what its layout cannot say: a floor of expansion other than the maximum
-    length, FLMR's instructions, an encoder of the queries' own.
+    Raises ValueError for a checkpoint that the layout cannot store: queries filled up to less than
+    their maximum length, FLMR's instructions, a second encoder for queries.
     """
     one_encoder(checkpoint, "pylate")
     text = checkpoint.config.text
@@ -142,7 +147,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     refuse_text(text, supported | _harmless(checkpoint), "pylate")
     entries = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
     entries += write_encoder(checkpoint, folder, "pylate.models.Dense.Dense")
-    write_base(checkpoint, folder, [MODEL_CLASSES[checkpoint.encoder.backbone.model_type]])
+    write_base(checkpoint, folder, [architecture(checkpoint.encoder.backbone).model_class])
     write_modules(folder, entries)
     write_json(
         folder / "sentence_bert_config.json",
@@ -170,7 +175,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _harmless(checkpoint: Checkpoint) -> set[str]:
-    """Settings that say what PyLate does anyway."""
+    """Settings that ask for what PyLate does anyway."""
     text, special = checkpoint.config.text, checkpoint.tokenizer.special
     harmless = set()
     if text.query_minlen == text.query_maxlen:

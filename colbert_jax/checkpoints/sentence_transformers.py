@@ -1,4 +1,4 @@
-"""sentence-transformers folders: `MultiVectorEncoder` (version 6), and single-vector models."""
+"""sentence-transformers folders of multi-vector models: `MultiVectorEncoder` (version 6)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from colbert_jax.checkpoints.common import (
     skipped_tokens,
     write_base,
 )
-from colbert_jax.checkpoints.huggingface import new_projection, untrained_text
 from colbert_jax.checkpoints.modules import (
     MODULES,
     SETTINGS,
     Module,
+    has_modules,
     read_encoder,
+    read_modules,
+    read_settings,
     write_encoder,
     write_modules,
 )
-from colbert_jax.checkpoints.names import MODEL_CLASSES
 from colbert_jax.config import TextConfig
 from colbert_jax.files import check_types, read_object, write_json
-from colbert_jax.models.colbert import EncoderConfig
+from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
@@ -37,27 +38,27 @@ _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
 _MASK_TYPES = {"skiplist_words": [str], "keep_only_token_ids": [int]}
 _EXPANSION_TYPES = {"strategy": str, "attend": bool, "token": str, "length": int}
 _PACKAGE = "sentence_transformers"
-# What markers and prompts are compared on. Space around a text is left out: PyLate strips it and
+# Texts that markers and prompts are compared on. None has space around it: PyLate strips it and
 # sentence-transformers does not.
 _TRIALS = ("What is it?", "Überall, naïve co-operation (2nd) 日本", "a " * 2000)
 
 
-def detect(modules: Sequence[Module], settings: dict[str, Any]) -> bool:
+def detect(folder: Path) -> bool:
     """Whether a folder of modules is a MultiVectorEncoder."""
-    return settings.get("model_type") == "MultiVectorEncoder" or any(
-        module.kind == _MASK for module in modules
-    )
+    if not has_modules(folder):
+        return False
+    named = read_settings(folder).get("model_type") == "MultiVectorEncoder"
+    return named or any(module.kind == _MASK for module in read_modules(folder))
 
 
-def read(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None
-) -> Checkpoint:
-    """Read a MultiVectorEncoder."""
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
+    modules, settings = read_modules(folder), read_settings(folder)
     where = folder / MODULES
     kinds = [module.kind for module in modules]
     if _NORMALIZE not in kinds:
         raise ValueError(
-            f"{where}: no Normalize module: token embeddings that keep their length are not "
+            f"{where}: no Normalize module: token embeddings that are not normalised are not "
             "supported"
         )
     if kinds.index(_NORMALIZE) < max((i for i, k in enumerate(kinds) if k == "Dense"), default=0):
@@ -112,7 +113,7 @@ def read_text(
     tokenizer: ModelTokenizer,
     longest: int,
 ) -> TextConfig:
-    """Text settings of a MultiVectorEncoder, its markers still part of the prompts."""
+    """Read text settings; markers stay part of the prompts (see `prompts_as_markers`)."""
     expansion = transformer.get("query_expansion") or {}
     check_types(Path("query_expansion"), expansion, _EXPANSION_TYPES)
     query_length = transformer.get("query_length")
@@ -145,47 +146,27 @@ def read_text(
         skiplist_words=tuple(words),
         skiplist_in_queries="query" in tasks,
         keep_only_token_ids=None if not keep else tuple(keep),
-        query_prompt=_prompt(settings, "query"),
-        doc_prompt=_prompt(settings, "document"),
+        query_prompt=prompt(settings, "query"),
+        doc_prompt=prompt(settings, "document"),
     )
 
 
-def _prompt(settings: dict[str, Any], name: str) -> str:
-    """The prompt of this name. The library fills in an empty one where there is none, so its
-    default prompt and its "passage" never reach `encode_query` and `encode_document`."""
-    return (settings.get("prompts") or {}).get(name) or ""
+def prompt(settings: dict[str, Any], name: str) -> str:
+    """Return the prompt of this name, or an empty one.
 
-
-def read_single_vector(
-    folder: Path, modules: Sequence[Module], settings: dict[str, Any], *, dim: int | None, seed: int
-) -> Checkpoint:
-    """Read a single-vector model for its token embeddings; pooling and what follows is left out.
-
-    Its Dense modules become the head, as PyLate and sentence-transformers 6 convert them; without
-    one, `dim` adds a projection drawn from `seed`.
+    sentence-transformers fills in an empty prompt where there is none, so its default prompt and
+    its "passage" never reach `encode_query` and `encode_document`.
     """
-    ignored = ("Pooling", _NORMALIZE, "Dropout")
-    wanted = None if not any(m.kind == "Dense" for m in modules) else dim
-    checkpoint, transformer = read_encoder(folder, modules, ignored, wanted)
-    text = untrained_text(checkpoint.encoder.backbone)
-    text = dataclasses.replace(
-        text,
-        lowercase=bool(transformer.get("do_lower_case")),
-        query_prompt=_prompt(settings, "query"),
-        doc_prompt=_prompt(settings, "document"),
-    )
-    checkpoint = checkpoint.with_text_config(text)
-    if dim is None or checkpoint.encoder.head:
-        return checkpoint
-    encoder = EncoderConfig.projecting(checkpoint.encoder.backbone, dim)
-    params = checkpoint.params | {"head": {0: new_projection(encoder, seed)}}
-    return dataclasses.replace(checkpoint, encoder=encoder, params=params)
+    return (settings.get("prompts") or {}).get(name) or ""
 
 
 def longest_text(
     checkpoint: Checkpoint, modules: Sequence[Module], transformer: dict[str, Any]
 ) -> int:
-    """What texts are cut to where no length is set: the tokenizer's, at most the positions."""
+    """Return the maximum length for texts, in tokens, at most the positions of the encoder.
+
+    It is the transformer's setting, else the tokenizer's, else all positions.
+    """
     positions = checkpoint.encoder.backbone.max_length
     given = transformer.get("max_seq_length")
     file = modules[0].folder / "tokenizer_config.json"
@@ -197,7 +178,7 @@ def longest_text(
 
 
 def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Lowercase before the model's own normalizer, so that added tokens keep their case."""
+    """Lowercase before the model's normalizer, so that added tokens keep their case."""
     steps = [normalizers.Lowercase()]
     if tokenizer.normalizer is not None:
         steps.append(tokenizer.normalizer)
@@ -206,12 +187,12 @@ def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what sentence-transformers 6 loads as a MultiVectorEncoder.
+    """Write a folder that sentence-transformers 6 loads as a MultiVectorEncoder.
 
     Markers become prompts: a marker is registered as a special token and put before the text.
 
-    Raises ValueError for what the layout cannot say: FLMR's instructions, an encoder of the
-    queries' own, a marker that the tokenizer does not give back as text.
+    Raises ValueError for a checkpoint that the layout cannot store: FLMR's instructions, a second
+    encoder for queries, a marker that gives other tokens when it is put before the text.
     """
     one_encoder(checkpoint, "sentence-transformers")
     text = checkpoint.config.text
@@ -248,7 +229,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / place).mkdir()
         write_json(folder / place / "config.json", fields)
         entries.append({"path": place, "type": kind})
-    model_class = MODEL_CLASSES[checkpoint.encoder.backbone.model_type]
+    model_class = architecture(checkpoint.encoder.backbone).model_class
     write_base(prompted, folder, [model_class])
     write_modules(folder, entries)
     embeddings = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -285,9 +266,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with each marker as text before the prompt.
+    """Return the checkpoint with each marker turned into text before the prompt.
 
-    Raises ValueError where that gives other token ids, tried on a few texts.
+    Raises ValueError if that gives other token ids for one of a few texts.
     """
     text = checkpoint.config.text
     tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer.to_str())
@@ -310,16 +291,16 @@ def markers_as_prompts(checkpoint: Checkpoint) -> Checkpoint:
     after = dataclasses.replace(checkpoint, tokenizer=model).with_text_config(changed)
     if (trial := _differing(checkpoint, after, _TRIALS)) is not None:
         raise ValueError(
-            "the sentence-transformers layout puts markers before the text, and this tokenizer "
-            f"then gives other tokens for {trial[:40]!r}"
+            "the sentence-transformers layout puts markers before the text; with this tokenizer "
+            f"that gives other tokens for {trial[:40]!r}"
         )
     return after
 
 
 def prompts_as_markers(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with the added token at the start of each prompt as a marker.
+    """Return the checkpoint with the added token at the start of each prompt turned into a marker.
 
-    The other layouts have markers. Where that would give other token ids nothing is changed.
+    The other layouts have markers. Nothing is changed if that would give other token ids.
     """
     text = checkpoint.config.text
     added = checkpoint.tokenizer.tokenizer.get_added_tokens_decoder().values()
@@ -344,7 +325,7 @@ def prompts_as_markers(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _differing(before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> str | None:
-    """The first of the texts that the two make different token ids of."""
+    """The first text for which the two give different token ids, or None."""
     old, new = (TextTokenizer(c.tokenizer, c.config.text) for c in (before, after))
     for trial in texts:
         for kind in ("queries", "documents"):

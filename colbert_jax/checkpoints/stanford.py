@@ -24,10 +24,11 @@ from colbert_jax.checkpoints.common import (
     save_tensors,
     write_base,
 )
-from colbert_jax.checkpoints.names import PREFIXES
+from colbert_jax.checkpoints.modules import has_dense
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, WEIGHT_FILES, Tensors, find_tensors
@@ -36,7 +37,7 @@ from colbert_jax.text import ModelTokenizer
 METADATA = "artifact.metadata"
 PROJECTION = "linear.weight"
 
-# The text settings that artifact.metadata has. Everything in it is in TextConfig under its name.
+# The text settings of artifact.metadata, under the same names as in TextConfig.
 TEXT_FIELDS = (
     "query_maxlen",
     "doc_maxlen",
@@ -45,8 +46,8 @@ TEXT_FIELDS = (
     "mask_punctuation",
     "attend_to_mask_tokens",
 )
-# Settings that would change the numbers and that this library does not have, with the one value
-# that means "not used".
+# Settings that would change the embeddings or scores and are not implemented, with the value that
+# means "not used".
 _UNSUPPORTED = {
     "interaction": "colbert",
     "pool_factor": 1,
@@ -56,20 +57,28 @@ _UNSUPPORTED = {
 
 
 def detect(folder: Path) -> bool:
-    """Whether Stanford's metadata file is there, or its projection among the weights."""
+    """Whether Stanford's metadata file is there, or its projection among the weights.
+
+    A folder with a list of modules is Stanford's only if none of them is a Dense module.
+    """
+    if not (folder / "config.json").is_file() or has_dense(folder):
+        return False
     if (folder / METADATA).is_file():
         return True
     found = any((folder / name).is_file() for name in WEIGHT_FILES)
     return found and PROJECTION in find_tensors(folder)
 
 
-def read(folder: Path, *, dim: int | None = None) -> Checkpoint:
-    """Read weights and settings. The projection's width comes from the weights."""
+def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+    """Read weights and settings; arguments and errors as for `checkpoints.read_checkpoint`.
+
+    The projection's width is that of the weights.
+    """
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA
-    config, said = read_config(file) if file.is_file() else (ColBERTConfig(), None)
-    return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, said, dim)
+    config, width = read_config(file) if file.is_file() else (ColBERTConfig(), None)
+    return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, width, dim)
 
 
 def from_tensors(
@@ -78,18 +87,24 @@ def from_tensors(
     tensors: Tensors,
     tokenizer: ModelTokenizer,
     config: ColBERTConfig,
-    said: int | None,
+    width: int | None,
     dim: int | None,
 ) -> Checkpoint:
-    """A checkpoint from tensors under Stanford's names.
+    """Read a checkpoint from tensors with Stanford's names.
 
     Args:
-      said, dim: the width that the settings, or the caller, ask for; None: whatever it is.
+      width, dim: the width of the projection according to the settings, and to the caller. If
+        None, any.
+
+    Raises:
+      ValueError: naming the file and what is wrong with it.
     """
     shape = tensors.shape(PROJECTION)
     if len(shape) != 2:
-        raise ValueError(f"{tensors.file}: tensor {PROJECTION!r} has shape {list(shape)}, not 2-D")
-    for asked, where in ((said, "the settings have dim"), (dim, "dim was given as")):
+        raise ValueError(
+            f"{tensors.file}: tensor {PROJECTION!r} has shape {list(shape)}, not two sizes"
+        )
+    for asked, where in ((width, "the settings have dim"), (dim, "dim was given as")):
         if asked is not None and asked != shape[0]:
             raise ValueError(
                 f"{folder}: {where} {asked}, but {PROJECTION} projects to {shape[0]} dimensions"
@@ -105,7 +120,7 @@ def from_tensors(
 
 
 def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:
-    """Markers that the vocabulary lacks are the unknown token, as for XLM-R in the original."""
+    """Replace markers that the vocabulary lacks by the unknown token, as the original does."""
     unknown = tokenizer.special.get("unk_token")
     changes: dict[str, Any] = {
         name: unknown
@@ -116,7 +131,7 @@ def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:
 
 
 def read_config(file: Path) -> tuple[ColBERTConfig, int | None]:
-    """Settings and `dim` of an `artifact.metadata`: Stanford's defaults where one is absent."""
+    """Read the settings and `dim` of an `artifact.metadata`; defaults are Stanford's."""
     fields = read_object(file)
     if isinstance(fields.get("config"), dict):
         fields = fields["config"]
@@ -124,7 +139,15 @@ def read_config(file: Path) -> tuple[ColBERTConfig, int | None]:
 
 
 def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfig, int | None]:
-    """Settings under Stanford's names; what is no setting of ours is kept as metadata."""
+    """Read settings with Stanford's names; unknown ones are kept as metadata.
+
+    Args:
+      fields: the settings, null for those that are not set.
+      file: for error messages.
+
+    Returns:
+      the settings, and the width `dim`; None if it is not set.
+    """
     fields = {key: value for key, value in fields.items() if value is not None}
     for name, only in _UNSUPPORTED.items():
         if fields.get(name, only) != only:
@@ -137,7 +160,7 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
         "index": (IndexConfig, _fields(IndexConfig)),
         "search": (SearchConfig, _fields(SearchConfig)),
     }
-    fields = {"nbits": 1} | fields  # Stanford's own default, where ours is 2
+    fields = {"nbits": 1} | fields  # Stanford's default; ours is 2
     try:
         settings = {
             part: cls(**{name: fields[name] for name in names if name in fields})
@@ -157,16 +180,16 @@ def _fields(cls: type) -> tuple[str, ...]:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what colbert-ai loads.
+    """Write a folder that colbert-ai loads.
 
-    Raises ValueError for what its layout cannot say: no query expansion, no marker, prompts, a
-    head with a bias or an activation, an encoder of the queries' own.
+    Raises ValueError for a checkpoint that the layout cannot store: no query expansion, no marker,
+    prompts, a head with a bias or an activation, a second encoder for queries.
     """
     one_encoder(checkpoint, "stanford")
     backbone = checkpoint.encoder.backbone
     fields = stanford_fields(checkpoint, "stanford")
     projection = fold_head(checkpoint.encoder, checkpoint.params, "stanford")
-    prefix = PREFIXES[backbone.model_type]
+    prefix = architecture(backbone).prefix
     tensors = backbone_tensors(checkpoint, checkpoint.params, prefix, pooler=True)
     save_tensors(folder / SAFETENSORS, tensors | {PROJECTION: projection})
     write_base(checkpoint, folder, ["HF_ColBERT"])
@@ -174,11 +197,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
-    """The settings under Stanford's names."""
+    """Return the settings with Stanford's names. Raises ValueError as `write` does."""
     config = checkpoint.config
     text = config.text
-    # Stripping changes WordPiece and SentencePiece nothing, and Stanford's layout has no word for
-    # it; a query that must be exactly query_maxlen long has no floor of its own.
+    # Stripping changes nothing for WordPiece and SentencePiece, so Stanford's layout need not store
+    # it. A query_minlen equal to query_maxlen is fixed expansion.
     supported = (*TEXT_FIELDS, "skiplist_words", "strip", "query_minlen")
     refuse_text(text, supported, layout)
     fixed_expansion(text, layout)
@@ -187,16 +210,16 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
             raise ValueError(f"the {layout} layout needs a marker; {name} is None")
     if "mask_token" not in checkpoint.tokenizer.special:
         raise ValueError(
-            f"the {layout} layout fills queries with the mask token; the tokenizer names none"
+            f"the {layout} layout fills queries with the mask token; the tokenizer has none"
         )
-    said = {name: getattr(text, name) for name in TEXT_FIELDS}
-    said["mask_punctuation"] = masks_punctuation(checkpoint, layout)
+    fields = {name: getattr(text, name) for name in TEXT_FIELDS}
+    fields["mask_punctuation"] = masks_punctuation(checkpoint, layout)
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
     known = {"nbits", "kmeans_niters", *_fields(SearchConfig)}
     return (
         {key: value for key, value in config.metadata.items() if _is_plain(value)}
         | {key: value for key, value in rest.items() if key in known}
-        | said
+        | fields
         | {"similarity": config.similarity}
     )
 

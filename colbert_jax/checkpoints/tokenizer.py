@@ -1,4 +1,4 @@
-"""A model's tokenizer: read from any files that Hugging Face tokenizers come in, written back.
+"""Read a model's tokenizer from any files that Hugging Face tokenizers come in, and write it.
 
 In memory it is one `tokenizers.Tokenizer` and the names of its special tokens; on disk
 `tokenizer.json` and the two settings files that transformers reads.
@@ -25,7 +25,7 @@ _SIDES = ("right", "left")
 
 
 def read_tokenizer(folder: Path) -> ModelTokenizer:
-    """Read `tokenizer.json`, else `vocab.txt`, else whatever transformers can read.
+    """Read `tokenizer.json`, else `vocab.txt`, else any files that transformers can read.
 
     Raises:
       ValueError: naming the file that is missing or damaged.
@@ -49,11 +49,11 @@ def write_tokenizer(
 
     Args:
       max_length: the longest input of the encoder.
-      inputs: what the encoder's forward takes, such as "input_ids" and "attention_mask".
+      inputs: arguments of the encoder's forward, such as "input_ids" and "attention_mask".
       **extra: further fields of `tokenizer_config.json`.
 
     Returns:
-      whether there is a `vocab.txt` among them: see `write_vocabulary`.
+      whether a `vocab.txt` was written, see `write_vocabulary`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(str(folder / "tokenizer.json"))
@@ -70,7 +70,11 @@ def write_tokenizer(
 
 
 def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
-    """Write a WordPiece vocabulary as `vocab.txt`; False where it is none, or has gaps."""
+    """Write a WordPiece vocabulary as `vocab.txt`.
+
+    Returns:
+      False, writing nothing, if the vocabulary is not WordPiece or its ids have gaps.
+    """
     fields = json.loads(model.tokenizer.to_str())["model"]
     if fields["type"] != "WordPiece":
         return False
@@ -111,8 +115,11 @@ def _wordpiece(file: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
 def _follow_settings(
     tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
 ) -> tokenizers.Tokenizer:
-    """transformers lets the settings of BERT's classes, and their defaults, overrule their
-    tokenizer.json; a generic class follows the file alone."""
+    """Let settings overrule tokenizer.json as transformers does.
+
+    For BERT's classes the settings, and their defaults, overrule the file; generic classes follow
+    the file alone.
+    """
     family, normalizer = str(settings.get("tokenizer_class") or ""), tokenizer.normalizer
     named = family.startswith(_WORDPIECE)
     if (family and not named) or not isinstance(normalizer, normalizers.BertNormalizer):
@@ -131,11 +138,11 @@ def _follow_settings(
 def _add_tokens(
     tokenizer: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any]
 ) -> tokenizers.Tokenizer:
-    """Tokens that were added to a `vocab.txt`, at the ids that the settings give them."""
+    """Add the tokens that the settings list beside a `vocab.txt`, with their ids."""
     try:
         added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
     except (ValueError, AttributeError):
-        raise ValueError(f"{folder}: added_tokens_decoder must be ids with tokens") from None
+        raise ValueError(f"{folder}: added_tokens_decoder must map ids to tokens") from None
     if (folder / "added_tokens.json").is_file():
         for content, i in read_json(folder / "added_tokens.json").items():
             added.setdefault(int(i), {"content": content, "special": True})
@@ -156,7 +163,7 @@ def _add_tokens(
 
 def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
     if not any((folder / name).is_file() for name in (*_OTHER_FILES, "vocab.txt")):
-        raise ValueError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.txt is there")
+        raise ValueError(f"{folder}: no tokenizer: tokenizer.json and vocab.txt are missing")
     from transformers import AutoTokenizer
 
     try:
@@ -165,19 +172,19 @@ def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
         ).backend_tokenizer
     except Exception as error:
         raise ValueError(
-            f"{folder}: transformers could not read the tokenizer files that are there: {error}"
+            f"{folder}: transformers could not read the tokenizer's files: {error}"
         ) from error
 
 
 def _special_tokens(
     folder: Path, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
 ) -> dict[str, str]:
-    """Role -> token: what the settings say, else BERT's or RoBERTa's name if it is a token."""
+    """Role -> token: from the settings, else BERT's or RoBERTa's name if it is a token."""
     usual: dict[str, tuple[str, ...]] = {
         role: (f"[{role[:-6].upper()}]", f"<{role[:-6]}>") for role in ROLES
     }
     if settings.get("tokenizer_class") in _GENERIC:
-        usual["mask_token"] = ()  # these classes know of no [MASK] that the settings do not name
+        usual["mask_token"] = ()  # these classes have a [MASK] only if the settings name it
     found = {}
     for role in ROLES:
         value = settings.get(role)

@@ -1,4 +1,4 @@
-"""The nearest centroid of every point: the whole cost of building an index."""
+"""Find the nearest centroid of every point, the main cost of compressing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_POINTS = 256  # a block's scores [256, K] stay in a CPU's cache for the usual K
+_POINTS = 256  # points of a block, whose scores [256, K] stay in a CPU's cache for the usual K
 _SCORES = 1 << 27  # scores of one matmul on an accelerator: 512 MiB, 16,384 points at K = 8,192
 _WIDTH = 256
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the last axis, the first of equal values, in two steps.
+    """Compute `jnp.argmax` over the last axis in two steps; of equal values the first.
 
-    XLA's CPU backend takes 20 times longer for one arg-max over a long axis than for a maximum over
-    it, so this takes the maxima of blocks and looks for the place in one block only.
+    XLA's CPU backend takes 20 times longer for an arg-max over a long axis than for a maximum, so
+    this takes the maxima of blocks and the arg-max of one block only.
+
+    Args:
+      x: float[..., n].
+
+    Returns:
+      int32[...].
     """
     n = x.shape[-1]
     if n <= _WIDTH:
@@ -29,9 +35,10 @@ def argmax(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def nearest(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
-    """For each point the centroid with the largest `point . centroid + bias`.
+    """Find the centroid with the largest `point . centroid + bias` for each point.
 
-    In float32 on every backend (no bfloat16 or TF32 passes); equal scores: the smaller centroid.
+    It computes in float32 on every backend (no bfloat16 or TF32 passes). Of equal scores the
+    smaller centroid is nearer.
 
     Args:
       points: [n, D].
@@ -47,7 +54,7 @@ def nearest(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Arr
 
 
 def nearest_in_cache(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
-    """`nearest` for a CPU: few points at a time, so that their scores stay in its cache."""
+    """Compute `nearest` on a CPU, a few points at a time, so that scores stay in its cache."""
 
     def one(point: jax.Array) -> jax.Array:
         scores = jnp.einsum("d,kd->k", point, centroids, precision=jax.lax.Precision.HIGHEST)
@@ -57,7 +64,7 @@ def nearest_in_cache(points: jax.Array, centroids: jax.Array, bias: jax.Array) -
 
 
 def nearest_by_matmul(points: jax.Array, centroids: jax.Array, bias: jax.Array) -> jax.Array:
-    """`nearest` for an accelerator: matmuls as large as `_SCORES` allows."""
+    """Compute `nearest` on an accelerator, by matrix products as large as `_SCORES` allows."""
     n, dim = points.shape
     size = min(n, max(_POINTS, _SCORES // len(centroids)))
 
@@ -72,7 +79,15 @@ def nearest_by_matmul(points: jax.Array, centroids: jax.Array, bias: jax.Array) 
 
 
 def nearest_blocks(points: np.ndarray, centroids: jax.Array, block: int = 1 << 16) -> np.ndarray:
-    """The centroid with the largest dot product, for any number of points, a block at a time."""
+    """Find the centroid with the largest dot product for each point, a block of points at a time.
+
+    Args:
+      points: [n, D], on the host.
+      centroids: [K, D].
+
+    Returns:
+      int32[n].
+    """
     bias = jnp.zeros(centroids.shape[0], jnp.float32)
     codes = np.empty(len(points), np.int32)
     for start in range(0, len(points), block):
@@ -84,17 +99,17 @@ def nearest_blocks(points: np.ndarray, centroids: jax.Array, block: int = 1 << 1
 
 
 def block_size(rows: int, block: int) -> int:
-    """A power of two that holds `rows`, at most `block`: a handful of shapes to compile."""
+    """Return a power of two from `rows` to `block`, so that few shapes are compiled."""
     return min(block, max(8, 1 << (rows - 1).bit_length()))
 
 
 def pad_block(chunk: np.ndarray, block: int) -> np.ndarray:
-    """Rows of zeros up to `block_size`."""
+    """Append rows of zeros up to `block_size`."""
     return pad_to(chunk, block_size(len(chunk), block))
 
 
 def pad_to(chunk: np.ndarray, size: int) -> np.ndarray:
-    """Rows of zeros up to `size` of them."""
+    """Append rows of zeros up to `size` rows."""
     if len(chunk) == size:
         return chunk
     return np.concatenate([chunk, np.zeros((size - len(chunk), *chunk.shape[1:]), chunk.dtype)])

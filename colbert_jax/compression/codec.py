@@ -1,7 +1,8 @@
 """The residual codec (Santhanam et al., 2022, section 3.3): a centroid and b bits per dimension.
 
-Bytes equal Stanford ColBERT's. A dimension's bucket takes b consecutive bits, the least significant
-first; eight consecutive bits make a byte, the first of them the most significant.
+Packed bytes are the same as Stanford ColBERT's. The bucket of a dimension takes b consecutive bits,
+the least significant first; eight consecutive bits make a byte, the first being the most
+significant.
 """
 
 from __future__ import annotations
@@ -22,30 +23,37 @@ from colbert_jax.compression.assign import block_size, nearest, nearest_blocks, 
 from colbert_jax.compression.sharding import check_mesh, data_mesh, rows_spec, shard_rows
 from colbert_jax.config import BUCKETS, NBITS
 
-_BLOCK = 1 << 14  # tokens that a device compresses in one step
+_BLOCK = 1 << 14  # tokens that a device compresses in a step
 _LLOYD_MAX_ITERATIONS = 100  # each costs 2^b binary searches
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResidualCodec:
-    """
+    """Centroids, and the rounding of residuals to buckets.
+
     centroids: float32[K, D].
     bucket_cutoffs: float32[2^b - 1], ascending.
-    bucket_weights: float32[2^b], the value that stands for each bucket.
+    bucket_weights: float32[2^b], the value that a bucket is decompressed to.
     """
 
-    centroids: jax.Array
-    bucket_cutoffs: jax.Array
-    bucket_weights: jax.Array
+    centroids: jax.Array | np.ndarray
+    bucket_cutoffs: jax.Array | np.ndarray
+    bucket_weights: jax.Array | np.ndarray
 
     @property
     def nbits(self) -> int:
-        return self.bucket_weights.shape[0].bit_length() - 1
+        """Bits of a dimension's bucket, b."""
+        return nbits_of(self.bucket_weights)
+
+
+def nbits_of(bucket_weights: Any) -> int:
+    """Return the bits of a bucket, b, for bucket weights float32[2^b]."""
+    return bucket_weights.shape[0].bit_length() - 1
 
 
 def check_packable(dim: int, nbits: int) -> None:
-    """Raise ValueError unless `dim` values of `nbits` fill whole bytes."""
+    """Raise ValueError unless `dim` values of `nbits` bits fill whole bytes."""
     if nbits not in NBITS:
         raise ValueError(f"nbits must be one of {NBITS}, got {nbits}")
     if dim * nbits % 8:
@@ -58,17 +66,22 @@ def check_packable(dim: int, nbits: int) -> None:
 def train_codec(
     centroids: np.ndarray, heldout: np.ndarray, nbits: int, buckets: str = "optimal"
 ) -> ResidualCodec:
-    """Bucket cutoffs and weights from the residuals of held-out embeddings.
+    """Choose bucket cutoffs and weights by the residuals of held-out embeddings.
 
-    One codebook for all dimensions, by one of two rules:
+    All dimensions share them. There are two rules:
       "quantile", Stanford's: with q_i = i / 2^b the cutoffs are the quantiles q_1.. of the
-        residuals, and the weights the quantiles in the middle between;
-      "optimal": from there to the smallest squared error (Lloyd, 1957; Max, 1960): every weight the
-        mean of its bucket, every cutoff in the middle between two weights.
+        residuals, and the weights the quantiles halfway between them;
+      "optimal": starting from these, the smallest squared error (Lloyd, 1957; Max, 1960): every
+        weight is the mean of its bucket, every cutoff halfway between two weights.
 
     Args:
       centroids: float32[K, D].
       heldout: [n, D], n >= 1.
+      nbits: bits of a bucket: 1, 2, 4 or 8.
+      buckets: "optimal" or "quantile".
+
+    Raises:
+      ValueError: unknown `buckets`, or D values of `nbits` bits do not fill whole bytes.
     """
     check_packable(centroids.shape[1], nbits)
     if buckets not in BUCKETS:
@@ -92,7 +105,7 @@ def train_codec(
 
 
 def _lloyd_max(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cutoffs and weights of the smallest squared error for ascending values."""
+    """Cutoffs and weights with the smallest squared error for ascending values."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.float64)])
     for _ in range(_LLOYD_MAX_ITERATIONS):
         cutoffs = (weights[1:] + weights[:-1]) / 2
@@ -106,17 +119,17 @@ def _lloyd_max(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.
 def compress(
     codec: ResidualCodec, values: np.ndarray, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings to codes and packed residuals.
+    """Compress embeddings to codes and packed residuals.
 
     Args:
       values: [n, D].
-      mesh: one axis of this process's devices that share the work; None: the default device.
+      mesh: devices of this process that share the work, in one axis. If None, the default device.
 
     Returns:
       codes int32[n], the centroids with the largest dot product, and residuals uint8[n, D * b / 8].
 
     Raises:
-      ValueError: another kind of mesh, or devices of other processes.
+      ValueError: the mesh has several axes, or devices of other processes.
     """
     if mesh is None and runtime.use_cpu_kernels():
         groups = cpu.groups_of(codec.centroids)
@@ -124,7 +137,7 @@ def compress(
     mesh = data_mesh() if mesh is None else mesh
     check_mesh(mesh)
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        raise ValueError("compress works on this process's own devices, the mesh has others")
+        raise ValueError("compress runs on devices of this process, the mesh has others")
     dim = codec.centroids.shape[1]
     codes = np.empty(len(values), np.int32)
     packed = np.empty((len(values), dim * codec.nbits // 8), np.uint8)
@@ -136,8 +149,8 @@ def compress(
 def _compressed(
     mesh: Mesh, codec: ResidualCodec, values: np.ndarray
 ) -> Iterator[tuple[slice, tuple[jax.Array, jax.Array]]]:
-    """Blocks of rows with their codes and residuals, one block ahead of what is asked for."""
-    codec = jax.device_put(codec, NamedSharding(mesh, PartitionSpec()))  # nothing, if it is there
+    """Blocks of rows with their codes and residuals, computed one block ahead."""
+    codec = jax.device_put(codec, NamedSharding(mesh, PartitionSpec()))  # no copy if it is there
     pending = None
     for start in range(0, len(values), mesh.size * _BLOCK):
         chunk = values[start : start + mesh.size * _BLOCK]
@@ -170,43 +183,49 @@ def _compress_block(codec: ResidualCodec, values: jax.Array) -> tuple[jax.Array,
     values = values.astype(jnp.float32)
     codes = nearest(values, codec.centroids, jnp.zeros(codec.centroids.shape[0], jnp.float32))
     residuals = values - codec.centroids[codes]
-    # A value equal to a cutoff stays below it. Comparing with all is fastest for few cutoffs.
+    # A value equal to a cutoff is below it. For few cutoffs, comparing with all is fastest.
     method = "compare_all" if codec.nbits <= 4 else "scan"
     buckets = jnp.searchsorted(codec.bucket_cutoffs, residuals, side="left", method=method)
     return codes, pack(buckets, codec.nbits)
 
 
 def decompress(codec: Any, codes: jax.Array, residuals: jax.Array) -> jax.Array:
-    """Codes [...] and packed residuals uint8[..., D * b / 8] to unit embeddings float32[..., D].
+    """Decompress token embeddings, and normalise them.
 
-    `codec` is whatever has `centroids` and `bucket_weights`: a ResidualCodec, an index's arrays.
+    Args:
+      codec: a ResidualCodec or IndexArrays, for their `centroids` and `bucket_weights`.
+      codes: int32[...].
+      residuals: uint8[..., D * b / 8].
+
+    Returns:
+      float32[..., D].
     """
     values = codec.centroids[codes] + unpack_weights(codec.bucket_weights, residuals)
     return values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 
 
 def unpack_weights(bucket_weights: jax.Array, residuals: jax.Array) -> jax.Array:
-    """Packed residuals uint8[..., P] to the weights of their buckets float32[..., P * 8 / b]."""
-    nbits = bucket_weights.shape[0].bit_length() - 1
+    """Unpack residuals uint8[..., P] to the weights of their buckets float32[..., P * 8 / b]."""
+    nbits = nbits_of(bucket_weights)
     table = bucket_weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
     return table[residuals].reshape(*residuals.shape[:-1], residuals.shape[-1] * 8 // nbits)
 
 
 def pack(buckets: jax.Array, nbits: int) -> jax.Array:
-    """Buckets int[..., D] in 0..2^b-1 to uint8[..., D * b / 8]."""
+    """Pack buckets int[..., D] in 0..2^b-1 into bytes uint8[..., D * b / 8]."""
     bits = (buckets[..., None] >> jnp.arange(nbits)) & 1
     bits = bits.reshape(*buckets.shape[:-1], -1, 8)
     return (bits << jnp.arange(7, -1, -1)).sum(axis=-1).astype(jnp.uint8)
 
 
 def reversed_bits(nbits: int) -> np.ndarray:
-    """int64[2^b], every bucket with its b bits in reverse, as they stand in a packed byte."""
+    """Reverse the b bits of every bucket, which is how a packed byte has them: int64[2^b]."""
     bits = (np.arange(1 << nbits)[:, None] >> np.arange(nbits)) & 1
     return (bits << np.arange(nbits - 1, -1, -1)).sum(axis=1)
 
 
 def unpack(packed: np.ndarray, nbits: int) -> np.ndarray:
-    """The inverse of `pack`: uint8[..., P] to int32[..., P * 8 / b]."""
+    """Unpack bytes uint8[..., P] to buckets int32[..., P * 8 / b], the inverse of `pack`."""
     bits = (packed[..., None].astype(np.int32) >> np.arange(7, -1, -1)) & 1
     bits = bits.reshape(*packed.shape[:-1], -1, nbits)
     return (bits << np.arange(nbits)).sum(axis=-1)

@@ -1,9 +1,9 @@
-"""k-means and compression on a CPU, where comparing tokens with all centroids is the whole cost.
+"""k-means and compression on a CPU, where nearly all time would go into comparing with centroids.
 
 Two levels: centroids fall into about sqrt(K) groups, and a point is compared with the groups, then
-with the centroids of its nearest few groups. k-means starts hierarchically: points are cut into
-groups, each group gets its share of the centroids and some Lloyd iterations of its own; iterations
-over all points then mend the borders. `benchmarks/kmeans.py` measures what this loses against
+with the centroids of the few nearest groups. k-means starts hierarchically: points are cut into
+groups, each with a share of the centroids, and each group runs some Lloyd iterations; iterations
+over all points then correct the borders. `benchmarks/kmeans.py` measures what this loses against
 comparing with all.
 
 The loops are in `compression.cpu_kernels`. Results do not depend on the number of threads.
@@ -21,11 +21,11 @@ from colbert_jax.compression.refill import refill
 from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import num_threads, spread
 
-EXACT = 1024  # up to so many centroids every point is compared with all
-_BLOCK = 1 << 14  # points of one thread's step
-_PROBES = 8  # groups a point is compared with when it is compressed
-_TRAINING_PROBES = 4  # and while centroids still move
-_COARSE_POINTS = 256  # a group, to find the groups with
+EXACT = 1024  # up to this number of centroids, points are compared with all of them
+_BLOCK = 1 << 14  # points of a thread's step
+_PROBES = 8  # groups that a point is compared with in compression
+_TRAINING_PROBES = 4  # and in k-means
+_COARSE_POINTS = 256  # points for each group, to find the groups
 _GROUP_ITERATIONS = 6
 
 
@@ -33,7 +33,7 @@ class CentroidGroups(NamedTuple):
     """Centroids and the groups they fall into.
 
     centroids, bias: float32[K, D] and [K]; the nearest has the largest dot product plus bias.
-    coarse, coarse_bias: float32[G, D] and [G], the groups' own centroids.
+    coarse, coarse_bias: float32[G, D] and [G], the centres of the groups.
     members, starts: int32[K] and int32[G+1], the centroids of each group.
     """
 
@@ -46,11 +46,11 @@ class CentroidGroups(NamedTuple):
 
 
 def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
-    """The two levels over centroids float32[K, D].
+    """Make two levels over centroids float32[K, D].
 
     Args:
-      distance: the nearest is the one at the smallest distance; else the one with the largest dot
-        product, which is the same where all have unit length.
+      distance: whether the nearest centroid is the one at the smallest distance. Otherwise it is
+        that with the largest dot product, which is the same if all centroids have unit length.
     """
     from colbert_jax.compression import cpu_kernels
 
@@ -66,12 +66,12 @@ def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
 
 
 def groups_of(centroids: Any) -> CentroidGroups:
-    """`group_centroids` of unit centroids, kept for the next call with the same array."""
+    """Make two levels over unit centroids, and keep them for the next call with the same array."""
     return _groups_of(_Same(centroids))
 
 
 class _Same:
-    """An array as a key: equal to itself only."""
+    """An array as a key that is equal only to itself."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -98,7 +98,7 @@ def _half_squares(rows: np.ndarray) -> np.ndarray:
 
 
 def nearest(groups: CentroidGroups, points: np.ndarray) -> np.ndarray:
-    """The nearest centroid of every point [n, D], float16 or float32: int32[n]."""
+    """Find the nearest centroid of every point [n, D], float16 or float32: int32[n]."""
     codes = np.empty(len(points), np.int32)
 
     def work(block: slice) -> None:
@@ -138,17 +138,19 @@ def train(
     rng: np.random.Generator,
     progress: bool | None,
 ) -> np.ndarray:
-    """Euclidean k-means.
+    """Run Euclidean k-means.
 
-    Up to EXACT centroids these are Lloyd iterations from random points. Above, half as many over
-    all points follow the hierarchical start.
+    Up to EXACT centroids it runs Lloyd iterations from random points. For more centroids, half as
+    many iterations over all points follow the hierarchical start.
 
-    Memory beside the centroids and their sums: 12 bytes a row, a group of points and a block of
-    points a thread.
+    Besides the centroids and their sums it takes 12 bytes for each row, and a group and a block of
+    points for each thread.
 
     Args:
       points: [n, D], float16 or float32, in memory or mapped.
       rows: int[m], ascending, the points to train on; at least `num_centroids`.
+      rng: for the initial centroids.
+      progress: whether to show a bar. If None, only on a terminal.
 
     Returns:
       float32[K, D], not normalised.
@@ -201,7 +203,7 @@ def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _hierarchical(
     points: np.ndarray, rows: np.ndarray, num_centroids: int, rng: np.random.Generator, bar: Any
 ) -> np.ndarray:
-    """Centroids of groups of points: each group is clustered by itself.
+    """Cluster groups of points separately: float32[K, D].
 
     A group's share of the centroids is its share of the squared distances to the groups' centres.
     """
@@ -229,10 +231,10 @@ def _hierarchical(
 
     def cluster(first: int) -> None:
         for g in range(first, num_groups, threads):
-            mine = np.sort(order[ends[g] - counts[g] : ends[g]])
-            values = np.asarray(points[mine], np.float32)
+            members = np.sort(order[ends[g] - counts[g] : ends[g]])
+            values = np.asarray(points[members], np.float32)
             parts[g] = _cluster(values, int(shares[g]), np.random.default_rng(seeds[g]))
-            bar.update(len(mine))
+            bar.update(len(members))
 
     threads = num_threads()
     spread(cluster, threads)
@@ -240,7 +242,7 @@ def _hierarchical(
 
 
 def _cluster(values: np.ndarray, num_centroids: int, rng: np.random.Generator) -> np.ndarray:
-    """A few Lloyd iterations over points float32[n, D] that fit in the cache or nearly so."""
+    """Run a few Lloyd iterations over points float32[n, D] that roughly fit into the cache."""
     from colbert_jax.compression import cpu_kernels
 
     start = np.sort(rng.choice(len(values), num_centroids, replace=False))
@@ -255,7 +257,7 @@ def _cluster(values: np.ndarray, num_centroids: int, rng: np.random.Generator) -
 
 
 def _shares(weights: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
-    """`total` split by weight into whole numbers, none above its count."""
+    """Split `total` by weight into whole numbers, none above its count."""
     shares = np.zeros(len(counts), np.int64)
     while (left := total - int(shares.sum())) > 0:
         room = counts - shares
@@ -272,11 +274,15 @@ def _shares(weights: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
 def compress(
     groups: CentroidGroups, cutoffs: Any, reversed_bits: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int32[n] and packed residuals uint8[n, D * b / 8] of embeddings [n, D].
+    """Compress embeddings [n, D].
 
     Args:
+      groups: from `group_centroids`.
       cutoffs: float32[2^b - 1].
       reversed_bits: int[2^b], see `codec.reversed_bits`.
+
+    Returns:
+      codes int32[n] and packed residuals uint8[n, D * b / 8].
     """
     from colbert_jax.compression import cpu_kernels
 
@@ -298,7 +304,7 @@ def compress(
 
 
 def _over_blocks(work: Callable[[slice], None], n: int) -> None:
-    """Run work on blocks of 0..n, in turn on every thread."""
+    """Run work on blocks of 0..n, spread over the threads."""
     threads = num_threads()
     size = min(_BLOCK, -(-n // threads)) or 1
 

@@ -1,9 +1,9 @@
 """The loops of k-means and compression on a CPU, compiled by numba; see `compression.cpu`.
 
-Every function releases the GIL and works on a block of points of its own. How kernels are compiled,
-and the inner loops that those of search share, are here too. numba keeps compiled functions on disk
-beside their own file and does not see that one they call has changed: after a change of an inner
-loop remove the `__pycache__` folders of `search` and `compression`.
+Every function releases the GIL and works on one block of points. The settings that kernels are
+compiled with, and the inner loops that search uses too, are here. numba caches compiled functions
+on disk beside their file and does not notice when a function that they call changes: after changing
+an inner loop remove the `__pycache__` folders of `search` and `compression`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from numba import njit
 
 _ZERO = np.float32(0)
-# No NaN comes in, sums may be taken in any order.
+# There are no NaN, and sums may be taken in any order.
 compiled = njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "arcp", "reassoc"})
-_TILE = 32  # centroids that stay in the first-level cache
+_TILE = 32  # centroids that fit into the first-level cache
 
 
 @compiled
 def dots(a, b, q0, q1, q2, q3):
-    """The dot products of a and of b with four vectors, eight float32: loads are shared."""
+    """Multiply a and b with four vectors each, sharing loads: eight dot products, float32."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
     for d in range(len(a)):
         x, y = a[d], b[d]
@@ -36,13 +36,16 @@ def dots(a, b, q0, q1, q2, q3):
 
 @compiled
 def insert(value, place, count, filled, values, places):
-    """Put a value among the `count` largest, the largest first; returns how many there are now.
+    """Insert a value into a list of the `count` largest, the largest first.
 
-    Equal values stay in the order in which they come.
+    Equal values stay in the order in which they were inserted.
 
     Args:
-      filled: how many there are.
-      values, places: [count], updated.
+      filled: the length of the list.
+      values, places: [count], the list, updated.
+
+    Returns:
+      the new length of the list.
     """
     if filled == count and value <= values[count - 1]:
         return filled
@@ -58,7 +61,7 @@ def insert(value, place, count, filled, values, places):
 
 @compiled
 def _nearest_of(points, members, centroids, bias, rows, best, code):
-    """Compare points with centroids; equal scores: the smaller centroid.
+    """Compare points with centroids; of equal scores the smaller centroid is nearer.
 
     Args:
       points: float32[n, D].
@@ -92,7 +95,13 @@ def _nearest_of(points, members, centroids, bias, rows, best, code):
 
 @compiled
 def nearest_all(points, centroids, bias, best, code):
-    """The nearest of all centroids for every point."""
+    """Find the nearest of all centroids for every point.
+
+    Args:
+      points: float32[n, D].
+      centroids, bias: float32[K, D] and [K].
+      best, code: float32[n] and int32[n], filled.
+    """
     members = np.arange(len(points)).astype(np.int32)
     best[:] = -np.inf
     code[:] = 0
@@ -102,7 +111,7 @@ def nearest_all(points, centroids, bias, best, code):
 
 @compiled
 def _top(scores, count, found, values):
-    """The `count` largest scores' places into `found`, the largest first."""
+    """Fill `found` with the places of the `count` largest scores, the largest first."""
     filled = 0
     for g in range(len(scores)):
         filled = insert(scores[g], g, count, filled, values, found)
@@ -112,11 +121,11 @@ def _top(scores, count, found, values):
 def nearest_in_groups(
     points, coarse, coarse_bias, probes, members, starts, centroids, bias, best, code
 ):
-    """The nearest centroid for every point among those of its `probes` nearest groups.
+    """Find the nearest centroid for every point among those of its `probes` nearest groups.
 
     Args:
       points: float32[n, D].
-      coarse, coarse_bias: float32[G, D] and [G], the groups' own centroids.
+      coarse, coarse_bias: float32[G, D] and [G], the centres of the groups.
       members, starts: int32[K] and int32[G+1], the centroids of each group.
       centroids, bias: float32[K, D] and [K].
       best, code: float32[n] and int32[n], filled.
@@ -173,13 +182,16 @@ def add_to_clusters(points, code, start, stop, sums, counts):
 
 @compiled
 def pack_residuals(points, code, centroids, cutoffs, reversed_bits, nbits, packed):
-    """Bucket every residual value and pack the buckets; see `codec.compress`.
+    """Compute residuals, their buckets, and pack these; see `codec.compress`.
 
-    A value equal to a cutoff stays below it.
+    A value equal to a cutoff is below it.
 
     Args:
+      points: float32[n, D].
+      code: int32[n].
+      centroids: float32[K, D].
       cutoffs: float32[2^b - 1], ascending.
-      reversed_bits: uint8[2^b], every bucket with its b bits in reverse.
+      reversed_bits: uint8[2^b], see `codec.reversed_bits`.
       packed: uint8[n, D * b / 8], filled.
     """
     dim = points.shape[1]

@@ -1,8 +1,8 @@
 """k-means over token embeddings (Lloyd), on one or many devices, over points that stay on the host.
 
-Only a block of points is on a device at a time, so the points may be a memory-mapped file of any
-size; the centroids, their sums and counts stay there. Each device sums over its own share of every
-block, and the sums meet once an iteration.
+One block of points is on a device at a time, so the points may be a memory-mapped file of any size;
+the centroids, their sums and counts stay on the device. Each device sums over its share of every
+block; the sums of all devices are added once in each iteration.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from colbert_jax.compression.sharding import (
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
-_BLOCK = 1 << 16  # points of one device in one step
+_BLOCK = 1 << 16  # points of a device in a step
 
 
 def sample_size_for(num_documents: int) -> int:
-    """Documents to train on: Stanford's rule, `1 + 16 sqrt(120 N)`, at most N.
+    """Return the number of documents to train on: Stanford's rule, `1 + 16 sqrt(120 N)`, at most N.
 
-    120 stands for a typical document length.
+    120 is a typical document length.
     """
     return min(1 + int(16 * math.sqrt(120 * num_documents)), num_documents)
 
 
 def num_centroids_for(num_tokens: float) -> int:
-    """Stanford's rule: the largest power of two not above `16 sqrt(tokens)`."""
+    """Return Stanford's number of centroids: the power of two at or below `16 sqrt(T)`."""
     return 1 << int(math.log2(16 * math.sqrt(max(num_tokens, 1))))
 
 
@@ -58,27 +58,30 @@ def train_kmeans(
     mesh: Mesh | None = None,
     group: Group | None = None,
 ) -> np.ndarray:
-    """Centroids of unit length.
+    """Train centroids of unit length.
 
-    Euclidean Lloyd iterations from randomly chosen points; a cluster that loses all its points is
-    refilled by splitting one of the largest; normalised at the end, as Stanford's are. On a CPU,
-    without a mesh, two-level (`compression.cpu`).
+    It runs Euclidean Lloyd iterations from randomly chosen points and normalises the centroids at
+    the end, as Stanford does. A cluster that loses all its points gets half of one of the largest.
+    On a CPU, without a mesh, it works on two levels (`compression.cpu`).
 
     A device holds the centroids twice (K * D * 8 bytes), a block of 65,536 points, and its scores.
 
     Args:
-      points: [n, D], float16 or float32, in memory or mapped, n >= 1; or anything that has a length
-        and gives the rows of an ascending int array.
-      num_centroids: K; at most n are made.
-      rows: int[m], ascending: train on these points only; None: on all.
-      max_points_per_centroid: above this many times K, a random subset is trained on.
-      seed: of the subset and the initial centroids.
-      mesh: one axis of devices that share the work, of one process or of several; None: the default
-        device. Several processes must call this alike, with the same points.
-      group: those processes, if the mesh has devices of several.
+      points: [n, D], float16 or float32, in memory or mapped, n >= 1; or an object with a length
+        that is indexed by an ascending int array of rows.
+      num_centroids: K, at most n of which are made.
+      rows: int[m], ascending, the points to train on. If None, all.
+      iterations: of Lloyd.
+      max_points_per_centroid: a random subset of this many times K points is trained on, if there
+        are more.
+      seed: for the subset and the initial centroids.
+      progress: whether to show a bar. If None, only on a terminal.
+      mesh: devices that share the work, of one or several processes, in one axis of type Auto. If
+        None, the default device. Several processes must make the same call, with the same points.
+      group: the processes, if the mesh has devices of several.
 
     Returns:
-      float32[min(K, n), D]. Another number of devices changes them by the rounding of sums only.
+      float32[min(K, n), D]. The number of devices changes them only by the rounding of sums.
 
     Raises:
       ValueError: no points, or another kind of mesh.
@@ -86,7 +89,7 @@ def train_kmeans(
     rows = np.arange(len(points)) if rows is None else rows
     if len(rows) == 0:
         raise ValueError("k-means needs at least one point, got none")
-    on_host = mesh is None
+    no_mesh = mesh is None
     mesh = data_mesh() if mesh is None else mesh
     check_mesh(mesh)
     num_centroids = min(num_centroids, len(rows))
@@ -95,7 +98,7 @@ def train_kmeans(
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
     n = len(rows)
-    if on_host and runtime.use_cpu_kernels():
+    if no_mesh and runtime.use_cpu_kernels():
         centroids = cpu.train(points, rows, num_centroids, iterations, rng, progress)
         return _normalised(centroids)
     initial = np.sort(rng.choice(rows, num_centroids, replace=False))
@@ -107,7 +110,9 @@ def train_kmeans(
         for _ in range(iterations):
             sums, counts = _sum_clusters(mesh, centroids, points, rows, bar)
             if group is not None:
-                group.exchange("k-means")  # who failed while reading must not be waited for below
+                group.exchange(
+                    "k-means"
+                )  # a process that failed while reading must not be waited for
             means = _means(mesh, sums, counts)
             centroids = refill(*(np.asarray(part.addressable_data(0)) for part in means))
     return _normalised(centroids)
@@ -133,11 +138,11 @@ def _sum_clusters(
 
         def read(device: int, start: int = start, count: int = count, size: int = size):
             first = min(device * size, count)
-            wanted = rows[start + first : start + min(first + size, count)]
-            return pad_to(points[wanted], size)
+            part = rows[start + first : start + min(first + size, count)]
+            return pad_to(points[part], size)
 
         block = shard_rows(mesh, (size, shape[1]), read)
-        counts.block_until_ready()  # the block before; this one was read meanwhile
+        counts.block_until_ready()  # of the block before: this one was read meanwhile
         sums, counts = _accumulate_sharded(mesh, *on_devices, sums, counts, block, count)
         bar.update(count)
     return sums, counts
@@ -153,7 +158,7 @@ def _accumulate_sharded(
     points: jax.Array,
     count: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`_accumulate` on every device; of all points the first `count` count."""
+    """Run `_accumulate` on every device; the first `count` of all points are real."""
     spread = rows_spec(mesh)
 
     def one(centroids, bias, sums, counts, points, count):
@@ -192,7 +197,7 @@ def _accumulate(
     points: jax.Array,
     valid: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Add a block of points [b, D], of which the first `valid` count, to their clusters."""
+    """Add the first `valid` points of a block [b, D] to their clusters."""
     weight = (jnp.arange(points.shape[0]) < valid).astype(jnp.float32)
     points = points.astype(jnp.float32)
     codes = nearest(points, centroids, bias)

@@ -1,4 +1,4 @@
-"""Rows of points over the devices of a mesh, centroids on all of them."""
+"""Place rows of points over the devices of a mesh, and centroids on all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def data_mesh(devices: Any = None) -> Mesh:
-    """A mesh of one axis; `devices` None: the default device alone."""
+    """Make a mesh of one axis, "data". If `devices` is None, of the default device."""
     if devices is None:
         devices = jax.numpy.zeros(0).devices()
     return Mesh(np.array(list(devices)), ("data",), axis_types=(AxisType.Auto,))
@@ -21,23 +21,23 @@ def check_mesh(mesh: Mesh) -> None:
     """Raise ValueError unless the mesh has one axis, of type Auto."""
     if len(mesh.axis_names) != 1 or mesh.axis_types != (AxisType.Auto,):
         raise ValueError(
-            f"points are spread over a mesh of one axis of type Auto, got {mesh}; make it with "
+            f"expected a mesh of one axis of type Auto, got {mesh}; make it with "
             'jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))'
         )
 
 
 def local_part(mesh: Mesh) -> Mesh:
-    """The devices of a mesh that belong to this process."""
+    """Make a mesh of this process's devices of a mesh."""
     return data_mesh([d for d in mesh.devices.flat if d.process_index == jax.process_index()])
 
 
 def rows_spec(mesh: Mesh) -> PartitionSpec:
-    """The first axis spread over the mesh."""
+    """Return the specification of rows that are spread over the mesh."""
     return PartitionSpec(mesh.axis_names[0])
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays, the same in every process, on all devices."""
+    """Copy host arrays, the same in every process, to all devices of a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def place(array: np.ndarray) -> jax.Array:
@@ -48,9 +48,13 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def shard_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[int], np.ndarray]) -> jax.Array:
-    """[n * shape[0], ...]: device i of the n holds `read(i)`, an array of `shape`.
+    """Make an array [n * shape[0], ...] over n devices, of which device i holds `read(i)`.
 
-    A process reads only what its own devices hold.
+    A process reads only the parts of its devices.
+
+    Args:
+      shape: of each part.
+      read: i -> the part of device i, on the host.
     """
     whole = (mesh.size * shape[0], *shape[1:])
     sharding = NamedSharding(mesh, rows_spec(mesh))

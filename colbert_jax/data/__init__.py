@@ -1,0 +1,27 @@
+"""The field's files: collections, queries, judgements, training examples."""
+
+from colbert_jax.data.collections import read_collection, read_qrels, read_queries
+from colbert_jax.data.examples import (
+    Check,
+    Example,
+    ExampleSource,
+    concatenate,
+    dataset_examples,
+    pair_examples,
+    stanford_examples,
+)
+from colbert_jax.data.texts import Texts
+
+__all__ = [
+    "Check",
+    "Example",
+    "ExampleSource",
+    "Texts",
+    "concatenate",
+    "dataset_examples",
+    "pair_examples",
+    "read_collection",
+    "read_qrels",
+    "read_queries",
+    "stanford_examples",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
-    """What reads (pid, text) from a line of a collection; None: the line is the text.
+    """The function that reads (pid, text) from a line of a collection; None where the line is the
+    text.
 
     Raises:
-      ValueError: the file's name tells no format.
+      ValueError: the file's name does not tell the format.
     """
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if suffix not in _PARSERS:
@@ -59,7 +60,7 @@ def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
-    """Queries by id, from a TSV of `qid, text`.
+    """Read queries by id from a TSV of `qid, text`.
 
     Raises:
       ValueError: a line without a tab, an empty query, an id twice, an empty file.
@@ -78,7 +79,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Judgements: qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
+    """Read judgements, qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
 
     Raises:
       ValueError: a line of another form, an empty file.
@@ -116,14 +117,29 @@ def parse_tsv(line: str) -> tuple[str, str]:
 def parse_json(line: str) -> tuple[str, str]:
     """pid and text of a JSON object. Raises ValueError, without the place."""
     record = json_object(line)
+    pid, text = parse_record(record)
+    if pid is None:
+        raise _incomplete(record)
+    return pid, text
+
+
+def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Id (None where there is none) and text, with the title before it, of a mapping.
+
+    Raises ValueError, without the place.
+    """
     text = next((record[key] for key in _TEXT_KEYS if key in record), None)
     pid = next((record[key] for key in _ID_KEYS if key in record), None)
-    if not isinstance(text, str) or pid is None:
-        raise ValueError(
-            f"expected an id ({', '.join(_ID_KEYS)}) and a text "
-            f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(record) or 'none'}"
-        )
-    return str(pid), _join(str(record.get("title") or ""), text)
+    if not isinstance(text, str):
+        raise _incomplete(record)
+    return None if pid is None else str(pid), _join(str(record.get("title") or ""), text)
+
+
+def _incomplete(record: Mapping[str, Any]) -> ValueError:
+    return ValueError(
+        f"expected an id ({', '.join(_ID_KEYS)}) and a text "
+        f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(map(str, record)) or 'none'}"
+    )
 
 
 def json_object(line: str) -> dict[str, Any]:

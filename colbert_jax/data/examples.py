@@ -21,17 +21,29 @@ from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, checked_text
 from colbert_jax.progress import progress_bar
 
-_CHECKED_BYTES = 1 << 30  # a file up to this size is checked whole before training
-_CHECKED_FIRST = 10_000  # examples of a larger one
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
 _INSTALL = 'pip install "colbert-jax[train]"'
 
 
+class Check(NamedTuple):
+    """How much of the examples is read and checked before training.
+
+    whole: bytes of the largest file that is checked whole.
+    first: examples that are checked of a larger file, or of a data set.
+    """
+
+    whole: int = 1 << 30
+    first: int = 10_000
+
+
+CHECK = Check()
+
+
 class Example(NamedTuple):
     """A query and W documents, the first of them the positive.
 
-    scores: the teacher's, W; None: without.
+    scores: the teacher's, W, if there are any.
     """
 
     query: str
@@ -39,7 +51,7 @@ class Example(NamedTuple):
     scores: tuple[float, ...] | None
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Examples by position, to be read from any thread.
 
     nway: documents of every example.
@@ -54,41 +66,46 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Example:
-        """Raises ValueError naming file and line of what can't be read."""
+        """Read an example. Raises ValueError naming file and line of what can't be read."""
         ...
 
 
 def stanford_examples(
     examples: str | Path,
-    queries: str | Path,
-    collection: str | Path,
+    queries: str | Path | Texts,
+    collection: str | Path | Texts,
     *,
     nway: int | None = None,
     scores: bool = True,
+    check: Check = CHECK,
     progress: bool | None = None,
-) -> Source:
-    """Stanford ColBERT's training files.
+) -> ExampleSource:
+    """Read Stanford ColBERT's training files.
 
     Every line's form, ids and scores are checked here, and that the texts are not empty; of an
-    examples file beyond 1 GB the first 10,000 lines, the others when they are read.
+    examples file beyond 1 GB the first 10,000 lines (`check`), the others when they are read.
 
     Args:
       examples: JSONL of `[qid, pid+, pid-, ...]` or `[qid, [pid, score], ...]`, the positive first,
         or v1's TSV of `qid, pid+, pid-`.
-      queries: TSV of `qid, text` (further columns are ignored), or JSONL with `qid` and `question`.
-      collection: what `evaluation.read_collection` reads.
-      nway: how many passages of each line to take, from the left; None: as many as the first has.
-      scores: False: leave scores out.
-      progress: whether to show a bar while checking; None: on a terminal.
+      queries: TSV of `qid, text` (further columns are ignored), or JSONL with `qid` and `question`;
+        or `Texts.queries` of it.
+      collection: what `read_collection` reads, or `Texts.passages` of it, for several examples
+        files to share.
+      nway: how many passages of each line to take, from the left. If None, as many as the
+        first line has.
+      scores: if False, leave scores out.
+      progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
       ValueError: naming file and line: not JSON, a missing or non-finite score, scores on some
         lines only, an id that is unknown or there twice, fewer passages than `nway`, an empty text.
     """
     lines = Lines(examples)
-    texts = Texts.queries(queries), Texts.passages(collection)
-    source = _StanfordExamples(lines, *texts, nway, scores)
-    source.check(_number_to_check(lines), progress)
+    queries = queries if isinstance(queries, Texts) else Texts.queries(queries)
+    passages = collection if isinstance(collection, Texts) else Texts.passages(collection)
+    source = _StanfordExamples(lines, queries, passages, nway, scores)
+    source.check(_number_to_check(lines, check), progress)
     return source
 
 
@@ -100,21 +117,23 @@ def pair_examples(
     negatives: str | Sequence[str] | None = None,
     scores: str | None = None,
     nway: int | None = None,
+    check: Check = CHECK,
     progress: bool | None = None,
-) -> Source:
-    """Texts in JSONL, by field names, or in a TSV, as ColBERTv1's triples of texts are.
+) -> ExampleSource:
+    """Read texts from JSONL, by field names, or from a TSV, as ColBERTv1's triples of texts are.
 
-    Every line is checked here; of a file beyond 1 GB the first 10,000, the others when read.
+    Every line is checked here; of a file beyond 1 GB the first 10,000 (`check`), the others when
+    they are read.
 
     Args:
       path: JSONL; a name in .tsv: query, positive and negatives with tabs between, to which the
         field names do not apply. With .gz at its end the file is unpacked into memory.
       query, positive: fields of a text each.
-      negatives: a field of a text or a list of texts, or several such fields; None: without.
-      scores: a field of a list of numbers, the positive's first; None: without.
-      nway: how many documents to take, the positive and the first negatives; None: as many as the
-        first line has.
-      progress: whether to show a bar while checking; None: on a terminal.
+      negatives: a field of a text or a list of texts, or several such fields.
+      scores: a field of a list of numbers, the positive's first.
+      nway: how many documents to take, the positive and the first negatives. If None, as many as
+        the first line has.
+      progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
       ValueError: naming file and line: not JSON, a missing field or empty text, fewer documents
@@ -133,7 +152,7 @@ def pair_examples(
         lines.fingerprint,
         nway,
     )
-    _check(source, _number_to_check(lines), progress)
+    _check(source, _number_to_check(lines, check), progress)
     return source
 
 
@@ -147,12 +166,13 @@ def dataset_examples(
     scores: str | None = None,
     nway: int | None = None,
     split: str = "train",
+    check: Check = CHECK,
     progress: bool | None = None,
     **load: Any,
-) -> Source:
-    """A Hugging Face data set, by column names.
+) -> ExampleSource:
+    """Read a Hugging Face data set by column names.
 
-    The first 10,000 rows are checked here, the others when they are read.
+    The first 10,000 rows are checked here (`check`), the others when they are read.
 
     Args:
       dataset: a `datasets.Dataset` or `DatasetDict`, the folder of one (`save_to_disk`), or what
@@ -162,9 +182,9 @@ def dataset_examples(
       documents: instead of these two, a column of lists of texts, or several columns; the positive
         comes first.
       scores: column of lists of numbers, one a document.
-      nway: how many documents to take; None: as many as the first row has.
+      nway: how many documents to take. If None, as many as the first row has.
       split: of a name, a folder or a `DatasetDict`.
-      progress: whether to show a bar while checking; None: on a terminal.
+      progress: whether to show a bar while checking; if None, on a terminal.
       load: passed to `load_dataset` (`name`, `revision`, ...).
 
     Raises:
@@ -196,12 +216,12 @@ def dataset_examples(
         f"{len(table)}:{hashlib.sha256(ends.encode()).hexdigest()}",
         nway,
     )
-    _check(source, min(len(table), _CHECKED_FIRST), progress)
+    _check(source, min(len(table), check.first), progress)
     return source
 
 
-def concatenate(sources: Sequence[Source]) -> Source:
-    """The sources' examples, one source after the other.
+def concatenate(sources: Sequence[ExampleSource]) -> ExampleSource:
+    """Join sources into one, with the examples of one after those of the other.
 
     Raises:
       ValueError: no source; another number of documents, or scores in some only.
@@ -404,7 +424,7 @@ class _Records:
 
 
 class _Concatenated:
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[ExampleSource]):
         self._sources = list(sources)
         self._ends = list(itertools.accumulate(map(len, sources)))
         self.nway, self.scored = sources[0].nway, sources[0].scored
@@ -444,15 +464,15 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
     return dataset, name
 
 
-def _check(source: Source, count: int, progress: bool | None) -> None:
+def _check(source: ExampleSource, count: int, progress: bool | None) -> None:
     with progress_bar(count, "checking examples", "line", progress) as bar:
         for i in range(count):
             source[i]
             bar.update(1)
 
 
-def _number_to_check(lines: Lines) -> int:
-    return len(lines) if lines.num_bytes <= _CHECKED_BYTES else min(len(lines), _CHECKED_FIRST)
+def _number_to_check(lines: Lines, check: Check) -> int:
+    return len(lines) if lines.num_bytes <= check.whole else min(len(lines), check.first)
 
 
 def _checked_nway(nway: int | None, count_first: Callable[[], int]) -> int:

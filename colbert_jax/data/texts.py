@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,14 @@ _ROWS = 1 << 18  # lines whose ids are compared with their numbers at a time
 
 
 class _Format(NamedTuple):
-    """How a line is read. id: None where it is the line's position. tabbed: the id, then a tab."""
+    """How a line is read: its id, its text, or both at once.
+
+    id: None where it is the line's position. tabbed: the id comes first, then a tab.
+    """
 
     id: Callable[[str], str] | None
     text: Callable[[str], str]
+    both: Callable[[str], tuple[str, str]] | None
     tabbed: bool
 
 
@@ -58,14 +62,14 @@ class Texts:
 
     @classmethod
     def queries(cls, path: str | Path) -> Texts:
-        """From a TSV of `qid, text`, or JSONL with an id and a text (`qid` and `question`)."""
+        """Open a TSV of `qid, text`, or JSONL with an id and a text (`qid` and `question`)."""
         lines = Lines(path)
         is_json = lines.raw(0).removeprefix(_MARK).lstrip().startswith(b"{")
         return cls(lines, _QUERIES_JSON if is_json else _QUERIES_TSV, "query")
 
     @classmethod
     def passages(cls, path: str | Path) -> Texts:
-        """From what `evaluation.read_collection` reads."""
+        """Open a file that `read_collection` reads."""
         form = _PASSAGES[passage_parser(Path(path))]
         lines = Lines(path)
         if form.tabbed and is_header(lines[0]):
@@ -93,7 +97,7 @@ class Texts:
         raise KeyError(key)
 
     def rows(self, keys: Sequence[Any]) -> list[int]:
-        """The rows with ids. Raises ValueError for one that is unknown, or no number or string."""
+        """The rows with ids. Raises ValueError for ids that are unknown or of another type."""
         first = self._first
         if first is not None and set(map(type, keys)) == {int}:  # quickly, for large files
             rows = [key - first for key in keys]
@@ -115,8 +119,26 @@ class Texts:
         return rows
 
     def text(self, row: int) -> str:
-        """The text of a row. Raises ValueError for a line that can't be read or has none."""
+        """The text of a row. Raises ValueError for a line that can't be read or has no text."""
         return self._lines.read(row, self._checked)
+
+    def items(self, *, checked: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield id and text of every row.
+
+        Args:
+          checked: refuse empty texts, as `text` does.
+
+        Raises:
+          ValueError: a line that can't be read; names file and line.
+        """
+        both = self._form.both
+
+        def parse(line: str) -> tuple[str, str]:
+            key, text = (str(row), line) if both is None else both(line)
+            return key, checked_text(text, f"{self._kind} {key!r}") if checked else text
+
+        for row in range(len(self)):
+            yield self._lines.read(row, parse)
 
     def line_bytes(self) -> np.ndarray:
         """int64[N]: the size of each row's line."""
@@ -140,7 +162,7 @@ class Texts:
 
 
 def checked_text(text: str, name: str) -> str:
-    """The text itself. Raises ValueError where it is empty or no valid Unicode."""
+    """Give the text itself. Raises ValueError where it is empty or not valid Unicode."""
     if not text or text.isspace():
         raise ValueError(f"{name} is empty: give it a text, or take out the examples that have it")
     if not text.isascii():
@@ -176,17 +198,19 @@ def _json_query(line: str) -> tuple[str, str]:
     return str(key), text
 
 
-_QUERIES_TSV = _Format(_tsv_id, _tsv_query, True)
-_QUERIES_JSON = _Format(lambda s: _json_query(s)[0], lambda s: _json_query(s)[1], False)
+_QUERIES_TSV = _Format(_tsv_id, _tsv_query, lambda s: (_tsv_id(s), _tsv_query(s)), True)
+_QUERIES_JSON = _Format(
+    lambda s: _json_query(s)[0], lambda s: _json_query(s)[1], _json_query, False
+)
 _PASSAGES: dict[Callable[[str], tuple[str, str]] | None, _Format] = {
-    parse_tsv: _Format(_tsv_id, lambda s: parse_tsv(s)[1], True),
-    parse_json: _Format(lambda s: parse_json(s)[0], lambda s: parse_json(s)[1], False),
-    None: _Format(None, lambda s: s, False),
+    parse_tsv: _Format(_tsv_id, lambda s: parse_tsv(s)[1], parse_tsv, True),
+    parse_json: _Format(lambda s: parse_json(s)[0], lambda s: parse_json(s)[1], parse_json, False),
+    None: _Format(None, lambda s: s, None, False),
 }
 
 
 def whole_number(text: str) -> int | None:
-    """The number that is written so and not otherwise."""
+    """The number whose usual spelling is the text; None for any other text."""
     plain = text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
     return int(text) if plain and len(text) < 19 else None
 

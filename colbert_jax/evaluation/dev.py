@@ -6,23 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from colbert_jax.colbert import ColBERT
-from colbert_jax.evaluation import (
-    evaluate_ranking,
-    read_collection,
-    read_qrels,
-    read_queries,
-)
-from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
-from colbert_jax.search.arrays import RawArrays
-from colbert_jax.search.exact import exact_search
+from colbert_jax.data.collections import read_collection, read_qrels, read_queries
+from colbert_jax.evaluation.metrics import DEPTH, evaluate_ranking, require_ir_measures
+from colbert_jax.retriever import rank_documents
 
 
 @dataclass(frozen=True)
 class DevCollection:
-    """Passages, queries and judgements to evaluate on; exact scoring, no index.
+    """Passages, queries and judgements to evaluate on, by exact scoring without an index.
 
     passages, queries: texts by id. qrels: query id -> passage id -> gain.
     """
@@ -38,7 +30,7 @@ class DevCollection:
 
     @classmethod
     def read(cls, collection: str | Path, queries: str | Path, qrels: str | Path) -> DevCollection:
-        """From files; queries without a judgement are left out."""
+        """Read from files; queries without a judgement are left out."""
         judged = read_qrels(qrels)
         asked = {qid: text for qid, text in read_queries(queries).items() if qid in judged}
         if not asked:
@@ -46,15 +38,9 @@ class DevCollection:
         return cls(dict(read_collection(collection)), asked, {q: judged[q] for q in asked})
 
     def evaluate(self, model: ColBERT) -> dict[str, float]:
-        """nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
-        pids = list(self.passages)
-        documents = model.encode_documents(list(self.passages.values()), progress=False)
-        raw = RawArrays(jnp.asarray(documents.values), jnp.asarray(documents.offsets, jnp.int32))
-        encoded = model.encode_queries(list(self.queries.values()))
-        k = min(DEPTH, int((documents.lengths > 0).sum()))
-        hits = exact_search(raw, documents.lengths, encoded, k)
+        """Measure nDCG@10, MRR@10, Recall@100 and Success@5 of exact scoring, as fractions."""
+        found = rank_documents(model, list(self.queries.values()), self.passages, DEPTH)
         ranking = {
-            qid: [pids[i] for i in ids]
-            for qid, ids in zip(self.queries, hits.positions, strict=True)
+            qid: [hit.id for hit in hits] for qid, hits in zip(self.queries, found, strict=True)
         }
         return evaluate_ranking(ranking, self.qrels)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from colbert_jax.search.arrays import Hits
+from colbert_jax.files import replacing
+from colbert_jax.retriever import Hit
 
 
-def write_run(path: str | Path, qids: Sequence[str], hits: Hits, pids: Any) -> None:
+def write_run(path: str | Path, found: Mapping[str, Iterable[Hit]]) -> None:
     """Write lines of `qid, pid, rank, score` separated by tabs, ranks from 1.
 
     Args:
-      qids: [B] query ids.
-      pids: the collection's document ids by position: `Index.ids`, or a list.
+      found: query id -> hits, best first.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for qid, ids, scores in zip(qids, hits.positions, hits.scores, strict=True):
-            for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1):
-                stream.write(f"{qid}\t{pids[int(i)]}\t{rank}\t{score:.6f}\n")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as stream:
+        for qid, hits in found.items():
+            for rank, hit in enumerate(hits, 1):
+                stream.write(f"{qid}\t{hit.id}\t{rank}\t{hit.score:.6f}\n")

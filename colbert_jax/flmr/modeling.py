@@ -7,8 +7,6 @@ Every method is a pure function of `params` (by default the model's own), so tha
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from colbert_jax.checkpoints import flmr, hub, read_checkpoint
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import write_json
+from colbert_jax.files import replacing_files, write_json
 from colbert_jax.flmr.configuration import FLMRConfig
 from colbert_jax.flmr.outputs import (
     FLMRContextEncoderOutput,
@@ -37,8 +35,8 @@ from colbert_jax.flmr.tokenization import (
     model_tokenizer,
     text_settings,
 )
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
-from colbert_jax.models.config import BertConfig
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
 from colbert_jax.text import TextTokenizer, outside_instruction
@@ -76,9 +74,10 @@ class FLMRModelForRetrieval:
         """A model with random weights drawn from `seed`; see `from_pretrained` for trained ones.
 
         Args:
-          query_tokenizer, context_tokenizer: one of them is needed, unless a checkpoint is given:
-            the punctuation and the instruction token are known by it.
-          dtype: of the encoder's dense layers; None: bfloat16 on accelerators, float32 on a CPU.
+          query_tokenizer, context_tokenizer: one of them is needed unless a checkpoint is given:
+            its vocabulary has the punctuation and the instruction token.
+          dtype: of the dense layers' computation. If None, bfloat16 on accelerators and float32 on
+            a CPU.
         """
         if config.query_mask_input_ids_skip_list:
             raise ValueError("query_mask_input_ids_skip_list is not supported; leave it out")
@@ -88,7 +87,7 @@ class FLMRModelForRetrieval:
             tokenizer = model_tokenizer(context_tokenizer, query_tokenizer)
             if tokenizer is None:
                 raise ValueError(
-                    "pass query_tokenizer or context_tokenizer: the tokens to mask are known by it"
+                    "pass query_tokenizer or context_tokenizer: the model needs its vocabulary"
                 )
             checkpoint = _random_checkpoint(config, tokenizer, seed)
         settings = text_settings(query_tokenizer, context_tokenizer)
@@ -97,7 +96,7 @@ class FLMRModelForRetrieval:
             vars(config), checkpoint.tokenizer
         )
         text = dataclasses.replace(checkpoint.config.text, **settings)
-        # What loads the same again, for an index to remember.
+        # Arguments that load the same model again, for an index to remember.
         self._load = {"name_or_path": str(checkpoint.folder.resolve())} | {
             name: value
             for name, value in settings.items()
@@ -131,7 +130,7 @@ class FLMRModelForRetrieval:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> FLMRModelForRetrieval:
-        """Load a folder or a hub id: FLMR's own layout, or Stanford ColBERT's.
+        """Load a folder or a hub id in the layout of FLMR or of Stanford ColBERT.
 
         Raises FileNotFoundError and ValueError as `ColBERT.from_pretrained`.
         """
@@ -155,21 +154,14 @@ class FLMRModelForRetrieval:
         return cls(config, query_tokenizer, context_tokenizer, dtype=dtype, checkpoint=checkpoint)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the checkpoint with both tokenizers; files of the same names are replaced."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".draft.", dir=folder) as draft:
-            flmr.write(self.checkpoint(), Path(draft))
+        """Write the checkpoint and both tokenizers; files of the same names are replaced."""
+        with replacing_files(Path(folder)) as draft:
+            flmr.write(self.checkpoint(), draft)
             fields = self.config.to_diff_dict() | {
                 "architectures": ["FLMRModelForRetrieval"],
                 "separate_query_and_context_text_encoder": "query" in self.params,
             }
-            write_json(Path(draft) / "config.json", fields | _TEXT_ONLY)
-            for file in sorted(Path(draft).rglob("*")):
-                if file.is_file():
-                    target = folder / file.relative_to(draft)
-                    target.parent.mkdir(exist_ok=True)
-                    os.replace(file, target)
+            write_json(draft / "config.json", fields | _TEXT_ONLY)
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
@@ -204,12 +196,12 @@ class FLMRModelForRetrieval:
         *,
         params: dict | None = None,
     ) -> FLMRQueryEncoderOutput:
-        """Token embeddings of queries.
+        """Encode queries to token embeddings.
 
         Args:
-          input_ids, attention_mask: int[B, L], what FLMRQueryEncoderTokenizer gives.
-          concat_output_from_text_encoder: True, or a list of one bool per query: False zeroes its
-            text rows.
+          input_ids, attention_mask: int[B, L], from FLMRQueryEncoderTokenizer.
+          concat_output_from_text_encoder: True, or a list of one bool per query; False zeroes the
+            rows of its text.
 
         Raises:
           NotImplementedError: images, which are the vision part.
@@ -242,11 +234,11 @@ class FLMRModelForRetrieval:
         *,
         params: dict | None = None,
     ) -> FLMRContextEncoderOutput:
-        """Token embeddings of documents, float32 on every device.
+        """Encode documents to token embeddings, float32.
 
         Args:
-          keep_dims: False: a list of [tokens, D], without masked rows, on the host.
-          return_mask: also give context_mask.
+          keep_dims: False gives a list of [tokens, D] on the host, without masked rows.
+          return_mask: whether to give context_mask.
         """
         _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
         ids, attended = self._ids(input_ids, attention_mask)
@@ -268,7 +260,7 @@ class FLMRModelForRetrieval:
         )
 
     def score(self, Q: Any, D_padded: Any, D_mask: Any) -> jax.Array:
-        """MaxSim of each query with its document, as upstream: masked positions score -9999.
+        """Score each query with its document by MaxSim; masked positions have -9999, as upstream.
 
         Args:
           Q: [B, Lq, D] or [1, Lq, D]; D_padded [B, Ld, D]; D_mask bool[B, Ld, 1].
@@ -293,7 +285,7 @@ class FLMRModelForRetrieval:
         return masked.max(axis=-1).sum(axis=-1)
 
     def score_matrix(self, Q: Any, D_padded: Any, D_mask: Any) -> jax.Array:
-        """MaxSim of every query with every document: float32[B, N]."""
+        """Score every query with every document by MaxSim: float32[B, N]."""
         every = jax.vmap(lambda q: self.score(q[None], D_padded, D_mask))
         return every(jnp.asarray(Q))
 
@@ -321,16 +313,17 @@ class FLMRModelForRetrieval:
         own_documents_loss: bool = False,
         params: dict | None = None,
     ) -> Any:
-        """Scores and losses of queries and their documents.
+        """Compute scores and losses of queries and their documents.
 
         Args:
           context_input_ids: of B (n + 1) documents: positive and n negatives of query 1, of 2, ...
           num_negative_examples: n; 0 for positives alone.
-          use_in_batch_negatives: `loss` contrasts each positive with the documents of all queries;
-            False: with the query's own, and there is no in_batch_negative_loss.
-          in_batch_negatives_from_all_gpus: no difference: a batch is global over a JAX mesh.
-          return_dict: False: a plain tuple.
-          own_documents_loss: `loss` as before May 2024: over the query's own documents always.
+          use_in_batch_negatives: whether `loss` contrasts each positive with the documents of all
+            queries. If False, with its query's documents only, and in_batch_negative_loss is None.
+          in_batch_negatives_from_all_gpus: ignored: a batch is global over a JAX mesh.
+          return_dict: False gives a plain tuple.
+          own_documents_loss: whether `loss` is always over the query's own documents, as upstream
+            had it before May 2024.
 
         Returns:
           FLMRModelForRetrievalOutput.
@@ -398,7 +391,7 @@ class FLMRModelForRetrieval:
     __call__ = forward
 
     def eval(self) -> FLMRModelForRetrieval:
-        """Nothing to switch: there is no dropout here."""
+        """Return the model: it has no dropout to switch off."""
         return self
 
     def _ids(self, input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
@@ -506,7 +499,9 @@ def _with_text(flag: Any, batch: int) -> Any:
     if flag is None or flag is True:
         return jnp.ones((batch, 1, 1), bool)
     if flag is False:
-        raise ValueError("without its text there is nothing of a text-only query or document")
+        raise ValueError(
+            "concat_output_from_text_encoder=False leaves nothing of a text-only query or document"
+        )
     if len(flag) != batch:
         raise ValueError(f"concat_output_from_text_encoder has {len(flag)} flags for {batch} rows")
     return jnp.asarray(flag, bool)[:, None, None]
@@ -516,13 +511,13 @@ def _no_images(pixel_values: Any, image_features: Any, flag: Any) -> None:
     asked = flag is not None and np.any(flag)
     if pixel_values is not None or image_features is not None or asked:
         raise NotImplementedError(
-            "images are not supported: this is FLMR's text part; leave out pixel_values and "
-            "image_features, and concat_output_from_vision_encoder False"
+            "images are not supported, only FLMR's text part is: leave out pixel_values and "
+            "image_features, and leave concat_output_from_vision_encoder False"
         )
 
 
 def _config_of(folder: Path, checkpoint: Checkpoint) -> FLMRConfig:
-    """The checkpoint's FLMRConfig; of Stanford's layout what it would be."""
+    """The checkpoint's FLMRConfig; for Stanford's layout, made from its settings."""
     if flmr.detect(folder):
         return FLMRConfig.from_pretrained(folder)
     return FLMRConfig(**flmr.config_fields(checkpoint, checkpoint.query_params is not None))

@@ -1,4 +1,4 @@
-"""What the methods of `FLMRModelForRetrieval` return, under upstream's field names."""
+"""Outputs of `FLMRModelForRetrieval`, with upstream's field names."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import jax
 
 
 class _Output:
-    """What upstream's outputs can do: fields by attribute, by name and by position."""
+    """Gives fields by attribute, by name and by position, as upstream's outputs do."""
 
     def __getitem__(self, key: Any) -> Any:
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)  # type: ignore
 
     def keys(self) -> list[str]:
-        """The fields that are there."""
+        """Names of the fields that are not None."""
         return [name for name in self._fields if getattr(self, name) is not None]  # type: ignore
 
     def to_tuple(self) -> tuple:
-        """The fields that are there, in order."""
+        """The fields that are not None, in order."""
         return tuple(getattr(self, name) for name in self.keys())
 
 
@@ -52,8 +52,8 @@ class _ContextFields(NamedTuple):
 
 
 class FLMRContextEncoderOutput(_Output, _ContextFields):
-    """As of a query; pooler_output is normalised here, and context_mask is bool[B, Ld, 1]. With
-    `keep_dims=False` late_interaction_output is a list of [tokens, D] without masked rows."""
+    """As FLMRQueryEncoderOutput, with a normalised pooler_output and context_mask bool[B, Ld, 1].
+    With `keep_dims=False` late_interaction_output is a list of [tokens, D] without masked rows."""
 
 
 class _RetrievalFields(NamedTuple):

@@ -1,7 +1,8 @@
-"""FLMR's three helpers over this library's index: build, open, search."""
+"""FLMR's three helpers over `Retriever` and `Index`: build, open, search."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 
 from colbert_jax.colbert import ColBERT
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
-from colbert_jax.index import Index
-from colbert_jax.search.arrays import Hits, concatenate_hits
+from colbert_jax.index.index import Index
+from colbert_jax.retriever import Retriever
+from colbert_jax.search.arrays import concatenate_hits
 
 _BATCH = 32  # queries searched in one call
 
@@ -30,16 +32,15 @@ def index_custom_collection(
     model_temp_folder: str = "tmp",
     nranks: int = 1,
 ) -> str:
-    """Build an index of passages.
+    """Build an index of documents.
 
     Args:
       custom_collection: strings, or tuples (text, None, None) as upstream's.
       model: a model, or the name of a checkpoint.
       nbits: bits per dimension of the residuals.
       doc_maxlen: longest document in tokens.
-      overwrite: replace an index that is there; else it is left and its path returned.
-      use_gpu, indexing_batch_size, model_temp_folder, nranks: not needed here; all local devices
-        are used, and batches are chosen.
+      overwrite: replace an existing index. If False, an existing one is left as it is.
+      use_gpu, indexing_batch_size, model_temp_folder, nranks: ignored: all local devices are used.
 
     Returns:
       the path of the index.
@@ -61,23 +62,33 @@ def index_custom_collection(
 
 
 class Searcher:
-    """An open index, and the model that it was built with once a text is to be encoded."""
+    """An open index and the model that it was built with, which is loaded for the first text."""
 
     def __init__(self, index: Index):
         self.index = index
-        self._model: ColBERT | None = None
+        self._lock = threading.Lock()
+        self._retriever: Retriever | None = None
+
+    @property
+    def retriever(self) -> Retriever:
+        """Model and index as one object."""
+        with self._lock:
+            if self._retriever is None:
+                self._retriever = Retriever.open(self.index)
+            return self._retriever
 
     def encode(self, texts: str | Sequence[str]) -> np.ndarray:
         """float32[B, Lq, D], token embeddings of queries."""
-        if self._model is None:
-            self._model = ColBERT.for_index(self.index)
-        return self._model.encode_queries(texts)
+        return self.retriever.model.encode_queries(texts)
 
     def search(self, text: str, k: int = 10) -> tuple[list[int], list[int], list[float]]:
-        """Document numbers, ranks from 1 and scores of one query."""
-        hits = search_embeddings(self, self.encode([text]), k)
-        ids = hits.positions[0].tolist()
-        return ids, list(range(1, len(ids) + 1)), hits.scores[0].tolist()
+        """Document positions, ranks from 1 and scores of one query."""
+        hits = self.retriever.search(text, k, texts=False, **_upstream(k))
+        return (
+            [hit.position for hit in hits],
+            list(range(1, len(hits) + 1)),
+            [hit.score for hit in hits],
+        )
 
 
 class Ranking:
@@ -110,6 +121,9 @@ def search_custom_collection(
     num_document_to_retrieve: int = 100,
     remove_zero_tensors: bool = True,
     centroid_search_batch_size: int | None = None,
+    *,
+    exact: bool = False,
+    mode: str | None = None,
     **settings: Any,
 ) -> Ranking:
     """Search with token embeddings of queries.
@@ -120,33 +134,42 @@ def search_custom_collection(
       num_document_to_retrieve: results per query.
       remove_zero_tensors: rows of zeros never count here, so there is nothing to remove.
       centroid_search_batch_size: not needed here.
-      **settings: ncells, centroid_score_threshold, ndocs, exact, for `Index.search`.
+      exact: score every document; the same as `mode="exact"`.
+      mode: of `Index.search`. If None, upstream's settings for that number of results.
+      **settings: ncells, centroid_score_threshold, ndocs, for `Index.search`.
+
+    Raises:
+      ValueError: another number of embeddings than queries, or settings of PLAID with exact search.
     """
     del remove_zero_tensors, centroid_search_batch_size
     embeddings = np.asarray(query_embeddings, np.float32)
     if len(embeddings) != len(queries):
         raise ValueError(f"{len(queries)} queries, but embeddings of {len(embeddings)}")
-    hits = search_embeddings(searcher, embeddings, num_document_to_retrieve, **settings)
+    if exact and mode not in (None, "exact"):
+        raise ValueError(f"exact=True and mode={mode!r} contradict each other: give one of them")
+    mode = "exact" if exact else mode
+    k = num_document_to_retrieve
+    settings = _upstream(k) | settings if mode is None else {"mode": mode} | settings
+    parts = [
+        searcher.index.search(embeddings[i : i + _BATCH], k, **settings)
+        for i in range(0, len(embeddings) or 1, _BATCH)
+    ]
+    hits = concatenate_hits(parts)
     return Ranking(
         {
-            qid: [
-                (int(i), rank, float(score))
-                for rank, (i, score) in enumerate(zip(ids, scores, strict=True), 1)
-            ]
-            for qid, ids, scores in zip(queries, hits.positions, hits.scores, strict=True)
+            qid: list(zip(positions, range(1, len(positions) + 1), scores, strict=True))
+            for qid, positions, scores in zip(
+                queries, hits.positions.tolist(), hits.scores.tolist(), strict=True
+            )
         }
     )
 
 
-def search_embeddings(searcher: Searcher, queries: np.ndarray, k: int, **settings: Any) -> Hits:
-    """Search with upstream's defaults: up to k = 100 those that Stanford takes for 100."""
-    if k <= 100:
-        settings = {"ncells": 2, "centroid_score_threshold": 0.45, "ndocs": 1024} | settings
-    parts = [
-        searcher.index.search(queries[i : i + _BATCH], k, **settings)
-        for i in range(0, len(queries), _BATCH)
-    ]
-    return concatenate_hits(parts)
+def _upstream(k: int) -> dict[str, Any]:
+    """Upstream's settings of PLAID: up to k = 100 those that Stanford takes for 100."""
+    if k > 100:
+        return {}
+    return {"ncells": 2, "centroid_score_threshold": 0.45, "ndocs": 1024}
 
 
 def _path(root: str | Path, experiment: str, name: str, nbits: int) -> Path:
@@ -159,7 +182,7 @@ def _text(i: int, item: Any) -> str:
     if isinstance(item, tuple) and len(item) == 3 and isinstance(item[0], str):
         if item[1] is not None or item[2] is not None:
             raise NotImplementedError(
-                f"document {i} has an image: this is FLMR's text part; pass its text alone"
+                f"document {i} has an image, but only FLMR's text part is supported: pass its text"
             )
         return item[0]
     raise TypeError(f"document {i} must be a string or (text, None, None), got {item!r:.80}")

@@ -10,15 +10,10 @@ parts. Wherever they meet, a process that failed ends the build of all.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +30,31 @@ from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
+from colbert_jax.index.columns import TEXT
+from colbert_jax.index.folder import (
+    METADATA,
+    await_visible,
+    building,
+    publish,
+    read_state,
+    state_name,
+    write_state,
+)
 from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
-from colbert_jax.index.sources import PassageSource, Source, write_pids
+from colbert_jax.index.sources import DocumentSource
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import on_cpu
 
-_STATE = "build.json"
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
 _JOINED = 1 << 18  # rows copied at a time where parts are joined
-_VISIBLE = 90.0  # seconds within which a network file system shows what another process wrote
 
 
 def build_index(
     path: Path,
-    make_source: Callable[[], Source],
+    make_source: Callable[[], DocumentSource],
     config: IndexConfig,
     *,
-    ids: Any = None,
     model: dict[str, Any] | None = None,
     store_texts: bool = True,
     overwrite: bool = False,
@@ -65,9 +67,8 @@ def build_index(
       path: the index folder, shared by all processes.
       make_source: what to index; not yet prepared.
       config: compression settings.
-      ids: the documents' own ids, any iterable; None: 0..N-1. Only the first process reads them.
       model: what the index remembers of the model that made the embeddings.
-      store_texts: keep the passages in the index.
+      store_texts: keep the texts in the index.
       overwrite: replace an index that is there; it stays until the new one is whole.
       mesh: one axis of devices, of every process, for k-means and compression. None: all devices,
         or, on a CPU without other processes, its own way of doing both.
@@ -87,38 +88,23 @@ def build_index(
         mesh = _choose_mesh(group, mesh)
         own = None if mesh is None or own_way else local_part(mesh)
         show = progress if group.is_first else False
-        if group.is_first:
-            _check_free(path, overwrite)
-        building = fmt.building_folder(path)
-        with _locked(building, group):
-            state = _State(building, group)
-            try:
-                if group.is_first:
-                    fmt.recover(path)
-                    _check_free(path, overwrite)  # another process may have published since
-                source = make_source()
-                check_packable(source.dim, config.nbits)
-                source.prepare(building, group, show)
-                key = _key(building, source, config, ids, model, store_texts, group)
-            except Exception:
-                if state.is_new and group.is_first:  # bad input: leave nothing behind
-                    shutil.rmtree(building, ignore_errors=True)
-                raise
-            state.start(key, group)
+        with building(path, overwrite, group) as folder:
+            state = _State(folder, group)
+            source = make_source()
+            check_packable(source.dim, config.nbits)
+            source.prepare(folder, group, show)
+            state.start(_key(source, config, model, store_texts, group), group)
             if not group.exchange("the start", state["finished"])[0]:
-                _sample(building, source, config, state, group, show)
-                codec = _train(building, source, config, state, group, mesh, show)
-                _compress(building, source, codec, state, group, own, show)
-                _finish(building, source, codec, state, group)
+                _sample(folder, source, config, state, group, show)
+                codec = _train(folder, source, config, state, group, mesh, show)
+                _compress(folder, source, codec, state, group, own, show)
+                _finish(folder, source, codec, state, group)
             if group.is_first:
-                _tidy(building, group)
-                fmt.publish(building, path)
+                _tidy(folder, group)
+                publish(folder, path)
             build = group.exchange("publishing", state.build)[0]
             if not group.is_first:
-                _await(lambda: fmt.read_metadata(path)["build"] == build, path, group)
-        if group.is_first:
-            for name in _states(group):
-                (path / name).unlink(missing_ok=True)
+                await_visible(lambda: fmt.read_metadata(path).build == build, path, group)
         group.exchange("the end")
 
 
@@ -132,65 +118,33 @@ def _choose_mesh(group: Group, mesh: Mesh | None) -> Mesh | None:
     return mesh
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    is_index = (path / fmt.METADATA).is_file()
-    if not is_index and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: exists and is not an index; choose another path")
-    if is_index and not overwrite:
-        raise FileExistsError(f"{path}: an index is there; pass overwrite=True to replace it")
-
-
-def _await(seen: Callable[[], bool], path: Path, group: Group) -> None:
-    """Wait for what the first process has written; a network file system may show it late."""
-    end = time.monotonic() + _VISIBLE
-    while True:
-        with contextlib.suppress(OSError, ValueError):
-            if seen():
-                return
-        if time.monotonic() > end:
-            raise FileNotFoundError(
-                f"{path}: written by process 0, but process {group.index} does not see it: an "
-                "index that several processes build must be on a file system they share"
-            )
-        time.sleep(0.05)
-
-
 def _key(
-    building: Path,
-    source: Source,
+    source: DocumentSource,
     config: IndexConfig,
-    ids: Any,
     model: dict[str, Any] | None,
     store_texts: bool,
     group: Group,
 ) -> dict[str, Any]:
-    """What makes a build this build: equal keys, equal indexes. Writes the documents' ids."""
+    """What makes a build this build: equal keys, equal indexes."""
+    columns = {name: n for name, n in source.columns.items() if store_texts or name != TEXT}
     key = {
         "format_version": fmt.FORMAT_VERSION,
         "content": source.fingerprint,
         "store_texts": store_texts,
+        "columns": columns,
         "chunk_tokens": sources.CHUNK_TOKENS,
         "dim": source.dim,
         "settings": dataclasses.asdict(config),
         "model": model,
         "processes": group.count,
     }
-    columns: dict[str, int | None] = {"pid": None, "text": None}
-    if isinstance(source, PassageSource) and store_texts:
-        columns["text"] = source.num_text_bytes
-    pids = None
-    if group.is_first:
-        pids = write_pids(building, ids, source.num_documents)
-    first = group.exchange("the settings", (key, pids))[0]
+    first = group.exchange("the settings", key)[0]
     # What the checkpoint is called may differ between machines, what it holds may not.
-    own, other = (_without_place(json.loads(json.dumps(k))) for k in (key, first[0]))
+    own, other = (_without_place(json.loads(json.dumps(k))) for k in (key, first))
     if own != other:
         different = ", ".join(name for name in key if own[name] != other[name])
         raise ValueError(f"process {group.index} builds with another {different} than process 0")
-    columns["pid"], fingerprint = first[1]
-    return first[0] | {"pids": fingerprint, "columns": columns}
+    return first
 
 
 def _without_place(key: dict[str, Any]) -> dict[str, Any]:
@@ -202,23 +156,12 @@ def _part(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.{index}"
 
 
-def _states(group: Group) -> list[str]:
-    return [_STATE, *(f"build.{i}.json" for i in range(1, group.count))]
-
-
 class _State:
     """How far a process's build has come: a file replaced in one step after every chunk."""
 
     def __init__(self, folder: Path, group: Group):
-        self._file = folder / _states(group)[group.index]
-        self._values: dict[str, Any] = {}
-        # A damaged state means no state.
-        with contextlib.suppress(OSError, ValueError):
-            self._values = json.loads(self._file.read_text("utf-8"))
-
-    @property
-    def is_new(self) -> bool:
-        return not self._values
+        self._folder, self._process = folder, group.index
+        self._values = read_state(folder, group.index)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -249,12 +192,12 @@ class _State:
         self._commit()
 
     def _commit(self) -> None:
-        fmt.write_json(self._file, self._values)
+        write_state(self._folder, self._values, self._process)
 
 
 def _sample(
     folder: Path,
-    source: Source,
+    source: DocumentSource,
     config: IndexConfig,
     state: _State,
     group: Group,
@@ -292,7 +235,7 @@ def _rest(chunks: list[np.ndarray], done: int) -> list[np.ndarray]:
     return chunks[int(np.searchsorted(starts, done)) :]
 
 
-def _sample_ids(source: Source, config: IndexConfig, group: Group) -> np.ndarray:
+def _sample_ids(source: DocumentSource, config: IndexConfig, group: Group) -> np.ndarray:
     """The sampled documents of this process's share, ascending."""
     rng = np.random.default_rng(config.seed)
     size = sample_size_for(source.num_documents)
@@ -303,7 +246,7 @@ def _sample_ids(source: Source, config: IndexConfig, group: Group) -> np.ndarray
 
 def _train(
     folder: Path,
-    source: Source,
+    source: DocumentSource,
     config: IndexConfig,
     state: _State,
     group: Group,
@@ -390,7 +333,7 @@ class _SampleRows:
 
 def _compress(
     folder: Path,
-    source: Source,
+    source: DocumentSource,
     codec: ResidualCodec,
     state: _State,
     group: Group,
@@ -453,7 +396,7 @@ class _Sample:
 
 
 def _finish(
-    folder: Path, source: Source, codec: ResidualCodec, state: _State, group: Group
+    folder: Path, source: DocumentSource, codec: ResidualCodec, state: _State, group: Group
 ) -> None:
     """Inverted lists of each process's documents; then, in the first, everything joined."""
     suffix = _part("", group.index, group.count)
@@ -475,25 +418,18 @@ def _finish(
         entries = join_inverted_lists(folder, suffixes)
     lengths = np.load(folder / "lengths.npy")
     fmt.write_array(folder / "offsets.npy", offsets_from_lengths(lengths))
-    kept = {name: size for name, size in state.key["columns"].items() if size is not None}
-    metadata = {
-        "format_version": fmt.FORMAT_VERSION,
-        "build": state.build,
-        "num_documents": source.num_documents,
-        "num_empty_documents": int((lengths == 0).sum()),
-        "num_tokens": int(lengths.sum()),
-        "num_centroids": len(codec.centroids),
-        "num_list_entries": entries,
-        "dim": source.dim,
-        "nbits": codec.nbits,
-        "settings": state.key["settings"],
-        "model": state.key["model"],
-        "text_columns": sorted(kept),
-        **{f"num_{name}_bytes": size for name, size in kept.items()},
-    }
-    names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
-    metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
-    fmt.write_json(folder / fmt.METADATA, metadata)
+    fmt.write_metadata(
+        folder,
+        build=state.build,
+        lengths=lengths,
+        num_centroids=len(codec.centroids),
+        num_list_entries=entries,
+        dim=source.dim,
+        nbits=codec.nbits,
+        settings=state.key["settings"],
+        model=state.key["model"],
+        columns=state.key["columns"],
+    )
     state.update(finished=1)
 
 
@@ -508,80 +444,8 @@ def _join(folder: Path, name: str, suffixes: list[str]) -> None:
 
 def _tidy(folder: Path, group: Group) -> None:
     """Delete what an index does not need; the state goes last, after publishing."""
-    metadata = json.loads((folder / fmt.METADATA).read_text("utf-8"))
-    kept = {f"{name}.npy" for name in fmt.array_specs(metadata)}
-    kept |= {fmt.METADATA, *_states(group)}
+    kept = {f"{name}.npy" for name in fmt.array_specs(fmt.read_metadata(folder))}
+    kept |= {METADATA, *map(state_name, range(group.count))}
     for file in folder.iterdir():
         if file.name not in kept:
             file.unlink()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, group: Group | None = None) -> Iterator[None]:
-    """Make the building folder and hold it; the system lets go of it when the process ends.
-
-    What is locked is a file beside it. The first process makes sure that nobody is there; then all
-    of the group share the lock, so that it is held until the last of them has ended, however it
-    ends. The last one deletes the file.
-    """
-    group = Group() if group is None else group
-    file = folder.with_name(folder.name + ".lock")
-    descriptor = None
-    try:
-        if group.is_first:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _take(file, shared=False)
-            folder.mkdir(exist_ok=True)
-            if descriptor is not None and group.count > 1:
-                _flock(descriptor, shared=True)
-        has_locks = group.exchange("the lock", descriptor is not None)[0]
-        if not group.is_first:
-            _await(folder.is_dir, folder, group)
-            descriptor = _take(file, shared=True) if has_locks else None
-        group.exchange("all locks")
-        yield
-    except BlockingIOError:
-        raise RuntimeError(f"{folder}: another process is building this index") from None
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # somebody else of the group is still there
-                _flock(descriptor, shared=False)
-                file.unlink()
-            os.close(descriptor)
-
-
-def _take(file: Path, *, shared: bool) -> int | None:
-    """A descriptor that holds the lock on a file; None where there are no locks.
-
-    Raises BlockingIOError if somebody else holds it.
-    """
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:  # Windows
-        return None
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _flock(descriptor, shared=shared)
-            # Who held it before may have deleted it since it was opened.
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-                return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise
-        except OSError as error:
-            os.close(descriptor)
-            file.unlink(missing_ok=True)
-            warnings.warn(
-                f"{file}: this file system has no locks ({error}); make sure that nobody else "
-                "builds here",
-                stacklevel=2,
-            )
-            return None
-
-
-def _flock(descriptor: int, *, shared: bool) -> None:
-    import fcntl
-
-    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

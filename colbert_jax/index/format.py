@@ -10,55 +10,219 @@
     lists.npy                  int32   [L]           per centroid, the documents with a token there
     list_offsets.npy           int64   [K + 1]
     pids.npy, pid_offsets.npy    uint8, int64   document ids as UTF-8, where they are not 0..N-1
-    texts.npy, text_offsets.npy  uint8, int64   the passages, where they are kept
+    texts.npy, text_offsets.npy  uint8, int64   the documents' texts, where they are kept
 
 Codes, residual bytes and bucket order are Stanford ColBERT's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import operator
 import os
-import shutil
 import time
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from colbert_jax.config import NBITS
+from colbert_jax.files import checksum, write_json
+from colbert_jax.index.folder import METADATA, building_folder, locate
+
 FORMAT_VERSION = 1
-METADATA = "metadata.json"
-_PREVIOUS = ".previous"
-_BUILDING = ".building"
+_TRIES = 20  # to open an index that stays as it is
 
 
 class IndexFormatError(ValueError):
     """A folder that is not a readable index."""
 
 
-def array_specs(metadata: dict[str, Any]) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """File stem -> dtype and shape, from the counts in an index's metadata."""
-    n, t, k, dim, nbits = (
-        operator.index(metadata[key])
-        for key in ("num_documents", "num_tokens", "num_centroids", "dim", "nbits")
+# --- Metadata -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `metadata.json` says of an index.
+
+    Attributes:
+      build: a name of its own for every index that was built.
+      num_documents, num_empty_documents: N, and how many of them have no token.
+      num_tokens, num_centroids: T and K.
+      num_list_entries: entries of all inverted lists.
+      dim, nbits: D, and bits per dimension of the residuals.
+      settings: what the index was built with.
+      model: how to load the model, how to know it, and its search settings (`ColBERT.describe`);
+        None: unknown.
+      columns: the bytes of each column of strings that is there.
+      checksums: CRC-32 of each file.
+      origin: of a converted index, where it comes from.
+    """
+
+    build: str
+    num_documents: int
+    num_empty_documents: int
+    num_tokens: int
+    num_centroids: int
+    num_list_entries: int
+    dim: int
+    nbits: int
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any] | None
+    columns: Mapping[str, int]
+    checksums: Mapping[str, int]
+    origin: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of `metadata.json`."""
+        fields: dict[str, Any] = {"format_version": FORMAT_VERSION, **vars(self)}
+        if self.origin is None:
+            del fields["origin"]
+        columns, checksums = fields.pop("columns"), fields.pop("checksums")
+        fields["text_columns"] = sorted(columns)
+        fields |= {_size_field(name): columns[name] for name in sorted(columns)}
+        return fields | {"checksums": checksums}
+
+    @classmethod
+    def from_json(cls, file: Path, fields: Mapping[str, Any]) -> Metadata:
+        """Raises IndexFormatError, naming file and field, for one that is missing or damaged."""
+
+        def checked(name: str, right: Any) -> Any:
+            if name not in fields or not right(fields[name]):
+                raise IndexFormatError(f"{file}: field {name!r} is missing or damaged")
+            return fields[name]
+
+        names = checked("text_columns", _are_names)
+        values = {name: checked(name, right) for name, right in _FIELDS.items()}
+        columns = {name: checked(_size_field(name), _is_count) for name in names}
+        return cls(**values, columns=columns, origin=fields.get("origin"))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, str) and n.isidentifier() for n in value)
+
+
+_FIELDS: dict[str, Any] = {
+    "build": lambda value: isinstance(value, str),
+    "num_documents": _is_count,
+    "num_empty_documents": _is_count,
+    "num_tokens": _is_count,
+    "num_centroids": _is_count,
+    "num_list_entries": _is_count,
+    "dim": _is_count,
+    "nbits": lambda value: _is_count(value) and value in NBITS,
+    "settings": _is_object,
+    "model": lambda value: value is None or _is_object(value),
+    "checksums": _is_object,
+}
+
+
+def _size_field(column: str) -> str:
+    return f"num_{column}_bytes"
+
+
+def write_metadata(
+    folder: Path,
+    *,
+    build: str,
+    lengths: np.ndarray,
+    num_centroids: int,
+    num_list_entries: int,
+    dim: int,
+    nbits: int,
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any] | None,
+    columns: Mapping[str, int],
+    origin: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `metadata.json`, with the checksums of all arrays: the index is whole.
+
+    Args:
+      lengths: int[N], tokens of each document.
+      others: see `Metadata`.
+    """
+    metadata = Metadata(
+        build=build,
+        num_documents=len(lengths),
+        num_empty_documents=int((lengths == 0).sum()),
+        num_tokens=int(lengths.sum()),
+        num_centroids=num_centroids,
+        num_list_entries=num_list_entries,
+        dim=dim,
+        nbits=nbits,
+        settings=settings,
+        model=model,
+        columns=columns,
+        checksums={},
+        origin=origin,
     )
+    names = [f"{name}.npy" for name in array_specs(metadata)]
+    checksums = {name: checksum(folder / name) for name in names}
+    whole = dataclasses.replace(metadata, checksums=checksums)
+    write_json(folder / METADATA, whole.to_json())
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of the index in a folder, its fields checked.
+
+    Raises:
+      FileNotFoundError: no index there; says so where an unfinished build is.
+      IndexFormatError: not an index this version reads.
+    """
+    file = folder / METADATA
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+        version = fields["format_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        if building_folder(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no index yet, only an unfinished build: run it again to resume"
+            ) from None
+        raise FileNotFoundError(f"{folder}: no index there ({METADATA} is missing)") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IndexFormatError(f"{file}: damaged: {error!r}") from None
+    if version != FORMAT_VERSION:
+        raise IndexFormatError(
+            f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
+        )
+    return Metadata.from_json(file, fields)
+
+
+# --- Arrays ---------------------------------------------------------------------------------
+
+
+def array_specs(metadata: Metadata) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """File stem -> dtype and shape, from the counts in an index's metadata."""
+    m = metadata
     specs: dict[str, tuple[type, tuple[int, ...]]] = {
-        "centroids": (np.float32, (k, dim)),
-        "bucket_cutoffs": (np.float32, (2**nbits - 1,)),
-        "bucket_weights": (np.float32, (2**nbits,)),
-        "codes": (np.int32, (t,)),
-        "residuals": (np.uint8, (t, dim * nbits // 8)),
-        "offsets": (np.int64, (n + 1,)),
-        "lists": (np.int32, (metadata["num_list_entries"],)),
-        "list_offsets": (np.int64, (k + 1,)),
+        "centroids": (np.float32, (m.num_centroids, m.dim)),
+        "bucket_cutoffs": (np.float32, (2**m.nbits - 1,)),
+        "bucket_weights": (np.float32, (2**m.nbits,)),
+        "codes": (np.int32, (m.num_tokens,)),
+        "residuals": (np.uint8, (m.num_tokens, m.dim * m.nbits // 8)),
+        "offsets": (np.int64, (m.num_documents + 1,)),
+        "lists": (np.int32, (m.num_list_entries,)),
+        "list_offsets": (np.int64, (m.num_centroids + 1,)),
     }
-    for column in metadata["text_columns"]:
-        specs[column + "s"] = (np.uint8, (metadata[f"num_{column}_bytes"],))
-        specs[column + "_offsets"] = (np.int64, (n + 1,))
+    for column, size in m.columns.items():
+        data, offsets = string_arrays(column)
+        specs |= {data: (np.uint8, (size,)), offsets: (np.int64, (m.num_documents + 1,))}
     return specs
+
+
+def string_arrays(column: str) -> tuple[str, str]:
+    """The file stems of a column of strings: of their bytes and of their offsets."""
+    return f"{column}s", f"{column}_offsets"
 
 
 def open_array(folder: Path, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -86,140 +250,49 @@ def open_array(folder: Path, name: str, dtype: type, shape: tuple[int, ...]) -> 
     return array
 
 
-_FIELDS: dict[str, Any] = {
-    "build": str,
-    "num_documents": int,
-    "num_empty_documents": int,
-    "num_tokens": int,
-    "num_centroids": int,
-    "num_list_entries": int,
-    "dim": int,
-    "nbits": int,
-    "settings": dict,
-    "model": (dict, type(None)),
-    "text_columns": list,
-    "checksums": dict,
-}
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of the index in a folder, its fields checked.
-
-    Raises:
-      FileNotFoundError: no index there; says so where an unfinished build is.
-      IndexFormatError: not an index this version reads.
-    """
-    file = folder / METADATA
-    try:
-        metadata = json.loads(file.read_text("utf-8"))
-        version = metadata["format_version"]
-    except (FileNotFoundError, NotADirectoryError):
-        if building_folder(folder).is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no index yet, only an unfinished build: run it again to resume"
-            ) from None
-        raise FileNotFoundError(f"{folder}: no index there ({METADATA} is missing)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise IndexFormatError(f"{file}: damaged: {error!r}") from None
-    if version != FORMAT_VERSION:
-        raise IndexFormatError(
-            f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
-        )
-    fields = dict(_FIELDS)
-    columns = metadata.get("text_columns")
-    if isinstance(columns, list):
-        fields |= {f"num_{column}_bytes": int for column in columns}
-    for name, kind in fields.items():
-        if not isinstance(metadata.get(name, ...), kind):
-            raise IndexFormatError(f"{file}: field {name!r} is missing or damaged")
-    return metadata
-
-
-def open_arrays(path: Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
+def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     """Folder, metadata and all arrays of an index, checked for size, dtype and consistent offsets.
 
     A build that replaces the index while it is being opened is noticed: the old index or the new
     one is read, never a mixture. Opening changes nothing on disk.
     """
-    problem: Exception = IndexFormatError(f"{path}: replaced while it was being opened")
-    for _ in range(20):
-        folder = _locate(path)
+    tries = 0
+    while True:
+        folder = locate(path)
+        there = _identity(folder)
         try:
             metadata = read_metadata(folder)
             specs = array_specs(metadata)
             arrays = {name: open_array(folder, name, *spec) for name, spec in specs.items()}
-            if read_metadata(folder)["build"] == metadata["build"]:
+            if there is not None and _identity(folder) == there:
                 break
+            problem: Exception = IndexFormatError(f"{path}: replaced while it was being opened")
         except (IndexFormatError, FileNotFoundError) as error:
-            problem = error  # for good, unless a build is just being published
+            problem = error
+        # What fails while builds are published one after the other may not fail with the next; what
+        # fails though nothing has changed is damaged for good.
+        tries = tries + 1 if _identity(locate(path)) == there else 0
+        if tries == _TRIES:
+            raise problem
         time.sleep(0.01)
-    else:
-        raise problem
     for name, total in (("offsets", "num_tokens"), ("list_offsets", "num_list_entries")):
         offsets = arrays[name]
-        if offsets[0] != 0 or offsets[-1] != metadata[total] or (np.diff(offsets) < 0).any():
+        if (
+            offsets[0] != 0
+            or offsets[-1] != getattr(metadata, total)
+            or (np.diff(offsets) < 0).any()
+        ):
             raise IndexFormatError(f"{folder / name}.npy: damaged: not ascending from 0 to {total}")
     return folder, metadata, arrays
 
 
-def _locate(path: Path) -> Path:
-    """The index's folder: `path`, or where an interrupted `publish` has left the former index."""
-    aside = previous_folder(path)
-    return aside if not path.exists() and (aside / METADATA).is_file() else path
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file, read in blocks."""
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def building_folder(path: Path) -> Path:
-    """Where an index is put together before it is published: a sibling, on the same file system."""
-    return path.with_name(path.name + _BUILDING)
-
-
-def previous_folder(path: Path) -> Path:
-    """Where the former index is while a new one takes its place."""
-    return path.with_name(path.name + _PREVIOUS)
-
-
-def publish(building: Path, path: Path) -> None:
-    """Make a finished folder the index at `path`, in place of the one that is there.
-
-    Readers find the old index or the new one at every moment (`open_arrays`). A kill between the
-    two renames leaves the old one aside, where readers look too and `recover` brings it back.
-    Only the process that holds the building folder may call this.
-    """
-    previous = previous_folder(path)
-    sync_folder(building)
-    if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(path, previous)
-    os.rename(building, path)
-    sync_folder(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Bring back the index that an interrupted `publish` had moved aside; for builders only."""
-    previous = previous_folder(path)
-    if not path.exists() and (previous / METADATA).is_file():
-        os.rename(previous, path)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells the index in a folder from every other that was or will be there."""
+    try:
+        stat = (folder / METADATA).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -227,16 +300,6 @@ def write_array(file: Path, array: np.ndarray) -> None:
         np.save(stream, array, allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable (where the system can open folders)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class ArrayWriter:
@@ -299,75 +362,3 @@ class ArrayWriter:
         magic = b"\x93NUMPY\x01\x00"
         room = 128 - len(magic) - 2
         return magic + room.to_bytes(2, "little") + text.ljust(room - 1).encode() + b"\n"
-
-
-class StringWriter:
-    """Strings of an index as one array of UTF-8 bytes and one of offsets."""
-
-    def __init__(self, folder: Path, column: str):
-        self._bytes = ArrayWriter(folder / f"{column}s.npy", np.uint8)
-        self._offsets = ArrayWriter(folder / f"{column}_offsets.npy", np.int64)
-        self._offsets.append(np.zeros(1, np.int64))
-
-    def extend(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode("utf-8") for string in strings]
-        ends = self._bytes.rows + np.cumsum([len(e) for e in encoded], dtype=np.int64)
-        self._bytes.append(np.frombuffer(b"".join(encoded), np.uint8))
-        self._offsets.append(ends)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._bytes.rows
-
-    def __enter__(self) -> StringWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bytes.__exit__(*error)
-        self._offsets.__exit__(*error)
-
-
-def delete_strings(folder: Path, column: str) -> None:
-    for name in (f"{column}s.npy", f"{column}_offsets.npy"):
-        (folder / name).unlink(missing_ok=True)
-
-
-class Column:
-    """A column of strings by position: `column[i]`; a list for a slice or an array of positions."""
-
-    def __init__(self, n: int):
-        self._n = n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self.one(j) for j in range(self._n)[i]]
-        if np.ndim(i):
-            return [self[j] for j in i]
-        return self.one(range(self._n)[i])
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.one, range(self._n))
-
-    def one(self, i: int) -> str:
-        raise NotImplementedError
-
-
-class Positions(Column):
-    """The ids of a collection without ids of its own: "0", "1", ..."""
-
-    def one(self, i: int) -> str:
-        return str(i)
-
-
-class Strings(Column):
-    """Strings on disk: `data` holds their UTF-8 bytes, string i those from offsets[i] on."""
-
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
-        super().__init__(len(offsets) - 1)
-        self._data, self._offsets = data, offsets
-
-    def one(self, i: int) -> str:
-        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")

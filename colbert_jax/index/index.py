@@ -3,116 +3,78 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from colbert_jax import runtime
 from colbert_jax.compression.codec import ResidualCodec, decompress
+from colbert_jax.compression.sharding import check_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
+from colbert_jax.files import checksum, resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
-from colbert_jax.index.sources import EmbeddingSource, PassageSource
-from colbert_jax.search.arrays import Hits, IndexArrays, check_k, with_inverse_norms
-from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_search
-from colbert_jax.search.exact import exact_search
-from colbert_jax.search.plaid import initial_capacity, plaid_search
-from colbert_jax.search.sharded import (
-    ShardedArrays,
-    check_mesh,
-    shard_arrays,
-    sharded_exact_search,
-    sharded_plaid_search,
-)
+from colbert_jax.index.columns import ID, TEXT, Column, Positions, open_column
+from colbert_jax.index.folder import METADATA
+from colbert_jax.index.sources import DocumentEncoder, EmbeddingSource, TextSource
+from colbert_jax.search.arrays import Hits, IndexArrays, check_k
+from colbert_jax.search.backend import Backend, choose_backend
 
-if TYPE_CHECKING:
-    from colbert_jax.colbert import ColBERT
 
-_WIDEN = 4  # times the probes for queries that found too few candidates
-_INT32 = np.iinfo(np.int32).max
+class UnknownIdError(KeyError):
+    """An id that no document of the index has."""
+
+    def __str__(self) -> str:  # a KeyError's is its message in quotes
+        return str(self.args[0])
 
 
 class Index:
-    """A compressed collection, searched with PLAID or exactly.
+    """A compressed collection, searched with PLAID or exactly. Safe to share between threads.
 
     Attributes:
       path: its folder.
-      metadata: what `metadata.json` holds.
+      metadata: what `metadata.json` says.
       ids: the documents' own ids, as strings; `ids[i]` for the document at position i.
-      texts: the passages, or None where they are not kept.
+      texts: the documents' texts by position; None where they are not kept.
+      lengths: int64[N], tokens of each document.
+      arrays: the arrays that are searched, as they are on disk.
+      backend: what searches them.
     """
 
     def __init__(
         self,
         path: Path,
-        metadata: dict[str, Any],
-        arrays: dict[str, np.ndarray],
+        metadata: fmt.Metadata,
+        files: dict[str, np.ndarray],
         mesh: Mesh | None = None,
     ):
-        self.path, self.metadata = path, metadata
-        sharded = mesh is not None and mesh.devices.size > 1
-        self.lengths = np.diff(arrays["offsets"])
-        self._list_lengths = np.diff(arrays["list_offsets"])
-        self._files = arrays
-        self._device = None if mesh is None else mesh.devices.flat[0]
-        self._shards: ShardedArrays | None = None
-        self._host: CpuArrays | None = None
-        if mesh is not None and sharded:
-            self._shards = shard_arrays(self._mapped(), mesh)
-        elif mesh is None and runtime.use_cpu_kernels():
-            self._host = cpu_arrays(self._mapped())
-        elif metadata["num_tokens"] > _INT32:
-            raise NotImplementedError(
-                f"{path}: {metadata['num_tokens']} tokens; one device holds at most {_INT32}: "
-                "shard the index over several, Index.open(path, mesh=...)"
-            )
-        columns = metadata["text_columns"]
-        self.texts = (
-            fmt.Strings(arrays["texts"], arrays["text_offsets"]) if "text" in columns else None
-        )
-        self.ids: fmt.Column = fmt.Positions(len(self.lengths))
-        if "pid" in columns:
-            self.ids = fmt.Strings(arrays["pids"], arrays["pid_offsets"])
+        self.path, self.metadata, self._files = path, metadata, files
+        self.lengths = np.diff(files["offsets"])
+        self.arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
         try:
-            self._search_defaults = SearchConfig(**(metadata["model"] or {}).get("search", {}))
+            self.backend: Backend = choose_backend(self.arrays, mesh)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{path}: {error}") from None
+        self.texts: Column | None = open_column(TEXT, files)
+        self.ids: Column = open_column(ID, files) or Positions(len(self.lengths))
+        try:
+            self._search_defaults = SearchConfig(**(metadata.model or {}).get("search", {}))
         except (TypeError, ValueError) as error:
-            file = path / fmt.METADATA
+            file = path / METADATA
             raise fmt.IndexFormatError(f"{file}: field 'model' is damaged: {error}") from None
         self._num_results = int((self.lengths > 0).sum())
-        self._num_shards = mesh.devices.size if mesh is not None else 1
-        self._capacities: dict[tuple[int, int], int] = {}
-
-    def _mapped(self) -> IndexArrays:
-        """The arrays as they are on disk."""
-        return IndexArrays(*(self._files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
-
-    @functools.cached_property
-    def arrays(self) -> IndexArrays:
-        """The arrays on the device; of a sharded index, as they are on disk."""
-        if self._shards is not None:
-            return self._mapped()
-        narrow = {n: self._files[n].astype(np.int32) for n in ("offsets", "list_offsets")}
-        # On a CPU mapped arrays enter JAX without a copy; an accelerator gets its own.
-        placed = (
-            jax.device_put(narrow.get(name, self._files.get(name)), self._device, may_alias=True)
-            for name in IndexArrays._fields
-        )
-        return with_inverse_norms(IndexArrays(*placed))
 
     @classmethod
     def build(
         cls,
         path: str | os.PathLike,
-        model: ColBERT | None = None,
-        documents: Iterable[str] | None = None,
+        model: DocumentEncoder | None = None,
+        documents: Iterable[str] | Iterable[tuple[Any, str]] | None = None,
         *,
         embeddings: Any = None,
         lengths: Any = None,
@@ -127,7 +89,7 @@ class Index:
         progress: bool | None = None,
         mesh: Mesh | None = None,
     ) -> Index:
-        """Build an index from passages, or from ready token embeddings, and open it.
+        """Build an index from documents, or from ready token embeddings, and open it.
 
         An interrupted build leaves the former index untouched, and the same call goes on from its
         last finished chunk. Memory is bounded by a chunk and, beside it, about 100 bytes a document
@@ -135,10 +97,12 @@ class Index:
 
         Args:
           path: the index folder.
-          model, documents: a model and any iterable of strings.
+          model, documents: a model, and any iterable of texts or of pairs (id, text). It is read
+            once.
           embeddings, lengths: or float[T, D] token embeddings of unit length (in memory or mapped),
             and the documents' lengths [N]; or a `DocumentEmbeddings` alone.
-          ids: the documents' own ids, one each; None: 0..N-1.
+          ids: the documents' own ids, one each, where `documents` does not bring them. If None,
+            0..N-1.
           nbits: bits per dimension of the residuals, 1, 2, 4 or 8. None: what the checkpoint asks
             for, else 2.
           kmeans_niters: None: what the checkpoint asks for, else 4.
@@ -146,7 +110,7 @@ class Index:
           buckets: "optimal", the default, rounds residuals with the smallest squared error;
             "quantile" is Stanford's rule. Both are read alike, by Stanford's code too.
           seed: of the sample and the centroids.
-          store_texts: keep the passages in the index.
+          store_texts: keep the texts in the index.
           overwrite: replace an index that is there.
           progress: None: bars on a terminal.
           mesh: one axis of devices for k-means and compression. None: all of them, those of every
@@ -166,7 +130,7 @@ class Index:
                 "Index.build takes a model and documents, or embeddings= and lengths=, not both"
             )
         if isinstance(documents, (str, bytes)):
-            raise TypeError("documents must be an iterable of strings, got one string")
+            raise TypeError("documents must be an iterable of strings or of pairs, got one string")
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
             nbits=nbits,
@@ -181,13 +145,12 @@ class Index:
         build_index(
             path,
             lambda: (
-                EmbeddingSource(embeddings, lengths)
+                EmbeddingSource(embeddings, lengths, ids)
                 if by_array
-                else PassageSource(model, documents)  # type: ignore[arg-type]
+                else TextSource(model, documents, ids)  # type: ignore[arg-type]
             ),
             config,
-            ids=ids,
-            model=None if model is None else describe(model),
+            model=None if model is None else model.describe(),
             store_texts=store_texts,
             overwrite=overwrite,
             progress=progress,
@@ -223,11 +186,11 @@ class Index:
 
     @property
     def dim(self) -> int:
-        return self.metadata["dim"]
+        return self.metadata.dim
 
     @property
     def nbits(self) -> int:
-        return self.metadata["nbits"]
+        return self.metadata.nbits
 
     @property
     def codec(self) -> ResidualCodec:
@@ -263,7 +226,8 @@ class Index:
           ndocs: candidates kept by that ranking; a quarter of them are scored on their residuals.
 
         Returns:
-          ids int32[B, min(k, N)] and scores float32 of that shape; N counts documents with a token.
+          positions int32[B, min(k, N)] and scores float32 of that shape; here N counts documents
+          with a token.
 
         Raises:
           ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
@@ -291,8 +255,34 @@ class Index:
         if len(queries) == 0:
             return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
         if mode == "exact":
-            return self._exact(queries, k)
-        return self._plaid(queries, k, settings.resolve(k, mode))
+            return self.backend.exact(queries, k)
+        return self.backend.plaid(queries, k, settings.resolve(k, mode))
+
+    def position(self, id: str) -> int:
+        """Where the document with an id is: `index.ids[index.position(id)] == id`.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has it.
+          TypeError: not a string.
+        """
+        if not isinstance(id, str):
+            raise TypeError(f"a document's id is a string, got {id!r:.80}")
+        position = self.ids.position(id)
+        if position is None:
+            raise UnknownIdError(f"{self.path}: no document has the id {id!r:.80}")
+        return position
+
+    def text(self, id: str) -> str:
+        """The text of the document with an id.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has it.
+          ValueError: the index keeps no texts.
+        """
+        position = self.position(id)
+        if self.texts is None:
+            raise ValueError(f"{self.path}: keeps no texts (it was built with store_texts=False)")
+        return self.texts[position]
 
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
@@ -303,8 +293,8 @@ class Index:
 
     def verify(self) -> None:
         """Read every file and compare checksums. Raises ValueError naming the damaged file."""
-        for name, expected in self.metadata["checksums"].items():
-            if fmt.checksum(self.path / name) != expected:
+        for name, expected in self.metadata.checksums.items():
+            if checksum(self.path / name) != expected:
                 raise fmt.IndexFormatError(f"{self.path / name}: damaged: its checksum differs")
 
     def _checked(self, queries: Any) -> np.ndarray:
@@ -324,61 +314,7 @@ class Index:
             raise ValueError("queries contain NaN or infinite values")
         return queries
 
-    def _plaid(self, queries: np.ndarray, k: int, settings: SearchConfig) -> Hits:
-        ncells = int(settings.ncells or 1)
-        if self._host is not None:
-            ids, scores = cpu_search(self._host, queries, k, settings)
-        else:
-            ids, scores = self._plaid_by_xla(queries, k, settings, ncells)
-        short = np.flatnonzero((ids == len(self)).any(axis=1))
-        if len(short):
-            # Probing wider costs less than scoring everything, until it probes everything; a query
-            # of zeros finds no candidates however wide.
-            wider = ncells * _WIDEN
-            again = queries[short]
-            if wider < self.metadata["num_centroids"] and again.any(axis=(1, 2)).all():
-                hits = self._plaid(again, k, dataclasses.replace(settings, ncells=wider))
-            else:
-                hits = self._exact(again, k)
-            ids[short], scores[short] = hits
-        return Hits(ids, scores)
-
-    def _plaid_by_xla(
-        self, queries: np.ndarray, k: int, settings: SearchConfig, ncells: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        key = queries.shape[1], ncells
-        capacity = self._capacities.get(key)
-        if capacity is None:
-            capacity = initial_capacity(self._list_lengths, *key, shards=self._num_shards)
-        if self._shards is None:
-            found = plaid_search(self.arrays, queries, k, settings, capacity)
-        else:
-            found = sharded_plaid_search(self._shards, queries, k, settings, capacity)
-        ids, scores, self._capacities[key] = found
-        return ids.copy(), scores.copy()
-
-    def _exact(self, queries: np.ndarray, k: int) -> Hits:
-        if self._shards is not None:
-            return sharded_exact_search(self._shards, self.lengths, queries, k)
-        if self._host is not None:
-            return Hits(*cpu_exact(self._host, queries, k))
-        return exact_search(self.arrays, self.lengths, jnp.asarray(queries), k)
-
-
-def describe(model: ColBERT) -> dict[str, Any]:
-    """What an index remembers of its model: how to load it, how to know it, its search settings."""
-    return {
-        "load": model.load,
-        "fingerprint": model.fingerprint(),
-        "search": vars(model.config.search),
-    }
-
 
 def plain(value: Any) -> Any:
     """A Python number for a numpy scalar, anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def resolved(path: str | os.PathLike) -> Path:
-    """The real place of an index folder: `~`, `.` and links followed."""
-    return Path(path).expanduser().resolve()

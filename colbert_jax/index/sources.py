@@ -1,4 +1,4 @@
-"""Where an index's token embeddings come from: a model and passages, or ready arrays.
+"""Where an index's token embeddings come from: a model and texts, or ready arrays.
 
 In a group of processes each encodes a contiguous share of the documents, about equal in tokens.
 """
@@ -6,18 +6,29 @@ In a group of processes each encodes a contiguous share of the documents, about 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
+import operator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from colbert_jax.config import ColBERTConfig
 from colbert_jax.embeddings import (
     DocumentEmbeddings,
     document_ranges,
     offsets_from_lengths,
 )
-from colbert_jax.index.format import Strings, StringWriter, delete_strings
+from colbert_jax.index.columns import (
+    ID,
+    TEXT,
+    Strings,
+    WrittenDocuments,
+    WrittenIds,
+    write_documents,
+    write_ids,
+)
+from colbert_jax.index.format import string_arrays
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
@@ -26,16 +37,43 @@ _CHECK_ROWS = 1 << 16
 _UNIT_TOLERANCE = 1e-2
 
 
-class Source(Protocol):
+class DocumentEncoder(Protocol):
+    """What an index needs of a model; `ColBERT` has it."""
+
+    dim: int
+    config: ColBERTConfig
+
+    def describe(self) -> dict[str, Any]:
+        """What an index remembers of the model: `load`, `fingerprint` and `search`."""
+        ...
+
+    def encode_windows(
+        self, windows: Iterable[list[str]], bar: Any = None
+    ) -> Iterator[DocumentEmbeddings]:
+        """Token embeddings of lists of texts, one list after the other."""
+        ...
+
+
+class DocumentSource(Protocol):
+    """Documents to be indexed.
+
+    Attributes:
+      fingerprint: of content and ids; equal ones, equal fingerprint.
+      columns: the bytes of each column of strings that `prepare` has written.
+    """
+
     num_documents: int
     dim: int
-    fingerprint: str  # of the content: equal content, equal fingerprint
+    fingerprint: str
+    columns: dict[str, int]
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
         """Read and check what is to be indexed; nothing else may be called before.
 
+        Only the first process of the group reads iterables, and writes the columns.
+
         Args:
-          folder: the building folder, shared by the group, into which it may spool.
+          folder: the building folder, shared by the group.
 
         Raises:
           ValueError, TypeError: bad input, named.
@@ -46,8 +84,8 @@ class Source(Protocol):
         """The documents of this process: from the first up to, not with, the second."""
         ...
 
-    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Cut ascending document ids into runs of about `CHUNK_TOKENS` tokens."""
+    def chunks(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Cut ascending positions of documents into runs of about `CHUNK_TOKENS` tokens."""
         ...
 
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
@@ -61,7 +99,7 @@ class EmbeddingSource:
     Every process of a group has all of them, best as a mapped file, and reads its own share.
     """
 
-    def __init__(self, values: Any, lengths: Any):
+    def __init__(self, values: Any, lengths: Any, ids: Iterable[Any] | None = None):
         """Raises ValueError for arrays that do not fit together."""
         values, lengths = np.asarray(values), np.asarray(lengths)
         if values.dtype.name == "bfloat16":
@@ -80,10 +118,13 @@ class EmbeddingSource:
         if len(values) == 0:
             raise ValueError("nothing to index: no document has a token")
         self.num_documents, self.dim = len(lengths), values.shape[1]
-        self._values, self._offsets = values, offsets_from_lengths(lengths)
+        self._values, self._offsets, self._ids = values, offsets_from_lengths(lengths), ids
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
         """Raises ValueError for a row of another length than one."""
+        written = None
+        if group.is_first:
+            written = write_ids(folder, self._ids, self.num_documents)
         first, last = (int(self._offsets[i]) for i in self.share(group))
         digest = hashlib.sha256(self._offsets.tobytes())
         for start in range(first, last, _CHECK_ROWS):
@@ -98,80 +139,83 @@ class EmbeddingSource:
                     "token embeddings must have unit length: divide each by its norm"
                 )
             digest.update(block.tobytes())
-        parts = group.exchange("the check of the embeddings", digest.hexdigest())
-        self.fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
+        parts = group.exchange("the check of the embeddings", (digest.hexdigest(), written))
+        ids = WrittenIds(*parts[0][1])
+        self.fingerprint = _fingerprint(*(part for part, _ in parts), ids.fingerprint)
+        self.columns = _columns(ids)
 
     def share(self, group: Group) -> tuple[int, int]:
         return _share(self._offsets, group)
 
-    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        return _cut(ids, np.diff(self._offsets)[ids])
+    def chunks(self, positions: np.ndarray) -> list[np.ndarray]:
+        return _cut(positions, np.diff(self._offsets)[positions])
 
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
-        for ids in chunks:
-            rows = [self._values[self._offsets[i] : self._offsets[i + 1]] for i in ids]
+        for chunk in chunks:
+            rows = [self._values[self._offsets[i] : self._offsets[i + 1]] for i in chunk]
             yield DocumentEmbeddings.from_list(rows, self.dim)
-            bar.update(len(ids))
+            bar.update(len(chunk))
 
 
-class PassageSource:
-    """Passages, spooled to the building folder as they come, and the model that embeds them.
+class TextSource:
+    """Texts, spooled to the building folder as they come, and the model that embeds them.
 
     Only the first process of a group reads them; the others read its spool.
     """
 
-    def __init__(self, model: Any, passages: Iterable[str]):
-        self._model, self._passages, self.dim = model, passages, model.dim
+    def __init__(
+        self,
+        model: DocumentEncoder,
+        documents: Iterable[str] | Iterable[tuple[Any, str]],
+        ids: Iterable[Any] | None = None,
+    ):
+        """
+        Args:
+          documents: texts, or pairs (id, text).
+          ids: of texts without. If None, 0..N-1.
+        """
+        self._model, self._documents, self._ids = model, documents, ids
+        self.dim = model.dim
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
-        """Raises ValueError or TypeError naming a passage that is no text."""
+        """Raises ValueError or TypeError naming a document that is no text."""
         known = None
         if group.is_first:
-            with StringWriter(folder, "text") as writer:
-                digest, count = _spool(self._passages, writer, show)
-            known = digest, count, writer.num_bytes
-        self.fingerprint, self.num_documents, self.num_text_bytes = group.exchange(
-            "the passages", known
-        )[0]
+            total = operator.length_hint(self._documents) or None
+            with progress_bar(total, "reading documents", "doc", show) as bar:
+                known = write_documents(folder, self._documents, self._ids, bar)
+            if not known.num_documents:
+                raise ValueError("the collection is empty: nothing to index")
+        written = WrittenDocuments(*group.exchange("the documents", known)[0])
+        ids = WrittenIds(*written.ids)
+        self.num_documents = written.num_documents
+        self.fingerprint = _fingerprint(written.fingerprint, ids.fingerprint)
+        self.columns = _columns(ids) | {TEXT: written.num_bytes}
+        data, bounds = (folder / f"{name}.npy" for name in string_arrays(TEXT))
         # A token is seldom under three bytes, and none are encoded beyond doc_maxlen; but very long
         # texts must not meet in one chunk either.
-        offsets = np.load(folder / "text_offsets.npy", mmap_mode="r")
+        offsets = np.load(bounds, mmap_mode="r")
         longest, size = self._model.config.text.doc_maxlen, np.diff(offsets)
         self._estimates = np.maximum(np.minimum(size // 3 + 3, longest), size // 64)
-        data = np.load(folder / "texts.npy", mmap_mode="r" if self.num_text_bytes else None)
-        self._texts = Strings(data, offsets)
+        self._texts = Strings(np.load(data, mmap_mode="r" if written.num_bytes else None), offsets)
 
     def share(self, group: Group) -> tuple[int, int]:
         return _share(offsets_from_lengths(self._estimates), group)
 
-    def chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        return _cut(ids, self._estimates[ids])
+    def chunks(self, positions: np.ndarray) -> list[np.ndarray]:
+        return _cut(positions, self._estimates[positions])
 
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
-        windows = ([self._texts[i] for i in ids] for ids in chunks)
+        windows = ([self._texts[i] for i in chunk] for chunk in chunks)
         return self._model.encode_windows(windows, bar)
 
 
-def _spool(passages: Iterable[str], writer: StringWriter, show: bool | None) -> tuple[str, int]:
-    """Write all passages; returns a hash of them and their number."""
-    digest, count = hashlib.sha256(), 0
-    total = len(passages) if isinstance(passages, Sized) else None
-    with progress_bar(total, "reading passages", "doc", show) as bar:
-        for block in _blocks(passages, 1024):
-            for i, text in enumerate(block, count):
-                if not isinstance(text, str):
-                    raise TypeError(f"passage {i} must be a string, got {type(text).__name__}")
-                try:
-                    encoded = text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"passage {i} is not valid Unicode: {error}") from None
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-            writer.extend(block)
-            count += len(block)
-            bar.update(len(block))
-    if not count:
-        raise ValueError("the collection is empty: nothing to index")
-    return digest.hexdigest(), count
+def _columns(ids: WrittenIds) -> dict[str, int]:
+    return {} if ids.num_bytes is None else {ID: ids.num_bytes}
+
+
+def _fingerprint(*parts: str | None) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
 
 def _share(offsets: np.ndarray, group: Group) -> tuple[int, int]:
@@ -180,68 +224,7 @@ def _share(offsets: np.ndarray, group: Group) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-class Pids(NamedTuple):
-    """The documents' own ids as written: bytes (None: they are 0..N-1) and a hash of them."""
-
-    num_bytes: int | None
-    fingerprint: str | None
-
-
-def write_pids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> Pids:
-    """Write the documents' own ids, unless they are 0..N-1.
-
-    Raises:
-      ValueError: another number of ids than documents, or an id twice.
-    """
-    if ids is None:
-        return Pids(None, None)
-    hashes: list[np.ndarray] = []
-    count, trivial = 0, True
-    with StringWriter(folder, "pid") as writer:
-        for block in _blocks(ids, 1024):
-            strings = [str(i) for i in block]
-            trivial = trivial and strings == [str(i) for i in range(count, count + len(strings))]
-            digests = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in strings)
-            hashes.append(np.frombuffer(b"".join(digests), np.uint64))
-            writer.extend(strings)
-            count += len(strings)
-    if count != num_documents:
-        raise ValueError(f"{count} ids were given for {num_documents} documents")
-    every = np.concatenate(hashes)
-    _refuse_duplicates(folder, every)
-    if trivial:
-        delete_strings(folder, "pid")
-        return Pids(None, None)
-    return Pids(writer.num_bytes, hashlib.sha256(every.tobytes()).hexdigest())
-
-
-def _refuse_duplicates(folder: Path, hashes: np.ndarray) -> None:
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    if len(same) == 0:
-        return
-    pids = Strings(np.load(folder / "pids.npy"), np.load(folder / "pid_offsets.npy"))
-    for at in same:
-        first, second = order[at], order[at + 1]
-        if pids[first] == pids[second]:
-            raise ValueError(
-                f"duplicate document id {pids[first]!r}: passages {first + 1} and {second + 1} "
-                "(counted from 1)"
-            )
-
-
-def _cut(ids: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """Split ids where the running sum of sizes passes a multiple of the chunk size."""
+def _cut(positions: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Split where the running sum of sizes passes a multiple of the chunk size."""
     part = (np.cumsum(sizes) - sizes) // CHUNK_TOKENS
-    return np.split(ids, np.flatnonzero(np.diff(part)) + 1) if len(ids) else []
-
-
-def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    block = []
-    for item in items:
-        block.append(item)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
+    return np.split(positions, np.flatnonzero(np.diff(part)) + 1) if len(positions) else []

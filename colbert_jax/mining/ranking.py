@@ -16,7 +16,7 @@ from colbert_jax.progress import progress_bar
 
 
 class TextsById(Protocol):
-    """What `texts.Texts` is, and `MappedTexts`.
+    """Texts by their ids: `data.Texts` of a file, `MappedTexts` of a mapping.
 
     fingerprint: equal for equal texts.
     """
@@ -28,12 +28,12 @@ class TextsById(Protocol):
         ...
 
     def text(self, row: int) -> str:
-        """The text of a row. Raises ValueError where it has none."""
+        """The text of a row. Raises ValueError where it is empty."""
         ...
 
 
 class MappedTexts:
-    """Texts in a mapping, in the form of those of a file."""
+    """Texts in a mapping, as `TextsById`."""
 
     def __init__(self, texts: Mapping[Any, str]):
         self._texts, self._keys = texts, list(texts)
@@ -145,7 +145,7 @@ class RankedPairs:
         return self.queries.text(self.queries.row(self.qids[i]))
 
     def documents(self, first: int, last: int) -> list[str]:
-        """The texts of all passages of the queries from `first` up to, not with, `last`."""
+        """The texts of all passages of queries `first` to `last` - 1."""
         return [self.passages.text(row) for row in self.rows_of(first, last).tolist()]
 
     def rows_of(self, first: int, last: int) -> np.ndarray:
@@ -156,8 +156,8 @@ class RankedPairs:
         """int64[last - first]: how many passages each of these queries has."""
         return np.diff(self.offsets[first : last + 1])
 
-    def run(self, first: int, pairs: int) -> int:
-        """The query up to which, not with it, those from `first` on have at least so many pairs."""
+    def end_of(self, first: int, pairs: int) -> int:
+        """The end of the shortest run of queries from `first` on with at least `pairs` pairs."""
         enough = int(np.searchsorted(self.offsets, self.offsets[first] + pairs))
         return min(enough, len(self))
 

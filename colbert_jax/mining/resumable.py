@@ -1,18 +1,25 @@
-"""Files that are written in blocks, so that a killed run goes on behind its last whole block."""
+"""Files that are written in blocks: a killed run goes on behind its last whole block."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from colbert_jax.files import read_object, short_json
-from colbert_jax.index.format import write_json
+from colbert_jax.files import lock, read_object, short_json, sync_folder, write_json
+from colbert_jax.progress import progress_bar
+
+
+class Block(NamedTuple):
+    """What is appended in one go, and what it counts: see `BlockFile.counts`."""
+
+    data: bytes
+    counts: Mapping[str, int]
 
 
 class BlockFile:
@@ -24,7 +31,7 @@ class BlockFile:
 
     Attributes:
       finished: the file is there and was made from the same; nothing is left to do.
-      counts: what `append` was told of the blocks that are there, added up.
+      counts: the counts of the blocks that are there, added up by name.
     """
 
     def __init__(self, output: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False):
@@ -35,7 +42,8 @@ class BlockFile:
           overwrite: make it anew where it is there, or left unfinished from other settings.
 
         Raises:
-          FileExistsError: it is there, or left unfinished, from other settings.
+          FileExistsError: it is there, or left unfinished, from other settings; or what has the
+            name of the unfinished file is something else.
           RuntimeError: another process is writing it.
         """
         self.output = Path(output)
@@ -45,7 +53,7 @@ class BlockFile:
         self._settings = json.loads(json.dumps(settings))
         self._bytes, self.counts = 0, dict[str, int]()
         self._stream: FileIO | None = None
-        self._complete_renaming()
+        self._complete_renames()
         self.finished = self.output.exists() and not overwrite
         if self.finished:
             if self._meta.is_file():
@@ -77,6 +85,29 @@ class BlockFile:
         if error is not None and not self._bytes:  # bad input: leave nothing behind
             self._state.unlink(missing_ok=True)
             self._partial.unlink(missing_ok=True)
+
+    def fill(
+        self,
+        make: Callable[[int], Block],
+        total: int,
+        unit: str,
+        description: str,
+        progress: bool | None,
+    ) -> None:
+        """Append the blocks that are not there yet, with a bar.
+
+        Args:
+          make: the block that begins with a unit, given its number from 0.
+          total: units of the whole file.
+          unit: name of the count of units.
+        """
+        done = self.counts.get(unit, 0)
+        with progress_bar(total, description, unit, progress, initial=done) as bar:
+            while done < total:
+                data, counts = make(done)
+                self.append(data, **counts)
+                done += counts[unit]
+                bar.update(counts[unit])
 
     def append(self, data: bytes, **counts: int) -> None:
         """Write a block, for good.
@@ -110,10 +141,11 @@ class BlockFile:
         self._stream.close()
         os.replace(self._partial, self.output)
         os.replace(self._state, self._meta)
+        sync_folder(self.output.parent)
         self.finished = True
 
-    def _complete_renaming(self) -> None:
-        """Do what a kill between the two renamings has left undone."""
+    def _complete_renames(self) -> None:
+        """Do what a kill between the two renames has left undone."""
         if self._state.is_file() and not self._partial.exists() and self.output.exists():
             os.replace(self._state, self._meta)
 
@@ -121,10 +153,15 @@ class BlockFile:
         """Go on behind the last whole block; what was written behind it is cut off."""
         assert self._stream is not None
         state: dict[str, Any] = {}
+        size = self._partial.stat().st_size
         if self._state.is_file():
             with contextlib.suppress(ValueError):  # a damaged state means no state
                 state = read_object(self._state)
-        size = self._partial.stat().st_size
+        elif size:
+            raise FileExistsError(
+                f"{self._partial}: exists, and was not left by a run ({self._state.name} is "
+                "missing); move it away, or name another output"
+            )
         if state and state.get("bytes", 0) <= size:
             if state.get("settings") == self._settings:
                 self._bytes, self.counts = state["bytes"], state["counts"]
@@ -139,13 +176,17 @@ class BlockFile:
         write_json(self._state, state)
 
 
-def check_settings(found: Any, wanted: Mapping[str, Any], file: Path, what: str) -> None:
-    """Raises FileExistsError, naming `file` and what differs, where `found` is not `wanted`."""
-    found, wanted = found if isinstance(found, dict) else {}, dict(wanted)
+def check_settings(before: Any, settings: Mapping[str, Any], file: Path, what: str) -> None:
+    """Raises FileExistsError, naming `file` and what differs, for `settings` unlike those before.
+
+    Args:
+      what: what happened to the file before, for the error.
+    """
+    before, settings = before if isinstance(before, dict) else {}, dict(settings)
     different = [
-        f"{name}: {short_json(found.get(name), 40)}, not {short_json(wanted.get(name), 40)}"
-        for name in {**wanted, **found}
-        if found.get(name) != wanted.get(name)
+        f"{name}: {short_json(before.get(name), 40)}, not {short_json(settings.get(name), 40)}"
+        for name in {**settings, **before}
+        if before.get(name) != settings.get(name)
     ]
     if different:
         raise FileExistsError(
@@ -154,19 +195,23 @@ def check_settings(found: Any, wanted: Mapping[str, Any], file: Path, what: str)
         )
 
 
+def remove_finished(file: Path) -> None:
+    """Delete a finished `BlockFile` and its `.meta`; a file without `.meta` is left alone."""
+    meta = _beside(file, ".meta")
+    if meta.is_file():
+        file.unlink(missing_ok=True)
+        meta.unlink()
+
+
 def _beside(file: Path, suffix: str) -> Path:
     return file.with_name(file.name + suffix)
 
 
 def _lock(stream: FileIO, output: Path) -> None:
-    """Hold a file until it is closed; without locks, as on Windows, trust that nobody else is."""
+    """Hold a file until it is closed."""
     try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(stream)
     except BlockingIOError:
         raise RuntimeError(f"{output}: another process is writing it") from None
-    except OSError:  # a file system without locks
+    except OSError:  # a file system without locks: trust that no other process writes
         return

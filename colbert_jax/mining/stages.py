@@ -11,14 +11,15 @@ et al., 2022, section 3.2). The files are Stanford ColBERT's:
 Ids that are whole numbers are written as numbers in JSON.
 
 Each stage goes on from its last whole block when it is started again with the same inputs after a
-kill, and on the same kind of device writes the same bytes as an uninterrupted run. What it was made
-from stays in `<file>.meta`; a finished file is kept. Under `jax.distributed` every process makes
-the same call with the files in a folder that they share: the first process does the work of a stage
-on its own devices, the others wait for it. Only the index of `mine` is built by all of them.
+kill, and on the same kind of device writes the same bytes as an uninterrupted run. What a file was
+made from stays in `<file>.meta`; a finished file is kept. Under `jax.distributed` every process
+makes the same call with the files in a folder that they share: the first process does the work of a
+stage on its own devices, the others wait for it. Only the index of `mine` is built by all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -31,12 +32,10 @@ import numpy as np
 
 from colbert_jax import processes
 from colbert_jax.colbert import ColBERT
-from colbert_jax.data.collections import json_value, read_collection, read_queries
+from colbert_jax.data.collections import json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
-from colbert_jax.files import read_object
-from colbert_jax.index import Index
-from colbert_jax.index.format import write_json
+from colbert_jax.files import read_object, write_json
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,
@@ -44,20 +43,16 @@ from colbert_jax.mining.ranking import (
     check_labels,
     hash_texts,
 )
-from colbert_jax.mining.resumable import BlockFile, check_settings
+from colbert_jax.mining.resumable import Block, BlockFile, check_settings, remove_finished
 from colbert_jax.mining.teacher import BiEncoder
-from colbert_jax.progress import progress_bar
+from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import check_k
-
-_PAIRS = 8192  # pairs scored between two commits, at least: what a kill loses
-_PASSAGES = 8192  # passages embedded between two commits
-_LINES = 1024  # examples made between two commits
 
 Positives = Mapping[str, Collection[str]]
 
 
 class Teacher(Protocol):
-    """What `teacher.load_teacher` gives, or anything else that scores pairs of texts.
+    """A model that scores pairs of texts, such as `load_teacher` gives.
 
     fingerprint: equal for teachers that score equally.
     """
@@ -85,8 +80,7 @@ class Mined(NamedTuple):
 
 
 def retrieve(
-    index: Index,
-    model: ColBERT,
+    retriever: Retriever,
     queries: Mapping[str, str],
     output: str | Path,
     *,
@@ -99,7 +93,7 @@ def retrieve(
     """Write the k best passages of each query as a ranking.
 
     Args:
-      index: of the collection, made with this model; not sharded over several processes.
+      retriever: model and index of the collection; not sharded over several processes.
       queries: qid -> text.
       k: passages a query; the paper has 500.
       batch: queries searched in one call, and lost by a kill.
@@ -107,50 +101,37 @@ def retrieve(
       overwrite: make the file anew where it is there.
 
     Raises:
-      ValueError: an empty query, an id with a tab in it, an index of another model.
+      ValueError: an empty query, an id with a tab in it.
       FileExistsError: `output` was made with other settings.
     """
     k = check_k(k)
-    if batch < 1:
-        raise ValueError(f"batch must be >= 1, got {batch}")
+    _check_batch(batch)
     _check_queries(queries)
-    made_with = (index.metadata["model"] or {}).get("fingerprint")
-    fingerprint = model.fingerprint()
-    if made_with not in (None, fingerprint):
-        raise ValueError(
-            f"{index.path}: built with another model, or other document settings, than this one "
-            f"(fingerprint {made_with}, not {fingerprint})"
-        )
-    settings = {
-        "stage": "retrieve",
-        "index": index.metadata["build"],
-        "model": fingerprint,
-        "query settings": repr(model.config.text),
-        "queries": hash_texts(queries),
-        "k": k,
-        "mode": mode,
-    }
     qids = list(queries)
+
+    def settings() -> dict[str, Any]:
+        return {
+            "stage": "retrieve",
+            "index": retriever.index.metadata.build,
+            "model": retriever.model.fingerprint(),
+            "query settings": repr(retriever.model.config.text),
+            "queries": hash_texts(queries),
+            "k": k,
+            "mode": mode,
+        }
 
     def block(first: int) -> Block:
         part = qids[first : first + batch]
-        hits = index.search(model.encode_queries([queries[q] for q in part]), k, mode=mode)
-        rows = []
-        for qid, ids, scores in zip(
-            part, hits.positions.tolist(), hits.scores.tolist(), strict=True
-        ):
-            for rank, (n, score) in enumerate(zip(ids, scores, strict=True), 1):
-                rows.append(f"{qid}\t{_tabless(index.ids[n], 'passage')}\t{rank}\t{score:.6f}\n")
-        return Block("".join(rows), len(part))
+        found = retriever.search([queries[qid] for qid in part], k, mode=mode, texts=False)
+        lines = [
+            f"{qid}\t{_tabless(hit.id, 'passage')}\t{rank}\t{hit.score:.6f}\n"
+            for qid, hits in zip(part, found, strict=True)
+            for rank, hit in enumerate(hits, 1)
+        ]
+        return _block(lines, len(part))
 
-    def run() -> Mined:
-        with BlockFile(output, settings, overwrite=overwrite) as file:
-            if not file.finished:
-                _write(file, block, len(qids), "retrieving", progress)
-                file.publish()
-            return Mined(file.output, len(qids))
-
-    return _first_process("retrieving", run)
+    work = _Work(settings, lambda: (len(qids), block), count=lambda _: len(qids))
+    return _run("retrieving", output, work, overwrite, progress)
 
 
 def score_ranking(
@@ -161,6 +142,7 @@ def score_ranking(
     output: str | Path,
     *,
     positives: Positives | None = None,
+    batch: int = 8192,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Mined:
@@ -171,10 +153,11 @@ def score_ranking(
 
     Args:
       ranking: TSV of `qid, pid, rank, ...`; the lines of a query together, by rank.
-      queries: texts by id, or a file that `texts.Texts.queries` reads.
-      collection: texts by id, or a file that `evaluation.read_collection` reads.
+      queries: texts by id, or a file that `data.Texts.queries` reads.
+      collection: texts by id, or a file that `data.read_collection` reads.
       positives: qid -> pids of labelled passages, which are scored too where they were not
         retrieved. Queries that are not in the ranking are passed over.
+      batch: pairs scored, or passages embedded, between two commits, at least: what a kill loses.
       overwrite: make the file anew where it is there.
 
     Memory: 12 bytes a line of the ranking.
@@ -184,40 +167,40 @@ def score_ranking(
         that is there twice; a score that is not finite.
       FileExistsError: `output` was made with other settings.
     """
+    _check_batch(batch)
     labels = _as_text(positives)
+    vectors = Path(f"{output}.vectors")
 
-    def run() -> Mined:
-        texts = _texts(queries, Texts.queries), _texts(collection, Texts.passages)
-        settings = {
+    @functools.cache
+    def texts() -> tuple[TextsById, TextsById]:
+        return _texts(queries, Texts.queries), _texts(collection, Texts.passages)
+
+    @functools.cache
+    def settings() -> dict[str, Any]:
+        return {
             "stage": "score",
             "ranking": _hash_file(Path(ranking)),
-            "queries": texts[0].fingerprint,
-            "collection": texts[1].fingerprint,
+            "queries": texts()[0].fingerprint,
+            "collection": texts()[1].fingerprint,
             "positives": _hash(labels),
             "teacher": teacher.fingerprint,
         }
-        vectors = Path(f"{output}.vectors")
-        with BlockFile(output, settings, overwrite=overwrite) as file:
-            if not file.finished:
-                pairs = RankedPairs(Path(ranking), *texts, labels, progress)
-                if isinstance(teacher, BiEncoder):
-                    scores = _embed(pairs, teacher, vectors, settings, progress)
-                else:
-                    scores = _read_together(pairs, teacher)
 
-                def block(first: int) -> Block:
-                    last = pairs.run(first, _PAIRS)
-                    text = _scored_lines(pairs, first, last, scores(first, last))
-                    return Block(text, last - first)
+    def start() -> tuple[int, Callable[[int], Block]]:
+        pairs = RankedPairs(Path(ranking), *texts(), labels, progress)
+        if isinstance(teacher, BiEncoder):
+            scores = _score_by_vectors(pairs, teacher, vectors, settings(), batch, progress)
+        else:
+            scores = _score_pairs(pairs, teacher)
 
-                _write(file, block, len(pairs), "scoring", progress)
-                file.publish()
-        done = _count(file)
-        vectors.unlink(missing_ok=True)
-        Path(f"{vectors}.meta").unlink(missing_ok=True)
-        return Mined(file.output, done)
+        def block(first: int) -> Block:
+            last = pairs.end_of(first, batch)
+            return _block(_scored_lines(pairs, first, last, scores(first, last)), last - first)
 
-    return _first_process("scoring", run)
+        return len(pairs), block
+
+    work = _Work(settings, start, finish=lambda: remove_finished(vectors))
+    return _run("scoring", output, work, overwrite, progress)
 
 
 def make_examples(
@@ -228,21 +211,23 @@ def make_examples(
     positives: Positives | None = None,
     seed: int = 0,
     depth: int | None = None,
+    batch: int = 1024,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Mined:
     """Write n-way examples from a teacher's scores.
 
     The positive is the best-scored of the query's labelled passages, without any the best-scored
-    passage. The negatives are drawn without replacement from the others, in random order; another
-    labelled passage is none. What is drawn depends on the seed and the ids of query and passages
-    only. Queries with fewer than nway passages are left out and counted.
+    passage. The negatives are drawn without replacement from the others, in random order; other
+    labelled passages are never drawn. What is drawn depends on the seed and the ids of query and
+    passages only. Queries with fewer than nway passages are left out and counted.
 
     Args:
       scored: what `score_ranking` wrote.
       nway: passages of an example.
-      positives: qid -> pids of labelled passages; None: without labels.
-      depth: draw from so many best-scored passages of each query; None: all that are there.
+      positives: qid -> pids of labelled passages, if there are any.
+      depth: draw from this many best-scored passages of each query. If None, from all.
+      batch: examples made between two commits: what a kill loses.
       overwrite: make the file anew where it is there.
 
     Raises:
@@ -250,14 +235,15 @@ def make_examples(
         passage twice, a query none of whose labelled passages was scored; no example at all.
       FileExistsError: `output` was made with other settings.
     """
+    _check_batch(batch)
     if nway < 2:
         raise ValueError(f"nway must be >= 2, got {nway}")
     if depth is not None and depth < nway:
         raise ValueError(f"depth must be at least nway, {nway}, got {depth}")
     labels = _as_text(positives)
 
-    def run() -> Mined:
-        settings = {
+    def settings() -> dict[str, Any]:
+        return {
             "stage": "examples",
             "scores": _hash_file(Path(scored)),
             "nway": nway,
@@ -265,35 +251,32 @@ def make_examples(
             "seed": seed,
             "depth": depth,
         }
-        with BlockFile(output, settings, overwrite=overwrite) as file:
-            if not file.finished:
-                lines = Lines(scored)
 
-                def block(first: int) -> Block:
-                    rows = range(first, min(first + _LINES, len(lines)))
-                    made = [
-                        lines.read(row, lambda line: _example(line, nway, labels, seed, depth))
-                        for row in rows
-                    ]
-                    return Block("".join(filter(None, made)), len(rows), made.count(None))
+    def start() -> tuple[int, Callable[[int], Block]]:
+        lines = Lines(scored)
 
-                _write(file, block, len(lines), "making examples", progress)
-                if file.counts["left_out"] == len(lines):
-                    raise ValueError(
-                        f"{scored}: no query has {nway} passages to make an example of; retrieve "
-                        "more, or take a smaller nway"
-                    )
-                file.publish()
-        left_out = file.counts.get("left_out", 0)
-        return Mined(file.output, _count(file) - left_out, left_out)
+        def block(first: int) -> Block:
+            rows = range(first, min(first + batch, len(lines)))
+            made = [
+                lines.read(row, lambda line: _example(line, nway, labels, seed, depth))
+                for row in rows
+            ]
+            return _block(filter(None, made), len(rows), made.count(None))
 
-    return _first_process("making examples", run)
+        return len(lines), block
+
+    nothing = (
+        f"{scored}: no query has {nway} passages to make an example of; retrieve more, or take a "
+        "smaller nway"
+    )
+    work = _Work(settings, start, nothing=nothing)
+    return _run("making examples", output, work, overwrite, progress)
 
 
 def mine(
     model: ColBERT,
-    collection: str | Path,
-    queries: str | Path,
+    collection: str | Path | Texts,
+    queries: str | Path | Texts,
     folder: str | Path,
     teacher: Teacher,
     *,
@@ -311,11 +294,11 @@ def mine(
 
     Args:
       model: the checkpoint of the round before.
-      collection: a file that `evaluation.read_collection` reads.
-      queries: a file that `evaluation.read_queries` reads.
-      nbits: of the index; None: what the checkpoint asks for, else 2.
+      collection: a file that `data.read_collection` reads, or `data.Texts.passages` of one.
+      queries: a file that `data.Texts.queries` reads, or these.
+      nbits: of the index. If None, what the checkpoint asks for, else 2.
       nway, k, positives, seed, depth, mode: as of the stages.
-      overwrite: make everything anew; False: keep what is finished, go on with what is not.
+      overwrite: make everything anew. If False, keep what is finished and go on with the rest.
 
     Returns:
       what `make_examples` wrote.
@@ -325,12 +308,15 @@ def mine(
     folder = Path(folder)
     if k < nway:
         raise ValueError(f"k must be at least nway, {nway}, got {k}")
-    texts, passages = read_queries(queries), Texts.passages(collection)
+    passages = collection if isinstance(collection, Texts) else Texts.passages(collection)
+    if not isinstance(queries, Texts):
+        queries = Texts.queries(queries)
+    texts = dict(queries.items(checked=True))
     check_labels(_as_text(positives), passages)
-    index = _index(model, passages, folder, nbits, overwrite, progress)
-    again: Any = {"overwrite": overwrite, "progress": progress}
-    ranking = retrieve(index, model, texts, folder / "ranking.tsv", k=k, mode=mode, **again)
-    del index
+    retriever = _retriever(model, passages, folder, nbits, overwrite, progress)
+    common: Any = {"overwrite": overwrite, "progress": progress}
+    ranking = retrieve(retriever, texts, folder / "ranking.tsv", k=k, mode=mode, **common)
+    del retriever
     scored = score_ranking(
         ranking.path,
         texts,
@@ -338,7 +324,7 @@ def mine(
         teacher,
         folder / "scores.jsonl",
         positives=positives,
-        **again,
+        **common,
     )
     return make_examples(
         scored.path,
@@ -347,19 +333,19 @@ def mine(
         positives=positives,
         seed=seed,
         depth=depth,
-        **again,
+        **common,
     )
 
 
-def _index(
+def _retriever(
     model: ColBERT,
     collection: Texts,
     folder: Path,
     nbits: int | None,
     overwrite: bool,
     progress: bool | None,
-) -> Index:
-    """The index in a folder, built where it is not there; built by all processes together."""
+) -> Retriever:
+    """Open the index in a folder; build it where it is not there, with all processes together."""
     path, meta = folder / "index", folder / "index.meta"
     settings = {
         "stage": "index",
@@ -376,12 +362,11 @@ def _index(
                 check_settings(read_object(meta).get("settings"), settings, path, "was made")
         built = group.exchange("the index", built)[0]
     if built:
-        return Index.open(path)
-    index = Index.build(
+        return Retriever.open(path, model)
+    retriever = Retriever.build(
         path,
         model,
-        (text for _, text in read_collection(collection.path)),
-        ids=(pid for pid, _ in read_collection(collection.path)),
+        collection.items(),
         nbits=nbits,
         store_texts=False,
         overwrite=overwrite,
@@ -389,61 +374,85 @@ def _index(
     )
     if jax.process_index() == 0:
         write_json(meta, {"settings": settings})
-    return index
+    return retriever
 
 
-class Block(NamedTuple):
-    """Lines to be appended, how many queries they are of, and how many of these were left out."""
-
-    text: str
-    queries: int
-    left_out: int = 0
+# --- The frame of a stage -------------------------------------------------------------------
 
 
-def _write(
-    file: BlockFile,
-    make: Callable[[int], Block],
-    total: int,
-    name: str,
-    progress: bool | None,
-) -> None:
-    """Append the blocks that are not there yet; `make` is told the first query of a block."""
-    written = file.counts.get("queries", 0)
-    with progress_bar(total, name, "query", progress, initial=written) as bar:
-        while file.counts.get("queries", 0) < total:
-            text, queries, left_out = make(file.counts.get("queries", 0))
-            file.append(text.encode(), queries=queries, left_out=left_out)
-            bar.update(queries)
+class _Work(NamedTuple):
+    """What a stage does; the first process of the job calls it.
+
+    settings: gives what the file is made from, JSON.
+    start: where work is left, gives the number of queries, and a function that makes the block
+      whose first query has a number.
+    nothing: the error where every query was left out.
+    count: the number of queries in a finished file that came without `.meta`.
+    finish: called when the file is finished.
+    """
+
+    settings: Callable[[], dict[str, Any]]
+    start: Callable[[], tuple[int, Callable[[int], Block]]]
+    nothing: str = ""
+    count: Callable[[Path], int] = lambda file: len(Lines(file))
+    finish: Callable[[], None] = lambda: None
 
 
-def _count(file: BlockFile) -> int:
-    """Queries of a finished file; its lines, where it came without a word on how it was made."""
-    return file.counts["queries"] if "queries" in file.counts else len(Lines(file.output))
-
-
-def _first_process(what: str, run: Callable[[], Mined]) -> Mined:
-    """Let the first process of the job work, and tell the others what it wrote."""
-    with processes.group(what) as group:
-        done = run() if group.is_first else None
-        told = None if done is None else [str(done.path), *done[1:]]
-        path, *counts = group.exchange(what, told)[0]
+def _run(
+    name: str, output: str | Path, work: _Work, overwrite: bool, progress: bool | None
+) -> Mined:
+    """Write a stage's file in the first process, from its last whole block on, and let the other
+    processes know."""
+    with processes.group(name) as group:
+        written = None
+        if group.is_first:
+            with BlockFile(output, work.settings(), overwrite=overwrite) as file:
+                if not file.finished:
+                    total, make = work.start()
+                    file.fill(make, total, "queries", name, progress)
+                    if file.counts["left_out"] == total:
+                        raise ValueError(work.nothing)
+                    file.publish()
+            work.finish()
+            written = [str(file.output), *_counts(file, work)]
+        path, *counts = group.exchange(name, written)[0]
         return Mined(Path(path), *counts)
 
 
+def _block(lines: Iterable[str], queries: int, left_out: int = 0) -> Block:
+    return Block("".join(lines).encode(), {"queries": queries, "left_out": left_out})
+
+
+def _counts(file: BlockFile, work: _Work) -> tuple[int, int]:
+    """How many queries a finished file has, and how many were left out."""
+    if "queries" not in file.counts:
+        return work.count(file.output), 0
+    left_out = file.counts.get("left_out", 0)
+    return file.counts["queries"] - left_out, left_out
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"batch must be >= 1, got {batch}")
+
+
 def _texts(
-    given: Mapping[str, str] | TextsById | str | Path, read: Callable[[str | Path], Texts]
+    source: Mapping[str, str] | TextsById | str | Path, read: Callable[[str | Path], Texts]
 ) -> TextsById:
-    if isinstance(given, str | Path):
-        return read(given)
-    return MappedTexts(given) if isinstance(given, Mapping) else given
+    if isinstance(source, str | Path):
+        return read(source)
+    return MappedTexts(source) if isinstance(source, Mapping) else source
+
+
+# --- Retrieval ------------------------------------------------------------------------------
 
 
 # --- Scores ---------------------------------------------------------------------------------
 
-_Scores = Callable[[int, int], np.ndarray]  # of all pairs of the queries from ... up to ...
+_Scores = Callable[[int, int], np.ndarray]  # (first, last): of all pairs of queries first..last-1
 
 
-def _read_together(pairs: RankedPairs, teacher: Teacher) -> _Scores:
+def _score_pairs(pairs: RankedPairs, teacher: Teacher) -> _Scores:
     def scores(first: int, last: int) -> np.ndarray:
         counts = pairs.counts(first, last)
         queries = [
@@ -456,11 +465,12 @@ def _read_together(pairs: RankedPairs, teacher: Teacher) -> _Scores:
     return scores
 
 
-def _embed(
+def _score_by_vectors(
     pairs: RankedPairs,
     teacher: BiEncoder,
     path: Path,
     settings: dict[str, Any],
+    batch: int,
     progress: bool | None,
 ) -> _Scores:
     """Scores of a bi-encoder, whose vectors of the distinct passages it first writes to a file."""
@@ -470,17 +480,19 @@ def _embed(
         vectors = BlockFile(path, settings)
     except FileExistsError:  # left by another run, of no use
         vectors = BlockFile(path, settings, overwrite=True)
-    written = vectors.counts.get("passages", 0)
-    bar = progress_bar(len(distinct), "embedding", "passage", progress, initial=written)
-    with vectors as file, bar:
-        for start in range(written, len(distinct), _PASSAGES):
-            rows = distinct[start : start + _PASSAGES].tolist()
-            texts = [pairs.passages.text(row) for row in rows]
-            embedded = teacher.encode_documents(texts, progress=False)
-            file.append(np.asarray(embedded, np.float32).tobytes(), passages=len(rows))
-            bar.update(len(rows))
+
+    def block(first: int) -> Block:
+        rows = distinct[first : first + batch].tolist()
+        texts = [pairs.passages.text(row) for row in rows]
+        embedded = teacher.encode_documents(texts, progress=False)
+        return Block(np.asarray(embedded, np.float32).tobytes(), {"passages": len(rows)})
+
+    with vectors as file:
         if not file.finished:
+            file.fill(block, len(distinct), "passages", "embedding", progress)
             file.publish()
+        elif not file.counts:
+            raise FileExistsError(f"{path}: exists, and is not of this stage; move it away")
     mapped = np.memmap(path, np.float32, "r", shape=(len(distinct), teacher.dim))
 
     def scores(first: int, last: int) -> np.ndarray:
@@ -492,7 +504,7 @@ def _embed(
     return scores
 
 
-def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray) -> str:
+def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray) -> list[str]:
     """A line of `scores.jsonl` for each of these queries. Raises ValueError for NaN."""
     scores = np.asarray(scores, np.float32)
     expected = int(pairs.counts(first, last).sum())
@@ -511,11 +523,11 @@ def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray)
             )
         best_first = np.argsort(-own, kind="stable").tolist()
         lines.append(_line(pairs.qids[i], [(pids[n], _shortest(own[n])) for n in best_first]))
-    return "".join(lines)
+    return lines
 
 
 def _shortest(score: np.float32) -> float:
-    """The number with the fewest digits that is this one in float32."""
+    """The number with the fewest digits that is the same in float32."""
     return float(str(score))
 
 
@@ -525,7 +537,7 @@ def _line(qid: str, scored: Iterable[tuple[str, float]]) -> str:
 
 
 def _json_id(key: str) -> int | str:
-    """A number where an id is a whole number written as numbers are."""
+    """An id as a number, where it is a whole number written as numbers are."""
     number = whole_number(key)
     return key if number is None else number
 
@@ -621,6 +633,6 @@ def _check_queries(queries: Mapping[str, str]) -> None:
 def _tabless(key: str, kind: str) -> str:
     if any(mark in key for mark in "\t\r\n"):
         raise ValueError(
-            f"the {kind} id {key!r} has a tab or a line end in it; a ranking cannot say it"
+            f"the {kind} id {key!r} has a tab or a line end in it, which a ranking cannot hold"
         )
     return key

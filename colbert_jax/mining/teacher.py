@@ -1,8 +1,8 @@
 """Teachers: models that score a query and a document, for a student to be distilled from.
 
 A cross-encoder reads both together, as ColBERTv2's teacher did (Santhanam et al., 2022, section
-3.2). Where none can be had there are weaker teachers: a bi-encoder compares a vector of each, a
-late-interaction model their tokens.
+3.2). Weaker teachers are a bi-encoder, which compares a vector of each, and a late-interaction
+model, which compares their tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.scoring.maxsim import maxsim_ragged
 from colbert_jax.text import TokenIds, as_texts
 
-_PAIRS = 4096  # pairs of vectors compared at a time
-
 
 def load_teacher(
     name_or_path: str | Path,
@@ -49,10 +47,10 @@ def load_teacher(
 
     Args:
       name_or_path: a folder or a Hugging Face hub id.
-      maxlen: tokens that a text, or a pair of a cross-encoder, is cut to; None: what the files
-        say, else all positions. Stanford's scorer has 180.
-      dtype: of the dense layers; None: bfloat16 on accelerators, float32 on a CPU.
-      devices: None: all local ones.
+      maxlen: tokens that a text, or a pair of a cross-encoder, is cut to. If None, what the
+        files say, else all positions. Stanford's scorer has 180.
+      dtype: of the dense layers. If None, bfloat16 on accelerators, float32 on a CPU.
+      devices: if None, all local ones.
       revision, token: for the hub.
 
     Raises:
@@ -81,7 +79,10 @@ class BiEncoder:
     Attributes:
       dim: width of the vectors, H.
       fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+      pairs_at_once: how many pairs are compared at a time; bounds the memory.
     """
+
+    pairs_at_once = 4096
 
     def __init__(
         self,
@@ -121,13 +122,13 @@ class BiEncoder:
     def encode_queries(
         self, queries: str | Sequence[str], *, progress: bool | None = False
     ) -> np.ndarray:
-        """float32[N, H]; of unit length where the model's own modules say so."""
+        """Embed queries, float32[N, H], of unit length where the model's own modules say so."""
         return self._encode(as_texts(queries, "query"), True, "queries", progress)
 
     def encode_documents(
         self, documents: str | Sequence[str], *, progress: bool | None = None
     ) -> np.ndarray:
-        """float32[N, H], as of `encode_queries`; `progress` None: a bar on a terminal."""
+        """Embed documents, float32[N, H]. If `progress` is None, a bar shows on a terminal."""
         return self._encode(as_texts(documents, "document"), False, "documents", progress)
 
     def score(
@@ -137,13 +138,13 @@ class BiEncoder:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]. Each distinct text is embedded once.
+        """Score pairs, queries[i] with documents[i]. Each distinct text is embedded once.
 
         Returns:
           float32[N].
 
         Raises:
-          ValueError, TypeError: lists of different lengths, or what is no text.
+          ValueError, TypeError: lists of different lengths, or anything in them but texts.
         """
         (q, rows_q), (d, rows_d) = _encode_pairs(self, queries, documents, progress)
         return self.similarity(q, d, rows_q, rows_d)
@@ -151,10 +152,10 @@ class BiEncoder:
     def similarity(
         self, queries: np.ndarray, documents: np.ndarray, rows_q: np.ndarray, rows_d: np.ndarray
     ) -> np.ndarray:
-        """float32[N]: scores of the pairs (rows_q[i], rows_d[i]) of vectors [., H]."""
+        """Score the pairs (rows_q[i], rows_d[i]) of vectors [., H]: float32[N]."""
         scores = np.empty(len(rows_q), np.float32)
-        for start in range(0, len(scores), _PAIRS):
-            part = slice(start, start + _PAIRS)
+        for start in range(0, len(scores), self.pairs_at_once):
+            part = slice(start, start + self.pairs_at_once)
             q, d = queries[rows_q[part]], documents[rows_d[part]]
             if self._kind.similarity == "cosine" and not self._kind.normalized:
                 q, d = _unit(q), _unit(d)
@@ -184,7 +185,10 @@ class LateInteraction:
 
     Attributes:
       fingerprint: a short hash of settings and weights, equal for teachers that score equally.
+      pairs_at_once: how many pairs are compared at a time; bounds the memory.
     """
+
+    pairs_at_once = 4096
 
     def __init__(self, model: ColBERT):
         self._model = model
@@ -198,21 +202,21 @@ class LateInteraction:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]. Each distinct text is encoded once.
+        """Score pairs, queries[i] with documents[i]. Each distinct text is encoded once.
 
         Returns:
           float32[N].
 
         Raises:
-          ValueError, TypeError: lists of different lengths, or what is no text.
+          ValueError, TypeError: lists of different lengths, or anything in them but texts.
         """
         (q, rows_q), (d, rows_d) = _encode_pairs(self._model, queries, documents, progress)
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
         length = ladder_length(int(d.lengths.max(initial=1)))
         ids = rows_d.astype(np.int32)[:, None]
         scores = np.empty(len(ids), np.float32)
-        for start in range(0, len(ids), _PAIRS):
-            part = slice(start, start + _PAIRS)
+        for start in range(0, len(ids), self.pairs_at_once):
+            part = slice(start, start + self.pairs_at_once)
             rows = jnp.asarray(q[rows_q[part]])
             found = maxsim_ragged(rows, values, offsets, ids[part], length=length)
             scores[part] = np.asarray(found)[:, 0]
@@ -262,7 +266,7 @@ class CrossEncoder:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs: queries[i] with documents[i]; as of `BiEncoder.score`."""
+        """Score pairs, queries[i] with documents[i]: float32[N], as `BiEncoder.score`."""
         queries, documents = _pairs(queries, documents)
         parts = [np.zeros(0, np.float32)]
         pairs = list(zip(queries, documents, strict=True))

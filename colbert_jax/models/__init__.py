@@ -1,1 +1,1 @@
-"""Flax NNX modules: the backbones, and the projection on top of them."""
+"""Flax NNX modules: backbones, and the encoders that are built on them."""

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation function of that Hugging Face name. Raises ValueError for an unknown one."""
+    """Return an activation function by its Hugging Face name. Raises ValueError if unknown."""
     if name not in ACTIVATIONS:
         raise ValueError(
             f"hidden_act {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}"

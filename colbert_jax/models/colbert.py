@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from colbert_jax.config import _require, _require_types
+from colbert_jax.config import require, require_types
 from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
-from colbert_jax.models.config import BackboneConfig, ModernBertConfig
+from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.int8 import quantize_modules, quantize_params
 from colbert_jax.models.layers import TrainMode, matmul_precision
 
 QUANTIZATIONS = (None, "int8")
 
-# torch module class -> function, of the activations that heads come with.
+# torch module class -> function, for the activations of heads.
 HEAD_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "Identity": lambda x: x,
     "Tanh": jnp.tanh,
@@ -43,10 +43,10 @@ class DenseConfig:
     residual: bool = False
 
     def __post_init__(self) -> None:
-        _require_types(self)
+        require_types(self)
         for name in ("in_features", "out_features"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(
             self.activation in HEAD_ACTIVATIONS,
             f"activation {self.activation!r} of a dense layer is not supported; supported: "
             f"{', '.join(HEAD_ACTIVATIONS)}",
@@ -55,7 +55,7 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Architecture of a token encoder. An empty head leaves the backbone's width."""
+    """Architecture of a token encoder. With an empty head, embeddings have the backbone's width."""
 
     backbone: BackboneConfig
     head: tuple[DenseConfig, ...] = ()
@@ -63,7 +63,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         width = self.backbone.hidden_size
         for i, layer in enumerate(self.head):
-            _require(
+            require(
                 layer.in_features == width,
                 f"dense layer {i + 1} of the head takes {layer.in_features} features, but "
                 f"{'the layer' if i else 'the backbone'} before it gives {width}",
@@ -72,7 +72,7 @@ class EncoderConfig:
 
     @classmethod
     def projecting(cls, backbone: BackboneConfig, dim: int | None) -> EncoderConfig:
-        """ColBERT's own head: one layer to `dim` without bias; None: no head."""
+        """Add the head of ColBERT: one layer to `dim` without bias. If `dim` is None, no head."""
         return cls(backbone, () if dim is None else (DenseConfig(backbone.hidden_size, dim),))
 
     @property
@@ -82,6 +82,8 @@ class EncoderConfig:
 
 
 class Dense(nnx.Module):
+    """One layer of a head, see `DenseConfig`."""
+
     def __init__(self, config: DenseConfig, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         def linear(use_bias: bool) -> nnx.Linear:
             return nnx.Linear(
@@ -108,8 +110,8 @@ class Dense(nnx.Module):
 
 
 def unit_length(x: jax.Array) -> jax.Array:
-    """Rows [..., D] divided by their length; rows of zeros stay, and their gradient is 0."""
-    # The root of what is at least 1e-24: the gradient of a row of zeros is not NaN.
+    """Divide rows [..., D] by their length; rows of zeros stay, and their gradient is 0."""
+    # The root of at least 1e-24, so that the gradient of a row of zeros is not NaN.
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(squares, 1e-24))
 
@@ -119,7 +121,7 @@ class TokenEncoder(nnx.Module):
 
     Args:
       config: backbone and head.
-      dtype: of the dense layers' computation.
+      dtype: what the dense layers compute in; parameters are float32.
       rngs: for the initial parameters.
     """
 
@@ -137,12 +139,13 @@ class TokenEncoder(nnx.Module):
         kept: jax.Array,
         train: TrainMode | None = None,
     ) -> jax.Array:
-        """
+        """Compute token embeddings.
+
         Args:
           ids: int32[B, L].
           attended: int32[B], how many leading tokens take part in attention.
-          kept: bool[B, L], the rows that are embeddings; the others come out as zeros.
-          train: dropout and recomputation in the backbone; None: not training.
+          kept: bool[B, L], the rows that are embeddings; the others become zeros.
+          train: dropout and recomputation in the backbone. If None, the model is not being trained.
 
         Returns:
           float32[B, L, D], rows of unit length.
@@ -153,7 +156,7 @@ class TokenEncoder(nnx.Module):
     def hidden(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """float32[B, L, D]: what the head gives, before masking and normalisation."""
+        """Compute the head's output, before masking and normalisation: float32[B, L, D]."""
         x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None], train)
         for layer in self.head:
             x = layer(x)
@@ -161,7 +164,7 @@ class TokenEncoder(nnx.Module):
 
 
 class _OneKey:
-    """Stands for `nnx.Rngs` where values do not matter: counting keys is most of the time."""
+    """In place of `nnx.Rngs` where values do not matter: counting keys takes most of the time."""
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
@@ -171,7 +174,7 @@ class _OneKey:
 def _structure(
     config: EncoderConfig, dtype: jnp.dtype, quantization: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """An encoder without its parameters: what `nnx.split` gives, the state holding shapes."""
+    """Split an encoder as `nnx.split` does, with shapes in place of parameters."""
 
     def make() -> TokenEncoder:
         model = TokenEncoder(config, dtype=dtype, rngs=_OneKey())  # type: ignore
@@ -188,11 +191,11 @@ def make_encoder(
     dtype: Any = jnp.float32,
     quantization: str | None = None,
 ) -> TokenEncoder:
-    """The module around parameters, to be called under `jax.jit` over them.
+    """Make an encoder from its parameters, inside a function that is jitted over them.
 
     Args:
-      params: nested; with `quantization`, what `quantize` returned.
-      dtype, quantization: see `colbert.ColBERT`.
+      params: nested dict; with `quantization`, as `quantize` returns it.
+      dtype, quantization: as for `colbert.ColBERT`.
     """
     graphdef, state = _structure(config, jnp.dtype(dtype), quantization)
     state = jax.tree.map(lambda leaf: leaf, state)
@@ -201,14 +204,19 @@ def make_encoder(
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raises ValueError for what is not in `QUANTIZATIONS`."""
+    """Raise ValueError unless the quantisation is one of `QUANTIZATIONS`."""
     if quantization not in QUANTIZATIONS:
         known = ", ".join(map(repr, QUANTIZATIONS))
         raise ValueError(f"quantization must be one of {known}, got {quantization!r}")
 
 
 def quantize(params: dict, quantization: str | None) -> dict:
-    """An encoder's parameters with the backbone's dense layers quantised; the head stays."""
+    """Quantise the dense layers of an encoder's backbone; the head stays.
+
+    Args:
+      params: nested dict of float32 arrays.
+      quantization: one of `QUANTIZATIONS`. If None, the parameters are returned as they are.
+    """
     if quantization is None:
         return params
     return params | {"backbone": quantize_params(params["backbone"])}
@@ -216,16 +224,13 @@ def quantize(params: dict, quantization: str | None) -> dict:
 
 @cache
 def param_shapes(config: EncoderConfig) -> dict[tuple, tuple[int, ...]]:
-    """Path in the nested dict of an encoder's parameters -> shape.
+    """Map paths in the nested dict of an encoder's parameters to shapes.
 
-    Layers are alike from the second on, so only two are made: a deep encoder takes a second.
+    Layers are alike from the second on, so only two are made: a deep encoder would take a second.
     """
     backbone = config.backbone
     last = min(backbone.num_hidden_layers, 2) - 1
-    changes: dict[str, Any] = {"num_hidden_layers": last + 1}
-    if isinstance(backbone, ModernBertConfig):
-        changes["layer_types"] = backbone.layer_types[: last + 1]
-    few = dataclasses.replace(config, backbone=dataclasses.replace(backbone, **changes))
+    few = dataclasses.replace(config, backbone=backbone.with_layers(last + 1))
     shapes = {}
     for path, leaf in nnx.to_flat_state(_structure(few, jnp.dtype(jnp.float32))[1]):
         shapes[path] = tuple(leaf.shape)

@@ -1,8 +1,8 @@
-"""The cross-encoder: a query and a document read together, one score (Nogueira and Cho, 2019).
+"""The cross-encoder: one score for a query and a document read together (Nogueira and Cho, 2019).
 
-It is BERT's sequence classifier with one class, the layout of ms-marco-MiniLM: the hidden state of
-[CLS] goes through BERT's pooler, a dense layer with tanh, and a dense layer to one number. Both are
-the head of an `EncoderConfig`.
+It is BERT's sequence classifier with one class, as in ms-marco-MiniLM: the hidden state of [CLS]
+goes through BERT's pooler, a dense layer with tanh, and a dense layer to one number. These two
+layers are the head of an `EncoderConfig`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, make_encoder
-from colbert_jax.models.config import BertConfig
 from colbert_jax.models.pooling import apply_head
 
 
 def cross_encoder_config(backbone: BertConfig) -> EncoderConfig:
-    """The backbone with the pooler and the classifier as its head."""
+    """Add the pooler and the classifier to a backbone as its head."""
     width = backbone.hidden_size
     pooler = DenseConfig(width, width, bias=True, activation="Tanh")
     return EncoderConfig(backbone, (pooler, DenseConfig(width, 1, bias=True)))
@@ -33,14 +33,15 @@ def pair_scores(
     *,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Scores of pairs, `[CLS] query [SEP] document [SEP]`.
+    """Score pairs, `[CLS] query [SEP] document [SEP]`.
 
     Args:
-      config, params: what `cross_encoder_config` gives, and parameters in its shape.
+      config: from `cross_encoder_config`.
+      params: as for `models.colbert.make_encoder`.
       ids: int32[B, L].
       attended: int32[B], how many leading tokens take part in attention.
-      types: int32[B, L], 0 up to the first [SEP], 1 behind it.
-      dtype: of the backbone's dense layers; the head is float32.
+      types: int32[B, L], 0 up to and including the first [SEP], 1 after it.
+      dtype: what the backbone's dense layers compute in; the head computes in float32.
 
     Returns:
       float32[B], logits.

@@ -1,8 +1,8 @@
-"""Dense layers in 8-bit integers: weights once, activations token by token as they come.
+"""Dense layers in 8-bit integers: weights are quantised once, activations at every call.
 
 Dynamic W8A8 (Dettmers et al., 2022, section 2.1, vector-wise): x W = sx sw (qx qw), where qx and qw
 are int8, sx has one value a token and sw one an output feature, each the largest magnitude / 127.
-Products are summed in int32. It is right everywhere and fast where the device multiplies int8.
+Products are summed in int32. It runs on every device and is fast where int8 is multiplied natively.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 _LARGEST = 127
-_SMALLEST_SCALE = 1e-30  # of a row of zeros, which has none of its own
+_SMALLEST_SCALE = 1e-30  # for rows of zeros
 
 
 class Int8Linear(nnx.Module):
-    """Stands for an `nnx.Linear`.
+    """An `nnx.Linear` with a quantised kernel.
 
     kernel: int8[inputs, outputs]; scale: float32[outputs]; bias: float32[outputs] or None.
     """
@@ -32,7 +32,7 @@ class Int8Linear(nnx.Module):
         self.dtype = linear.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., outputs] of the dtype that the dense layers compute in."""
+        """Multiply x [..., inputs]: [..., outputs] of the dtype of the replaced layer."""
         x = x.astype(jnp.float32)
         largest = jnp.abs(x).max(axis=-1, keepdims=True)
         scale = jnp.maximum(largest / _LARGEST, _SMALLEST_SCALE)
@@ -49,7 +49,7 @@ class Int8Linear(nnx.Module):
 
 
 def quantize_modules(module: nnx.Module) -> None:
-    """Put an `Int8Linear` in the place of every `nnx.Linear` within."""
+    """Replace every `nnx.Linear` in a module by an `Int8Linear`."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
@@ -58,10 +58,13 @@ def quantize_modules(module: nnx.Module) -> None:
 
 
 def quantize_params(params: dict[Any, Any]) -> dict[Any, Any]:
-    """The parameters of the modules that `quantize_modules` leaves, as NumPy arrays.
+    """Quantise parameters for a module that `quantize_modules` has changed.
 
     Args:
-      params: nested; a dense layer is a dict with a "kernel" float32[inputs, outputs].
+      params: nested dict; a dense layer is a dict with a "kernel" float32[inputs, outputs].
+
+    Returns:
+      the same nested dict with NumPy arrays "kernel" and "scale" in each dense layer.
     """
     if "kernel" in params:
         kernel, scale = quantize_columns(np.asarray(params["kernel"]))
@@ -73,7 +76,11 @@ def quantize_params(params: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def quantize_columns(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8[inputs, outputs] and float32[outputs] whose product is about `kernel`."""
+    """Quantise a kernel float32[inputs, outputs] column by column.
+
+    Returns:
+      int8[inputs, outputs] and float32[outputs], whose product approximates the kernel.
+    """
     scale = np.maximum(np.abs(kernel).max(axis=0) / np.float32(_LARGEST), _SMALLEST_SCALE)
     scale = scale.astype(np.float32)
     return np.round(kernel / scale).astype(np.int8), scale

@@ -1,4 +1,4 @@
-"""What the backbones share: attention, the post-layer-norm transformer layer, embeddings.
+"""Parts that backbones share: attention, the post-layer-norm transformer layer, embeddings.
 
 Parameters are float32; `dtype` is what the dense layers compute in. Layer normalisation and the
 softmax are always float32.
@@ -18,19 +18,22 @@ from flax import nnx
 from colbert_jax.models.activations import activation
 from colbert_jax.models.config import BackboneConfig
 
-# Added to the score of a token that must not be attended to. Finite, so that a row with nothing
-# to attend to gives an average and not NaN; nothing may be added to it but the score.
+# Added to the attention score of a token that must not be attended to. It is finite, so that a row
+# with nothing to attend to gives an average and not NaN; nothing but the score may be added to it.
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 asks for real float32: accelerators round to bfloat16 or TF32 unless told not to."""
+    """Return the precision of matrix products of a type.
+
+    For float32 it is the highest: by default accelerators round to bfloat16 or TF32.
+    """
     highest = jnp.dtype(dtype) == jnp.float32
     return jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
 
 
 def dense(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, Any]:
-    """Keyword arguments of every `nnx.Linear` of a backbone."""
+    """Return the keyword arguments for every `nnx.Linear` of a backbone."""
     return dict(
         kernel_init=nnx.initializers.normal(config.initializer_range),
         dtype=dtype,
@@ -42,6 +45,7 @@ def dense(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str,
 def layer_norm(
     config: BackboneConfig, width: int, *, use_bias: bool = True, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
+    """Make a layer normalisation over `width` features."""
     # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
     return nnx.LayerNorm(
         width,
@@ -54,13 +58,13 @@ def layer_norm(
 
 @dataclass(frozen=True)
 class TrainMode:
-    """What differs while training: dropout, and layers computed again in the backward pass.
+    """What differs in training: dropout, and layers that are computed again in the backward pass.
 
-    keys: [B], a random key for each row, so that what a row loses depends neither on the rest of
-      its batch nor on the device it is on.
+    keys: [B], a random key for each row, so that a row's dropout depends neither on the other rows
+      of its batch nor on its device.
     dropout: share of the activations that become 0 (Srivastava et al., 2014); the others grow by
       1 / (1 - dropout).
-    remat: keep the inputs of layers only; their insides are computed again when gradients are.
+    remat: keep only the inputs of layers; activations inside are computed again for gradients.
     """
 
     keys: jax.Array
@@ -68,7 +72,7 @@ class TrainMode:
     remat: bool = False
 
     def at(self, place: int) -> TrainMode:
-        """The same with other random numbers, those of one place in the model."""
+        """Return the mode with the random keys for one place in the model."""
         return TrainMode(_fold(self.keys, place), self.dropout, self.remat)
 
 
@@ -78,14 +82,14 @@ def _fold(key: jax.Array, place: int) -> jax.Array:
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """Dropout of one row, whose key it is."""
+    """Apply dropout to one row with its key."""
     # 16 random bits a value are cheaper than 32 and exact to 1e-5 of a rate.
     kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * (1 << 16))
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def dropped(x: jax.Array, train: TrainMode | None, place: int) -> jax.Array:
-    """Dropout of [B, ...] at a place of its own; `train` None: x."""
+    """Apply dropout to x [B, ...] at a place in the model. If `train` is None, return x."""
     if train is None or not train.dropout:
         return x
     return jax.vmap(partial(drop, rate=train.dropout))(x, train.at(place).keys)
@@ -94,31 +98,32 @@ def dropped(x: jax.Array, train: TrainMode | None, place: int) -> jax.Array:
 def run_layers(
     layers: nnx.List, call: Callable[..., jax.Array], x: jax.Array, train: TrainMode | None
 ) -> jax.Array:
-    """One layer after the other: x = call(i, layer, x, train), each with random numbers of its own.
+    """Run layers one after the other: x = call(i, layer, x, train).
 
-    `train` None: not training.
+    Args:
+      train: each layer gets other random keys. If None, the model is not being trained.
     """
     for i, layer in enumerate(layers):
-        own = None if train is None else train.at(i + 1)
-        run = partial(call, i, layer, train=own)
+        mode = None if train is None else train.at(i + 1)
+        run = partial(call, i, layer, train=mode)
         x = jax.checkpoint(run)(x) if train is not None and train.remat else run(x)
     return x
 
 
 def check_length(ids: jax.Array, longest: int) -> None:
-    """Raises ValueError for sequences with more tokens than the model has positions."""
+    """Raise ValueError if sequences have more tokens than the model has positions."""
     if ids.shape[1] > longest:
         raise ValueError(f"sequences of {ids.shape[1]} tokens; the model has {longest} positions")
 
 
 def positions_after_padding(ids: jax.Array, padding: int) -> jax.Array:
-    """int32[B, L]: tokens count up from padding + 1, padding tokens stay at padding (fairseq)."""
+    """Number tokens from padding + 1 on; padding tokens get `padding` (fairseq): int32[B, L]."""
     counted = (ids != padding).astype(jnp.int32)
     return jnp.cumsum(counted, axis=1) * counted + padding
 
 
 class Embeddings(nnx.Module):
-    """Word, position and, with `token_types` > 0, token type; normalised."""
+    """The normalised sum of word, position and, if `token_types` > 0, token type embeddings."""
 
     def __init__(
         self,
@@ -139,9 +144,9 @@ class Embeddings(nnx.Module):
     def __call__(
         self, ids: jax.Array, positions: jax.Array, types: jax.Array | None = None
     ) -> jax.Array:
-        """ids int32[B, L], positions int32[B, L] or [L] -> float32[B, L, width].
+        """Embed ids int32[B, L] at positions int32[B, L] or [L]: float32[B, L, width].
 
-        types: int32[B, L], the token types; None: 0.
+        types: int32[B, L], the token types. If None, all are 0.
         """
         x = self.word(ids)
         if self.token_type is not None:
@@ -158,10 +163,15 @@ def attention(
     precision: jax.lax.Precision,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention of one sequence: [L, heads, head_dim].
+    """Compute scaled dot-product attention within one sequence.
 
-    `bias`, float32 and broadcastable to [heads, L of the queries, L of the keys], is added to the
-    scores; `dropout` is of the weights.
+    Args:
+      query, key, value: [L, heads, head_dim].
+      bias: float32, broadcastable to [heads, L of the queries, L of the keys], added to the scores.
+      dropout: applied to the attention weights. If None, no dropout.
+
+    Returns:
+      [L, heads, head_dim].
     """
     einsum = partial(jnp.einsum, precision=precision)
     scores = einsum("qhd,khd->hqk", query, key, preferred_element_type=jnp.float32)
@@ -179,14 +189,14 @@ def attend(
     position_bias: jax.Array | None = None,
     train: TrainMode | None = None,
 ) -> jax.Array:
-    """Attention within each sequence of a batch.
+    """Compute attention within each sequence of a batch.
 
     Args:
       query, key, value: [B, L, heads, head_dim].
       attended: bool[B, L], the tokens that others may attend to.
       position_bias: float32[heads or 1, L, L], added to the scores of every sequence; MASKED
-        forbids a pair of positions. None: nothing is added.
-      train: dropout of the attention weights; None: not training.
+        forbids a pair of positions. If None, nothing is added.
+      train: dropout of the attention weights. If None, the model is not being trained.
 
     Returns:
       [B, L, heads * head_dim].
@@ -218,6 +228,8 @@ def attend(
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention with four dense layers."""
+
     def __init__(self, config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         linear = partial(nnx.Linear, width, width, **dense(config, dtype, rngs))
@@ -258,7 +270,7 @@ class PostNormLayer(nnx.Module):
         position_bias: jax.Array | None = None,
         train: TrainMode | None = None,
     ) -> jax.Array:
-        """x [B, L, H], the rest as in `attend` -> float32[B, L, H]."""
+        """Apply the layer to x [B, L, H], other arguments as for `attend`: float32[B, L, H]."""
         y = self.attention(x, attended, position_bias, train)
         x = self.attention_norm(x + dropped(y, train, 1))
         y = self.output(self.activation(self.intermediate(x)))
@@ -266,6 +278,7 @@ class PostNormLayer(nnx.Module):
 
 
 def post_norm_layers(config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.List:
+    """Make the layers of a post-layer-norm backbone."""
     layers = range(config.num_hidden_layers)
     return nnx.List([PostNormLayer(config, dtype=dtype, rngs=rngs) for _ in layers])
 
@@ -278,7 +291,7 @@ def run_post_norm_layers(
     *,
     train: TrainMode | None = None,
 ) -> jax.Array:
-    """x [B, L, H], the rest as in `attend` -> float32[B, L, H]."""
+    """Apply the layers to x [B, L, H], other arguments as for `attend`: float32[B, L, H]."""
 
     def call(i: int, layer: PostNormLayer, x: jax.Array, train: TrainMode | None) -> jax.Array:
         return layer(x, attended, position_bias, train)

@@ -5,15 +5,20 @@ Layers are pre-layer-norm. The rotation is float32, as are layer normalisation a
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from colbert_jax.config import require
 from colbert_jax.models.activations import activation
-from colbert_jax.models.config import SLIDING, ModernBertConfig
+from colbert_jax.models.config import Architecture, BackboneConfig
 from colbert_jax.models.layers import (
     MASKED,
     TrainMode,
@@ -24,8 +29,134 @@ from colbert_jax.models.layers import (
     run_layers,
 )
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernBertConfig(BackboneConfig):
+    """ModernBERT's configuration.
+
+    layer_types: for each layer whether it attends to all tokens ("full_attention") or to those
+      within `local_attention // 2` of each ("sliding_attention"). If empty, every third layer
+      attends to all, from the first on.
+    """
+
+    model_type: str = "modernbert"
+    max_position_embeddings: int = 8192
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 50283
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layer_types: tuple[str, ...] = ()
+    local_attention: int = 128
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 10_000.0
+
+    model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "hidden_act": "hidden_activation",
+        "layer_norm_eps": "norm_eps",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("local_attention")
+        layers = self.num_hidden_layers
+        require(
+            isinstance(self.layer_types, tuple | list),
+            f"layer_types must be a list, got {self.layer_types!r}",
+        )
+        types = tuple(self.layer_types) or _every(3, layers)
+        object.__setattr__(self, "layer_types", types)
+        unknown = sorted({str(kind) for kind in types} - {FULL, SLIDING})
+        require(not unknown, f"layer_types {', '.join(unknown)}: expected {FULL} or {SLIDING}")
+        require(len(types) == layers, f"layer_types has {len(types)} entries for {layers} layers")
+        require(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        for name in ("global_rope_theta", "local_rope_theta"):
+            require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")
+
+    def rope_theta(self, layer_type: str) -> float:
+        """The base of the rotary frequencies in layers of this type."""
+        return self.global_rope_theta if layer_type == FULL else self.local_rope_theta
+
+    def with_layers(self, layers: int) -> ModernBertConfig:
+        types = self.layer_types[:layers]
+        return dataclasses.replace(self, num_hidden_layers=layers, layer_types=types)
+
+    def has_module(self, path: str) -> bool:
+        # The embeddings have normalised the first layer's input already.
+        return path != "layers.0.attention_norm"
+
+    def has_bias(self, path: str) -> bool:
+        if path.endswith("norm"):
+            return self.norm_bias
+        return self.attention_bias if ".attention." in path else self.mlp_bias
+
+    @classmethod
+    def read_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Read attention pattern and thetas as transformers 5 or 4 writes them; 5's take
+        precedence.
+        """
+        given: dict[str, Any] = {}
+        every, layers = fields.get("global_attn_every_n_layers"), fields["num_hidden_layers"]
+        if fields.get("layer_types") is None and every is not None and isinstance(layers, int):
+            require(
+                isinstance(every, int) and every >= 1,
+                f"global_attn_every_n_layers must be an int >= 1, got {every!r}",
+            )
+            given["layer_types"] = _every(every, layers)
+        if "local_rope_theta" in fields and fields["local_rope_theta"] is None:
+            # transformers 4: local layers without a theta use that of the global layers.
+            given["local_rope_theta"] = fields.get("global_rope_theta") or 160_000.0
+        parameters = fields.get("rope_parameters") or {}
+        require(
+            isinstance(parameters, Mapping) and set(parameters) <= {FULL, SLIDING},
+            f"rope_parameters must hold {FULL} and {SLIDING}, got {parameters!r}",
+        )
+        for layer_type, name in ((FULL, "global_rope_theta"), (SLIDING, "local_rope_theta")):
+            rope = dict(parameters.get(layer_type) or {})
+            theta = rope.pop("rope_theta", None)
+            # The other entries scale the frequencies.
+            scaled = {k: v for k, v in rope.items() if v not in (None, "default")}
+            require(
+                not scaled,
+                f"rope_parameters of {layer_type}: {scaled!r} is not supported; leave it out",
+            )
+            if theta is not None:
+                given[name] = theta
+        return given
+
+    def written_fields(self) -> dict[str, Any]:
+        """Write attention pattern and thetas for transformers 4 and for transformers 5.
+
+        A pattern other than "every n-th layer from the first on" exists in 5 only.
+        """
+        layers = self.num_hidden_layers
+        thetas = {FULL: float(self.global_rope_theta), SLIDING: float(self.local_rope_theta)}
+        fields: dict[str, Any] = {
+            "layer_types": list(self.layer_types),
+            "global_rope_theta": thetas[FULL],
+            "local_rope_theta": thetas[SLIDING],
+            "rope_parameters": {
+                layer_type: {"rope_type": "default", "rope_theta": theta}
+                for layer_type, theta in thetas.items()
+            },
+        }
+        for n in range(1, layers + 1):
+            if self.layer_types == _every(n, layers):
+                fields["global_attn_every_n_layers"] = n
+                break
+        return fields
+
+
+def _every(n: int, layers: int) -> tuple[str, ...]:
+    return tuple(SLIDING if i % n else FULL for i in range(layers))
+
 
 class ModernBertEmbeddings(nnx.Module):
+    """Normalised word embeddings."""
+
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(config.initializer_range)
         width = config.hidden_size
@@ -37,6 +168,8 @@ class ModernBertEmbeddings(nnx.Module):
 
 
 class ModernBertAttention(nnx.Module):
+    """Self-attention with rotary positions."""
+
     def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         settings = dense(config, dtype, rngs) | {"use_bias": config.attention_bias}
@@ -56,8 +189,8 @@ class ModernBertAttention(nnx.Module):
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         query, key = rotate(query, rotation), rotate(key, rotation)
         y = attend(query, key, value, attended, position_bias, train)
-        # A token with nothing to attend to, within its window, gets zeros, as from transformers 5's
-        # default attention (version 4 averages over everything, padding too).
+        # A token with nothing to attend to within its window gets zeros, as in transformers 5 by
+        # default (version 4 averages over all tokens, padding included).
         allowed = attended[:, None]
         if position_bias is not None:
             allowed = allowed & (position_bias > MASKED)
@@ -66,7 +199,7 @@ class ModernBertAttention(nnx.Module):
 
 
 class ModernBertMlp(nnx.Module):
-    """GeGLU (Shazeer, 2020): one half, activated, gates the other."""
+    """GeGLU (Shazeer, 2020): the first half, activated, gates the second."""
 
     def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -81,6 +214,8 @@ class ModernBertMlp(nnx.Module):
 
 
 class ModernBertLayer(nnx.Module):
+    """A pre-layer-norm layer: attention, then gated units."""
+
     def __init__(self, config: ModernBertConfig, *, first: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = partial(layer_norm, config, config.hidden_size, use_bias=config.norm_bias, rngs=rngs)
         self.attention_norm = None if first else norm()  # the embeddings are normalised already
@@ -95,7 +230,7 @@ class ModernBertLayer(nnx.Module):
 
 
 class ModernBert(nnx.Module):
-    """Token ids to hidden states; arguments as of `bert.Bert`."""
+    """ModernBERT's encoder; arguments as for `bert.Bert`."""
 
     def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -113,7 +248,7 @@ class ModernBert(nnx.Module):
     def __call__(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
-        """ids int32[B, L], attended bool[B, L] -> float32[B, L, hidden_size]."""
+        """Compute the last layer's output, arguments as for `bert.Bert`."""
         config, length = self.config, ids.shape[1]
         rotations = {
             kind: rotary_tables(length, config.head_dim, config.rope_theta(kind))
@@ -130,16 +265,20 @@ class ModernBert(nnx.Module):
 
 
 def window_bias(length: int, reach: int) -> jax.Array:
-    """float32[1, L, L]: 0 for positions at most `reach` apart, MASKED for the others."""
+    """Return 0 for positions at most `reach` apart and MASKED for others: float32[1, L, L]."""
     i = jnp.arange(length)
     return jnp.where(jnp.abs(i[:, None] - i) <= reach, 0.0, MASKED)[None]
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, float32[L, head_dim / 2], of the angles of Su et al. (2021), eq. 15."""
+    """Return cosines and sines of the angles of Su et al. (2021), eq. 15.
+
+    Returns:
+      two float32[L, head_dim / 2].
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # The models were trained with frequencies rounded to float32: at position 8,000 the rounding is
-    # of the order of 1e-4 radians.
+    # The models were trained with frequencies rounded to float32, which at position 8,000 changes
+    # angles by about 1e-4 radians.
     frequencies = np.float32(1) / (np.float64(theta) ** exponents).astype(np.float32)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles), np.sin(angles)
@@ -151,3 +290,26 @@ def rotate(x: jax.Array, rotation: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
     return rotated.astype(x.dtype)
+
+
+ARCHITECTURES = (
+    Architecture(
+        "modernbert",
+        ModernBertConfig,
+        ModernBert,
+        {
+            "embeddings.word": "embeddings.tok_embeddings",
+            "embeddings.norm": "embeddings.norm",
+            "layers.*.attention_norm": "layers.*.attn_norm",
+            "layers.*.attention.qkv": "layers.*.attn.Wqkv",
+            "layers.*.attention.output": "layers.*.attn.Wo",
+            "layers.*.mlp_norm": "layers.*.mlp_norm",
+            "layers.*.mlp.input": "layers.*.mlp.Wi",
+            "layers.*.mlp.output": "layers.*.mlp.Wo",
+            "final_norm": "final_norm",
+        },
+        prefix="model.",
+        model_class="ModernBertModel",
+        unused=(".head.", ".decoder."),
+    ),
+)

@@ -1,4 +1,4 @@
-"""One vector a text: a backbone's hidden states pooled (Reimers and Gurevych, 2019, section 3)."""
+"""One vector for each text, pooled from hidden states (Reimers and Gurevych, 2019, section 3)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ def sentence_embeddings(
     normalized: bool = True,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Backbone, pooling, then the head's layers.
+    """Compute one vector for each text: backbone, pooling, then the head's layers.
 
     Args:
-      config, params: as of `models.colbert.make_encoder`.
+      config, params: as for `models.colbert.make_encoder`.
       ids: int32[B, L].
       attended: int32[B], how many leading tokens take part in attention and in pooling.
-      pooling: "mean" of the tokens, "cls" the first token, "max" of each feature over the tokens.
-      normalized: divide by the length.
-      dtype: of the backbone's dense layers; all else is float32.
+      pooling: "mean" of the tokens, "cls" for the first token, "max" of each feature over tokens.
+      normalized: whether to divide by the length.
+      dtype: what the backbone's dense layers compute in; all else is float32.
 
     Returns:
-      float32[B, H].
+      float32[B, D].
+
+    Raises:
+      ValueError: an unknown pooling.
     """
     mask = jnp.arange(ids.shape[1]) < attended[:, None]
     x = make_encoder(config, params, dtype).backbone(ids, mask).astype(jnp.float32)
@@ -52,7 +55,7 @@ def sentence_embeddings(
 
 
 def apply_head(config: EncoderConfig, params: dict, x: jax.Array) -> jax.Array:
-    """float32[B, hidden_size] through the layers of the head, in float32, to float32[B, D]."""
+    """Apply the layers of the head, in float32, to float32[B, hidden_size]: float32[B, D]."""
     for layer in make_encoder(config, params).head:
         x = layer(x)
     return x

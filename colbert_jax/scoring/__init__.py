@@ -1,4 +1,4 @@
-"""Late interaction: MaxSim, its definition and its jitted forms."""
+"""Late interaction: MaxSim, as defined and in jitted forms."""
 
 from colbert_jax.scoring.maxsim import maxsim, maxsim_all_pairs, maxsim_nway, maxsim_ragged
 

@@ -1,10 +1,10 @@
 """MaxSim for training: scores whose gradient needs only the arg-max positions.
 
 Differentiating `maxsim.maxsim_nway` keeps the similarity of every query token with every document
-token. The maximum passes its gradient to one of them, so its position is all that has to be kept:
-Lq small integers a pair instead of Lq x Ld floats. Both directions run in blocks of bounded size
-and without a scatter, whose order of additions would vary on a GPU. Of equal similarities the first
-gets the gradient.
+token. The maximum passes its gradient to one of them, so it is enough to keep its position: Lq
+small integers for each pair instead of Lq x Ld floats. Both directions run in blocks of bounded
+size and without a scatter, whose order of additions would vary on a GPU. Of equal similarities the
+first gets the gradient.
 
 A document without a token scores minus infinity and its gradient is zero.
 """
@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from colbert_jax.models.layers import matmul_precision
 
-# Floats that a block holds: a CPU's stay in its cache (2^14 to 2^18 are alike), an accelerator's
-# fill it and, at 16 MiB, are far fewer than the similarities of a batch.
+# Floats in a block: on a CPU they stay in its cache (2^14 to 2^18 are equally fast), on an
+# accelerator they keep it busy and, at 16 MiB, are far fewer than the similarities of a batch.
 _CPU_ELEMENTS = 1 << 16
 _ACCELERATOR_ELEMENTS = 1 << 22
 
@@ -32,13 +32,14 @@ _ACCELERATOR_ELEMENTS = 1 << 22
 def nway_scores(
     queries: jax.Array, documents: jax.Array, mask: jax.Array, *, mesh: Mesh | None = None
 ) -> jax.Array:
-    """Every query with its own documents, to be differentiated.
+    """Score every query with its W documents, to be differentiated.
 
     Args:
       queries: [B, Lq, D].
       documents: [B, W, Ld, D].
       mask: bool[B, W, Ld], the documents' tokens.
-      mesh: B is sharded over its axis "data", which must divide it; each device scores its own.
+      mesh: B is sharded over its axis "data", whose size must divide B; each device scores its
+        queries. If None, one device.
 
     Returns:
       float32[B, W], sharded as the queries are.
@@ -55,14 +56,14 @@ def nway_scores(
 def all_pairs_scores(
     queries: jax.Array, documents: jax.Array, mask: jax.Array, *, mesh: Mesh | None = None
 ) -> jax.Array:
-    """Every query with every document, to be differentiated.
+    """Score every query with every document, to be differentiated.
 
     Args:
       queries: [B, Lq, D].
       documents: [N, Ld, D].
       mask: bool[N, Ld], the documents' tokens.
-      mesh: B and N are sharded over its axis "data", which must divide both; each device gathers
-        the documents and scores its own queries with all of them.
+      mesh: B and N are sharded over its axis "data", whose size must divide both; each device
+        gathers the documents and scores its queries with all of them. If None, one device.
 
     Returns:
       float32[B, N], sharded as the queries are.
@@ -70,7 +71,9 @@ def all_pairs_scores(
 
     def score(queries, documents, mask):
         queries, documents = _of_one_type(queries, documents)
-        if _shards(mesh) > 1:  # the transpose adds up the devices' gradients and scatters them
+        if (
+            _shards(mesh) > 1
+        ):  # its transpose adds up the gradients of the devices and scatters them
             gather = partial(jax.lax.all_gather, axis_name="data", tiled=True)
             documents, mask = gather(documents), gather(mask)
         return _grouped_scores(queries[None], documents[None], mask[None])[0].T
@@ -89,7 +92,7 @@ def _of_one_type(*arrays: jax.Array) -> list[jax.Array]:
 def _over(mesh: Mesh | None, function: Callable) -> Callable:
     if _shards(mesh) == 1:
         return function
-    # The loops over blocks start from zeros, which are the same everywhere; the check minds.
+    # The loops over blocks start from zeros, alike on all devices, which the check refuses.
     return jax.shard_map(
         function, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
     )
@@ -97,7 +100,7 @@ def _over(mesh: Mesh | None, function: Callable) -> Callable:
 
 @jax.custom_vjp
 def _grouped_scores(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> jax.Array:
-    """Within each of G groups, every query with every document.
+    """Score every query with every document within each of G groups.
 
     Args:
       queries: [G, Q, Lq, D].
@@ -196,7 +199,7 @@ def _add_products(
         product = _product(queries)
         rows = jnp.einsum("gnlqk,gnld->gqkd", weights, block.of(documents), **product)
         tokens = jnp.einsum("gnlqk,gqkd->gnld", weights, block.groups(queries), **product)
-        # Every document has one block that is not zero.
+        # The weights of a document are zero in all blocks but one.
         tokens = block.of(of_documents) + tokens.astype(documents.dtype)
         return block.add_to_groups(of_queries, rows), block.put(of_documents, tokens)
 
@@ -208,8 +211,8 @@ def _add_products(
 class _Block(NamedTuple):
     """g groups and n documents of each, out of arrays [G, W, ...].
 
-    start, size: where they begin, and (g, n).
-    first: the first group and document that no block before had.
+    start, size: the first group and document, and (g, n).
+    first: the first group and document that are in no earlier block.
     """
 
     start: tuple[jax.Array, jax.Array]
@@ -235,7 +238,7 @@ class _Block(NamedTuple):
         return groups[:, None], documents
 
     def new(self, x: jax.Array) -> jax.Array:
-        """[g, n, ...], zero for what an earlier block had."""
+        """[g, n, ...] with zeros for pairs that an earlier block had."""
         groups, documents = self.indices()
         new = (groups >= self.first[0]) & (documents >= self.first[1])
         return jnp.where(jnp.expand_dims(new, tuple(range(2, x.ndim))), x, 0)
@@ -258,10 +261,11 @@ def _in_blocks(
     body: Callable[[_Block, Any], Any],
     out: Any,
 ) -> Any:
-    """Blocks of G groups of W documents in turn: of several groups, or of a part of one.
+    """Go through blocks of G groups of W documents: of several groups, or of a part of one.
 
     Args:
-      elements_each: what a document takes; `elements`: what a block may.
+      elements_each: elements that a document takes.
+      elements: elements that a block may take.
       body: (block, out) -> out.
     """
     step = _even_step(documents, elements // elements_each)
@@ -270,7 +274,7 @@ def _in_blocks(
 
     def run(i: jax.Array, out: Any) -> Any:
         first = (i // across * groups_step, i % across * step)
-        # The last blocks end with the last rows, and so begin with some that are not new.
+        # The last blocks end with the last rows, so their first rows may be in an earlier block.
         start = (
             jnp.minimum(first[0], groups - groups_step),
             jnp.minimum(first[1], documents - step),
@@ -281,11 +285,11 @@ def _in_blocks(
 
 
 def _even_step(n: int, most: int) -> int:
-    """Rows of each of the fewest blocks of at most `most` of n rows (of one, where that is 0)."""
+    """Rows of a block where n rows make the fewest even blocks of at most max(most, 1) rows."""
     count = -(-n // max(most, 1))
     return -(-n // count)
 
 
 def _product(x: jax.Array) -> dict[str, Any]:
-    """Sums are float32; so are products, unless the factors are of half precision."""
+    """Sums are float32; so are products, unless the factors have half precision."""
     return dict(precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)

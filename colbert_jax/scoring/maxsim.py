@@ -1,7 +1,7 @@
 """MaxSim (Khattab and Zaharia, 2020, eq. 3): score(q, d) = sum over i of max over j of q_i . d_j.
 
-A masked document token takes no part in the maximum; a document without any token scores minus
-infinity. A query row of zeros adds nothing. Sums are float32 whatever the inputs are.
+A masked document token takes no part in the maximum; a document without a token scores minus
+infinity. A query row of zeros adds nothing. Sums are float32 for all inputs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Elements of the block of token similarities that one step of a blocked form holds: 4 MiB of
-# float32, which stays in a CPU's cache.
+# Token similarities in one block: 4 MiB of float32, which stay in a CPU's cache.
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def maxsim(query: jax.Array, document: jax.Array, mask: jax.Array) -> jax.Array:
-    """The definition: one query, one document.
+    """Score one query with one document: the definition.
 
     Args:
       query: [Lq, D].
@@ -26,7 +25,7 @@ def maxsim(query: jax.Array, document: jax.Array, mask: jax.Array) -> jax.Array:
       mask: bool[Ld], the document's tokens.
 
     Returns:
-      float32[], the score.
+      float32[].
     """
     similarity = jnp.einsum(
         "qd,ld->lq",
@@ -41,12 +40,12 @@ def maxsim(query: jax.Array, document: jax.Array, mask: jax.Array) -> jax.Array:
 
 @jax.jit
 def maxsim_all_pairs(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> jax.Array:
-    """Every query with every document.
+    """Score every query with every document.
 
     Args:
       queries: [B, Lq, D].
       documents: [N, Ld, D].
-      mask: bool[N, Ld].
+      mask: bool[N, Ld], the documents' tokens.
 
     Returns:
       float32[B, N].
@@ -60,12 +59,12 @@ def maxsim_all_pairs(queries: jax.Array, documents: jax.Array, mask: jax.Array) 
 
 @jax.jit
 def maxsim_nway(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> jax.Array:
-    """Every query with its own documents: training tuples, or padded candidates of a search.
+    """Score every query with its W documents: training tuples, or padded candidates of a search.
 
     Args:
       queries: [B, Lq, D].
       documents: [B, W, Ld, D].
-      mask: bool[B, W, Ld]; a candidate that is padding is masked altogether and scores -inf.
+      mask: bool[B, W, Ld], the documents' tokens. A document without a token scores -inf.
 
     Returns:
       float32[B, W].
@@ -75,15 +74,15 @@ def maxsim_nway(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> ja
 
 @partial(jax.jit, static_argnames="length")
 def maxsim_ragged(
-    queries: jax.Array, values: jax.Array, offsets: jax.Array, ids: jax.Array, *, length: int
+    queries: jax.Array, values: jax.Array, offsets: jax.Array, positions: jax.Array, *, length: int
 ) -> jax.Array:
-    """Every query with its padded list of candidates out of ragged documents.
+    """Score every query with its candidates out of ragged documents.
 
     Args:
       queries: [B, Lq, D].
       values, offsets: [T, D] and int32[N+1], see `embeddings.DocumentEmbeddings`.
-      ids: int32[B, C], candidates; an id outside 0..N-1 is padding and scores -inf.
-      length: at least the length of the longest candidate.
+      positions: int32[B, C], candidates. Those outside 0..N-1 are padding and score -inf.
+      length: tokens of the longest candidate, or more.
 
     Returns:
       float32[B, C].
@@ -93,31 +92,35 @@ def maxsim_ragged(
         rows, mask = token_rows(offsets, candidate, length)
         return maxsim(query, values[rows], mask)
 
-    step = block_rows(length * values.shape[1], ids.shape[1])
+    step = block_rows(length * values.shape[1], positions.shape[1])
     return jax.lax.map(
-        lambda pair: jax.lax.map(partial(score, pair[0]), pair[1], batch_size=step), (queries, ids)
+        lambda pair: jax.lax.map(partial(score, pair[0]), pair[1], batch_size=step),
+        (queries, positions),
     )
 
 
-def token_rows(offsets: jax.Array, ids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Rows of the flat token arrays that belong to documents, padded to `length` columns.
+def token_rows(
+    offsets: jax.Array, positions: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """Find the rows of documents in the flat token arrays, padded to `length` columns.
 
     Args:
       offsets: int32[N+1].
-      ids: int32[...], documents; an id outside 0..N-1 has no token.
+      positions: int32[...], documents. Those outside 0..N-1 have no token.
 
     Returns:
-      rows int32[..., length] (any valid row where there is no token) and mask bool[..., length].
+      rows int32[..., length], and mask bool[..., length], the columns that are tokens; the rows of
+      other columns are any valid ones.
     """
     last = offsets.shape[0] - 2
-    known = (ids >= 0) & (ids <= last)
-    ids = jnp.clip(ids, 0, last)
-    start, stop = offsets[ids], offsets[ids + 1]
+    known = (positions >= 0) & (positions <= last)
+    positions = jnp.clip(positions, 0, last)
+    start, stop = offsets[positions], offsets[positions + 1]
     rows = start[..., None] + jnp.arange(length, dtype=offsets.dtype)
     mask = (rows < stop[..., None]) & known[..., None]
     return jnp.where(mask, rows, 0), mask
 
 
 def block_rows(elements_per_row: int, rows: int) -> int:
-    """How many rows of that many elements a block takes, at least 1 and at most `rows`."""
+    """Return the number of rows in a block, from 1 to `rows`, by the elements that a row takes."""
     return int(np.clip(_BLOCK_ELEMENTS // max(elements_per_row, 1), 1, max(rows, 1)))

@@ -1,8 +1,8 @@
-"""The fused kernel of `residual_maxsim` for TPUs (Pallas): decompress, normalise, MaxSim.
+"""The fused kernel of `residual.token_maxima` for TPUs (Pallas): decompress, normalise, MaxSim.
 
-One step of the grid holds a tile of tokens of a few documents on the chip: their weights are
-selected from the packed bytes, multiplied with the query by the matrix unit, and reduced to a
-running maximum. XLA's form writes the unpacked bytes of all tokens to memory in between.
+One step of the grid holds a tile of tokens of a few documents on the chip: it selects their weights
+by the packed bytes, multiplies them with the query on the matrix unit, and keeps a running maximum.
+XLA's form writes the unpacked bytes of all tokens to memory in between.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from colbert_jax.scoring.residual import slot_weights
+from colbert_jax.scoring.slots import slot_weights
 
 # Tokens of a document in one step: a register has 128 columns.
 _MOST_TOKENS = 128
-# Tokens of a step, of all its documents, those of a document counted as 32 at least.
+# Tokens of all documents of a step; each document counts for 32 at least.
 _STEP = 1024
 _LEAST_TOKENS = 32
 # Tokens whose instructions are interleaved, which hides latency until registers run out. Compiled
 # for a v5e, a step at 4 bits takes 3,000 instructions with 128 of them, 2,340 with 256, 2,060 with
-# 512, and 1,960 with all, which compiles twice as long. The 255 selects of 8 bits hide it alone.
+# 512, and 1,960 with all, which takes twice as long to compile. At 8 bits the 255 selects hide the
+# latency.
 _INTERLEAVED = 512
 
 
@@ -36,12 +37,14 @@ def token_maxima(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """The best token of each document for each query row: float32[B, n, Lq].
+    """Take the best score of each document's tokens for each query row, on a TPU.
 
     Args:
-      queries, similarity, residuals, scale: as `residual.token_maxima`.
-      weights: float32[2^b], in the order of `residual.field_weights`.
+      queries, similarity, residuals, scale, weights: as for `residual.token_maxima`.
       interpret: run without a TPU, for tests.
+
+    Returns:
+      float32[B, n, Lq].
     """
     batch, lq, dim = queries.shape
     _, n, length, packed = residuals.shape
@@ -69,7 +72,7 @@ def token_maxima(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-        name="residual_maxsim",
+        name="token_maxima",
     )(*operands)
 
 
@@ -77,8 +80,8 @@ def _kernel(weights, queries, similarity, residuals, scale, maxima, *, length):
     """One step: maxima [1, docs, Lq] over the tiles of tokens so far."""
     _, docs, tokens = scale.shape
     lq = queries.shape[1]
-    # Blocks at the far edges reach past the end of the arrays, where memory holds anything:
-    # tokens there are masked here, documents there are not written back.
+    # Blocks at the far edges reach past the end of the arrays, where memory holds any values:
+    # tokens there are masked, documents there are not written back.
     place = pl.program_id(2) * tokens + jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
     inside = place < length
 

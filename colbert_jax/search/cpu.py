@@ -1,7 +1,7 @@
-"""PLAID on a CPU: the stages of `search.plaid` over mapped arrays that are never copied.
+"""PLAID on a CPU: the stages of `search.plaid` over mapped arrays, without copying them.
 
-The loops are in `search.cpu_kernels`. A single query is spread over the threads stage by stage; of
-a batch, every thread takes whole queries.
+The loops are in `search.cpu_kernels`. A single query is spread over the threads stage by stage; in
+a batch, each thread takes whole queries.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from colbert_jax.compression.codec import unpack
+from colbert_jax.compression.codec import nbits_of, unpack
 from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
 from colbert_jax.search.arrays import IndexArrays
 
-_WIDTH = 8  # query rows are padded to a multiple: whole vector registers
-_TOKENS = 64  # of a document, decompressed at a time
-_SMALL = 256  # candidates that are not worth a second thread
+_WIDTH = 8  # query rows are padded to a multiple of this: whole vector registers
+_TOKENS = 64  # tokens of a document that are decompressed at a time
+_SMALL = 256  # candidates of a thread, below which one thread is faster
 
 
 class CpuArrays(NamedTuple):
     """A compressed index in the host's memory, mapped or not; see `IndexArrays`.
 
     centroids: float32[K, D].
-    table: [256, m] words of memory: the 8 / b bucket weights that a residual byte stands for.
+    table: [256, m] words of memory: the 8 / b bucket weights for each value of a residual byte.
     codes: int32[T].
     residuals: uint8[T, D * b / 8].
     offsets: int64[N+1].
@@ -44,9 +44,9 @@ class CpuArrays(NamedTuple):
 
 
 def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
-    """Views of an index's arrays on the host, of the one type that the kernels are compiled for."""
+    """Make views of an index's arrays on the host, of the types that kernels are compiled for."""
     weights = np.ascontiguousarray(arrays.bucket_weights, np.float32)
-    nbits = len(weights).bit_length() - 1
+    nbits = nbits_of(weights)
     table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
     word = np.uint64 if nbits < 8 else np.float32  # two weights at a time, where a byte has them
     return CpuArrays(
@@ -69,19 +69,19 @@ def _view(array: Any, dtype: type) -> np.ndarray:
 def cpu_search(
     arrays: CpuArrays, queries: np.ndarray, k: int, settings: SearchConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """PLAID for a batch of queries.
+    """Search a batch of queries.
 
     Args:
       queries: float32[B, Lq, D]; rows of zeros are padding.
-      k: results wanted.
+      k: results for each query.
       settings: resolved (`SearchConfig.resolve`).
 
     Returns:
-      ids int32[B, k] and scores float32[B, k], best first, equal scores by the smaller id; where a
-      query has fewer than k candidates filled up with id N and -inf.
+      positions int32[B, k] and scores float32[B, k], best first, equal scores by the smaller
+      position; a query with fewer than k candidates is filled up with position N and -inf.
     """
     num_documents = len(arrays.offsets) - 1
-    ids = np.full((len(queries), k), num_documents, np.int32)
+    positions = np.full((len(queries), k), num_documents, np.int32)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     threads = min(num_threads(), len(queries)) if len(queries) > 1 else 1
 
@@ -89,31 +89,31 @@ def cpu_search(
         for i in range(lane, len(queries), threads):
             best = _search_one(arrays, queries[i], k, settings, threads == 1)
             n = len(best[0])
-            ids[i, :n], scores[i, :n] = best
+            positions[i, :n], scores[i, :n] = best
 
     spread(worker, threads)
-    return ids, scores
+    return positions, scores
 
 
 def cpu_exact(arrays: CpuArrays, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact scores of every document: the k best, as `cpu_search` returns them."""
+    """Find the k best documents by exact scores; arguments and result as for `cpu_search`."""
     packed = np.stack([_rows(query, len(query))[0] for query in queries])
-    everyone = np.flatnonzero(np.diff(arrays.offsets)).astype(np.int32)
-    scores = np.empty((len(queries), len(everyone)), np.float32)
+    documents = np.flatnonzero(np.diff(arrays.offsets)).astype(np.int32)
+    scores = np.empty((len(queries), len(documents)), np.float32)
     cuts = np.searchsorted(
-        arrays.offsets[everyone],
+        arrays.offsets[documents],
         np.linspace(0, arrays.offsets[-1], num_threads() + 1)[1:-1],
     )
-    bounds = [0, *cuts.tolist(), len(everyone)]
+    bounds = [0, *cuts.tolist(), len(documents)]
 
     spread(
         lambda lane: _score_exactly(
-            arrays, packed, everyone, bounds[lane], bounds[lane + 1], scores
+            arrays, packed, documents, bounds[lane], bounds[lane + 1], scores
         ),
         num_threads(),
     )
-    best = [_sorted(everyone, row, k) for row in scores]
-    return np.stack([ids for ids, _ in best]), np.stack([row for _, row in best])
+    best = [_sorted(documents, row, k) for row in scores]
+    return np.stack([positions for positions, _ in best]), np.stack([row for _, row in best])
 
 
 class _Scratch(threading.local):
@@ -170,9 +170,9 @@ def _search_one(
     cpu_kernels.probe(keys, block_best, num_rows, ncells, cells)
 
     marks = _scratch("marks", (-(-num_documents // 8) * 8,), np.uint8)
-    ids = _scratch("ids", (num_documents,), np.int32)
+    positions = _scratch("positions", (num_documents,), np.int32)
     count = cpu_kernels.candidates(
-        cells, arrays.lists, arrays.list_offsets, marks, marks.view(np.uint64), ids
+        cells, arrays.lists, arrays.list_offsets, marks, marks.view(np.uint64), positions
     )
     approximate = _scratch("scores", (num_documents,), np.float32)
 
@@ -184,7 +184,7 @@ def _search_one(
                 threshold,
                 arrays.codes,
                 arrays.offsets,
-                ids,
+                positions,
                 start,
                 stop,
                 approximate,
@@ -195,27 +195,27 @@ def _search_one(
     pruning = _key(settings.centroid_score_threshold)
     ndocs = int(settings.ndocs or 1)
     _split(interaction(pruning), count, threads)
-    count = cpu_kernels.keep_best(ids, approximate, count, max(ndocs, k))
+    count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs, k))
     if count > max(ndocs // 4, k):
         _split(interaction(cpu_kernels.LOWEST), count, threads)
-        count = cpu_kernels.keep_best(ids, approximate, count, max(ndocs // 4, k))
+        count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs // 4, k))
 
     exact = _scratch("exact", (1, count), np.float32)
     _split(
-        lambda start, stop: _score_exactly(arrays, rows[None], ids, start, stop, exact),
+        lambda start, stop: _score_exactly(arrays, rows[None], positions, start, stop, exact),
         count,
         threads,
         small=16,
     )
-    best = _sorted(ids[:count], exact[0], k)
-    found = np.isfinite(best[1])  # lists made elsewhere may name a document without a token
+    best = _sorted(positions[:count], exact[0], k)
+    found = np.isfinite(best[1])  # converted lists may hold documents without a token
     return best[0][found], best[1][found]
 
 
 def _rows(query: np.ndarray, least: int = 0) -> tuple[np.ndarray, int]:
-    """The rows of a query that are not zero, padded with zeros to whole registers, and how many.
+    """The rows of a query that are not zero, padded with zeros to whole registers; their number.
 
-    Rows of zeros are kept where they make up at least `least` rows.
+    There are at least `least` rows with padding.
     """
     real = query[query.any(axis=1)]
     width = -(-max(len(real), least, 1) // _WIDTH) * _WIDTH
@@ -234,7 +234,7 @@ def _key(threshold: float | None) -> np.int32:
 def _score_exactly(
     arrays: CpuArrays,
     queries: np.ndarray,
-    ids: np.ndarray,
+    positions: np.ndarray,
     start: int,
     stop: int,
     scores: np.ndarray,
@@ -249,7 +249,7 @@ def _score_exactly(
         arrays.codes,
         arrays.residuals,
         arrays.offsets,
-        ids,
+        positions,
         start,
         stop,
         tokens,
@@ -258,18 +258,18 @@ def _score_exactly(
     )
 
 
-def _sorted(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best, best first; ids are ascending, so a stable sort orders ties by the smaller."""
-    if len(ids) > 4 * k:
-        least = np.partition(scores, len(ids) - k)[len(ids) - k]
+def _sorted(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best, best first; a stable sort of ascending positions puts the smaller tie first."""
+    if len(positions) > 4 * k:
+        least = np.partition(scores, len(positions) - k)[len(positions) - k]
         chosen = scores >= least
-        ids, scores = ids[chosen], scores[chosen]
+        positions, scores = positions[chosen], scores[chosen]
     order = np.argsort(-scores, kind="stable")[:k]
-    return ids[order].copy(), scores[order].copy()
+    return positions[order].copy(), scores[order].copy()
 
 
 def _split(work: Callable[[int, int], None], total: int, threads: int, small: int = _SMALL) -> None:
-    """Run work(start, stop) over parts of 0..total, a thread each; here where there is little."""
+    """Run work(start, stop) over parts of 0..total, one for each thread if they are not small."""
     if threads == 1 or total < 2 * small:
         work(0, total)
         return

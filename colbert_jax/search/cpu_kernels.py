@@ -1,11 +1,11 @@
 """PLAID's ragged loops for a CPU, compiled by numba: no padding, no copy of the index.
 
-XLA's CPU backend is several times slower on these (reference: the comparison in
-`benchmarks/results`). Every function releases the GIL and works on a range of centroids, candidates
-or documents, so that `search.cpu` can spread one query, or a batch of them, over threads.
+XLA's CPU backend is several times slower on these loops (see `benchmarks/results`). Every function
+releases the GIL and works on a range of centroids, candidates or documents, so that `search.cpu`
+can spread one query, or a batch of them, over threads.
 
 Approximate scores are compared as integers: `as_key` maps float32 to int32 in the same order, and
-integer maxima vectorise where float ones (NaN has to be thought of) do not. Nothing is rounded.
+integer maxima vectorise, while float maxima do not because of NaN. Nothing is rounded.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.cpu_kernels import compiled, dots, insert
+from colbert_jax.search.plaid import PRUNED
 
-BLOCK = 64  # centroids whose maxima are kept, so that few of them are looked at when probing
+BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
-_PRUNED = np.float32(-9999.0)  # per query token, for a document without a token left
+_PRUNED = np.float32(PRUNED)
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
 
 
 @compiled
 def as_key(bits):
-    """The bits of a float32 as an int32 of the same order; its own inverse."""
+    """Map the bits of a float32 to an int32 of the same order; the function is its own inverse."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
@@ -31,13 +32,13 @@ def as_key(bits):
 def score_centroids(
     centroids, query, num_rows, start, stop, scores, keys, block_best, centroid_best
 ):
-    """Centroid scores as keys, with the maximum of every block and of every centroid.
+    """Score centroids, as keys, with the maximum of every block and of every centroid.
 
     Args:
       centroids: float32[K, D].
       query: float32[W, D], W a multiple of 4; rows from num_rows on are padding.
-      start, stop: centroids of this call, `start` a multiple of BLOCK.
-      scores, keys: float32[K, W], and int32[K, W] over the same memory; filled with keys.
+      start, stop: the range of centroids, `start` a multiple of BLOCK.
+      scores, keys: float32[K, W] and int32[K, W], the same memory; filled with keys.
       block_best: int32[K / BLOCK, W], filled.
       centroid_best: int32[K], filled.
     """
@@ -70,9 +71,12 @@ def score_centroids(
 
 @compiled
 def probe(keys, block_best, num_rows, ncells, cells):
-    """The best `ncells` centroids of each of the first `num_rows` query rows into cells [.., n].
+    """Find the best `ncells` centroids of each query row; of equal scores the smaller centroid.
 
-    Equal scores: the smaller centroid.
+    Args:
+      keys, block_best: from `score_centroids`.
+      num_rows: query rows that are not padding.
+      cells: int32[num_rows, ncells], filled.
     """
     num_centroids = keys.shape[0]
     best = np.empty(ncells, np.int32)
@@ -86,14 +90,18 @@ def probe(keys, block_best, num_rows, ncells, cells):
 
 
 @compiled
-def candidates(cells, lists, list_offsets, marks, words, ids):
-    """The distinct documents of the probed inverted lists, ascending, into ids; returns how many.
+def candidates(cells, lists, list_offsets, marks, words, positions):
+    """Collect the distinct documents of the probed inverted lists.
 
     Args:
-      cells: int32[rows, ncells].
+      cells: int32[rows, ncells], from `probe`.
+      lists, list_offsets: see `cpu.CpuArrays`.
       marks: uint8[at least N], zeros; zeros again when this returns.
       words: uint64, the same memory.
-      ids: int32[N].
+      positions: int32[N], filled from the front, ascending.
+
+    Returns:
+      the number of documents.
     """
     for row in cells:
         for c in row:
@@ -104,18 +112,20 @@ def candidates(cells, lists, list_offsets, marks, words, ids):
         if words[w] != 0:
             for i in range(8 * w, 8 * w + 8):
                 if marks[i] != 0:
-                    ids[count] = i
+                    positions[count] = i
                     count += 1
             words[w] = 0
     return count
 
 
 @compiled
-def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, scores):
-    """Approximate scores of candidates start..stop-1: MaxSim over their tokens' centroids.
+def interact(keys, centroid_best, threshold, codes, offsets, positions, start, stop, scores):
+    """Score candidates start..stop-1 approximately: MaxSim over their tokens' centroids.
 
     Args:
+      keys, centroid_best: from `score_centroids`.
       threshold: a key; tokens whose centroid's best key is below it do not count.
+      positions: int32[n], the candidates.
       scores: float32[n], filled.
     """
     width = keys.shape[1]
@@ -123,7 +133,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, s
     values = best.view(np.float32)
     kept = np.empty(256, np.uint32)
     for j in range(start, stop):
-        token, end = offsets[ids[j]], offsets[ids[j] + 1]
+        token, end = offsets[positions[j]], offsets[positions[j] + 1]
         for q in range(width):
             best[q] = LOWEST
         any_kept = False
@@ -157,10 +167,13 @@ def interact(keys, centroid_best, threshold, codes, offsets, ids, start, stop, s
 
 
 @compiled
-def keep_best(ids, scores, count, n):
-    """Move the n best of `count` candidates to the front, ascending by id; returns how many.
+def keep_best(positions, scores, count, n):
+    """Move the n best of `count` candidates to the front, in their order.
 
-    Equal scores: the smaller id.
+    Of equal scores the smaller position is better.
+
+    Returns:
+      the number of candidates that are left.
     """
     if count <= n:
         return count
@@ -172,7 +185,7 @@ def keep_best(ids, scores, count, n):
     for j in range(count):
         if scores[j] > least or (scores[j] == least and room > 0):
             room -= scores[j] == least
-            ids[kept] = ids[j]
+            positions[kept] = positions[j]
             scores[kept] = scores[j]
             kept += 1
     return kept
@@ -180,11 +193,13 @@ def keep_best(ids, scores, count, n):
 
 @compiled
 def decompress(centroids, table, codes, residuals, first, n, tokens, words, scale):
-    """Tokens first..first+n-1 into the first rows of `tokens`, and 1 / their lengths into `scale`.
+    """Decompress tokens first..first+n-1, without normalising them.
 
     Args:
       table: [256, m], m words of memory that hold the 8 / b bucket weights of a residual byte.
+      tokens: float32[rows, D], the first n rows are filled.
       words: [rows, P * m], the memory of `tokens` as such words.
+      scale: float32[rows], the first n are filled: 1 / the length of each token embedding.
     """
     dim = tokens.shape[1]
     per_byte = table.shape[1]
@@ -199,7 +214,7 @@ def decompress(centroids, table, codes, residuals, first, n, tokens, words, scal
                 row = table[packed[p]]
                 for m in range(per_byte):
                     target[p * per_byte + m] = row[m]
-    # Not in the loop above: a load of what was just stored in smaller pieces would wait for them.
+    # Not in the loop above: loads would wait for the smaller stores to the same memory.
     for t in range(n):
         centroid = centroids[np.uint32(codes[first + t])]
         values = tokens[t]
@@ -213,7 +228,7 @@ def decompress(centroids, table, codes, residuals, first, n, tokens, words, scal
 
 @compiled
 def update_best(tokens, scale, n, rows, best):
-    """best[q] = max(best[q], the largest rows[q] . tokens[t] * scale[t] of the first n tokens)."""
+    """Raise best[q] to the largest rows[q] . tokens[t] * scale[t] of the first n tokens."""
     for t in range(0, n, 2):
         u = min(t + 1, n - 1)
         a, b = tokens[t], tokens[u]
@@ -229,21 +244,32 @@ def update_best(tokens, scale, n, rows, best):
 
 @compiled
 def score_exactly(
-    centroids, table, queries, codes, residuals, offsets, ids, start, stop, tokens, words, scores
+    centroids,
+    table,
+    queries,
+    codes,
+    residuals,
+    offsets,
+    positions,
+    start,
+    stop,
+    tokens,
+    words,
+    scores,
 ):
-    """MaxSim of queries with documents ids[start..stop-1] on their decompressed embeddings.
+    """Score documents positions[start..stop-1] exactly: MaxSim on decompressed embeddings.
 
     Args:
       table, words: see `decompress`.
       queries: float32[B, W, D], W a multiple of 4.
-      tokens: float32[at least 2, D], room for a few decompressed tokens.
+      tokens: float32[at least 2, D], scratch memory.
       scores: float32[B, n], filled; -inf for a document without a token.
     """
     num_queries, width, _ = queries.shape
     best = np.empty((num_queries, width), np.float32)
     scale = np.empty(len(tokens), np.float32)
     for j in range(start, stop):
-        first, end = offsets[ids[j]], offsets[ids[j] + 1]
+        first, end = offsets[positions[j]], offsets[positions[j] + 1]
         best[:] = -np.inf
         for base in range(first, end, len(tokens)):
             n = min(len(tokens), end - base)

@@ -8,13 +8,15 @@ For each query:
   3. full centroid interaction; the best `ndocs / 4` go on;
   4. exact MaxSim on the compressed tokens (`scoring.residual`).
 
-A batch of queries is one program of static shapes. The candidates [B, C] of a query fill the front
-of its row, short documents first, and are scored in blocks of documents and tiles of tokens: as
-many blocks as are filled, as many tiles as the longest document of a block has. What does not fit
-is reported, never dropped: `plaid_search` then runs again with room for it.
+A batch of queries is one program of static shapes. Documents are positions in the index, from 0.
+The candidates of a query fill the front of its row of [B, C], short documents first, and are scored
+in blocks of documents and tiles of tokens: as many blocks as are filled, as many tiles as the
+longest document of a block has. If candidates do not fit, none is dropped: the program reports how
+many there are, and `plaid_search` runs it again with room for them.
 
 Over an index that is sharded by documents the same program runs on every device (`axis` names the
-mesh axis): candidates are the device's own, and each cut keeps the best of all devices.
+mesh axis): each device has candidates among its documents, and each cut keeps the best of all
+devices.
 """
 
 from __future__ import annotations
@@ -30,25 +32,26 @@ import numpy as np
 
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.config import SearchConfig
-from colbert_jax.scoring.residual import field_weights, slot_major, token_maxima
+from colbert_jax.scoring.residual import token_maxima
+from colbert_jax.scoring.slots import field_weights, slot_major
 from colbert_jax.search.arrays import IndexArrays, best_of
 
-_PRUNED = -9999.0  # per query token, for a document without a token left: ColBERT's constant
+PRUNED = -9999.0  # a query token's best score where pruning left no token: ColBERT's constant
 _TILE = 32  # tokens
-_CLASSES = 31  # of document lengths in tiles, the last for all that are longer
+_CLASSES = 31  # classes of document lengths in tiles, the last for all longer documents
 _FEWEST_ENTRIES = 64
-_MOST_ENTRIES = 1 << 26  # so that class * entries + place stays below 2^31
-_NOBODY = np.iinfo(np.int32).max  # an id after all others
-# Where it exists, GPUs have a fast `top_k` that leaves the order of equals open.
+_MOST_ENTRIES = 1 << 26  # so that class * entries + index stays below 2^31
+_PADDING = np.iinfo(np.int32).max  # in place of a position: no document
+# Where it exists: a `top_k` that is faster on GPUs and returns equal values in any order.
 _UNSTABLE = (
     {"is_stable": False} if "is_stable" in inspect.signature(jax.lax.top_k).parameters else {}
 )
 
 
 class Memory(NamedTuple):
-    """What a search program may hold, for a kind of device.
+    """Limits on the memory of a search program, for a kind of device.
 
-    batch: bytes of centroid scores and candidates; more queries are taken in turn.
+    batch: bytes of centroid scores and candidates; queries that exceed it are searched in turn.
     block: token similarities of a block of documents.
     """
 
@@ -62,9 +65,14 @@ _ACCELERATOR = Memory(1 << 30, 1 << 24)
 
 
 class SearchResult(NamedTuple):
-    """ids int32[B, k], scores float32[B, k]; entries int32[], the most that a query needed."""
+    """The best documents of each query, best first.
 
-    ids: jax.Array
+    positions: int32[B, k].
+    scores: float32[B, k].
+    entries: int32[], the most entries of inverted lists that a query probed.
+    """
+
+    positions: jax.Array
     scores: jax.Array
     entries: jax.Array
 
@@ -81,14 +89,15 @@ def plaid_search(
     Args:
       arrays: with `inverse_norms`.
       queries: float32[B, Lq, D], B >= 1; rows of zeros are padding.
-      k: results wanted.
+      k: results for each query.
       settings: resolved (`SearchConfig.resolve`).
-      capacity: entries of the probed inverted lists of a query that there is room for, repetitions
+      capacity: room for this many entries of the inverted lists that a query probes, repetitions
         included: a power of two, see `initial_capacity`.
 
     Returns:
-      ids int32[B, k] and scores float32[B, k], where a query has fewer than k candidates filled up
-      with id N and -inf; and the capacity that was enough.
+      positions int32[B, k] and scores float32[B, k], best first, equal scores by the smaller
+      position; a query with fewer than k candidates is filled up with position N and -inf. And the
+      capacity that was enough.
 
     Raises:
       ValueError: the inverted lists that a query probes have more than 2^26 entries.
@@ -108,10 +117,16 @@ def widening(
     settings: SearchConfig,
     capacity: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Run a search program, again with more room where candidates did not fit.
+    """Run a search program, and run it again with more room if candidates did not fit.
 
-    Queries are padded to a power of two of them and to a multiple of eight rows, so that batches of
-    any size share a few programs. The host waits for the device once a run.
+    The number of queries is padded to a power of two and their rows to a multiple of eight, so that
+    batches of any size share a few programs. The host waits for the device once in each run.
+
+    Args:
+      search: (queries, threshold, capacity) -> result.
+      queries, settings, capacity: as for `plaid_search`.
+
+    Returns, raises: as `plaid_search`.
     """
     batch, length, _ = queries.shape
     padded = np.pad(
@@ -120,13 +135,13 @@ def widening(
     )
     threshold = np.float32(settings.centroid_score_threshold)
     while True:
-        ids, scores, entries = jax.device_get(search(padded, threshold, capacity))
+        positions, scores, entries = jax.device_get(search(padded, threshold, capacity))
         if entries <= capacity:
-            return ids[:batch], scores[:batch], capacity
+            return positions[:batch], scores[:batch], capacity
         if entries > _MOST_ENTRIES:
             raise ValueError(
                 f"ncells={settings.ncells} probes inverted lists of {entries} entries, more than "
-                f"{_MOST_ENTRIES}: ask for fewer ncells, or for exact search"
+                f"{_MOST_ENTRIES}: use a smaller ncells, or exact search"
             )
         capacity = next_power_of_two(int(entries))
 
@@ -134,9 +149,15 @@ def widening(
 def initial_capacity(
     list_lengths: np.ndarray, query_length: int, ncells: int, shards: int = 1
 ) -> int:
-    """Room for twice the expected entries of a query in a shard, never more than there can be.
+    """Choose a capacity: twice the expected entries of a query in a shard, at most all of them.
 
-    A probe hits a list about in proportion to the list's length.
+    The chance that a list is probed is taken to be in proportion to its length.
+
+    Args:
+      list_lengths: int[K], entries of each inverted list.
+      query_length: Lq.
+      ncells: inverted lists that are probed for each query token.
+      shards: devices that the documents are spread over.
     """
     probes = min(query_length * ncells, len(list_lengths))
     total = max(int(list_lengths.sum()), 1)
@@ -147,7 +168,7 @@ def initial_capacity(
 
 
 def memory_of(array: jax.Array) -> Memory:
-    """How much a program on the devices of `array` may hold at a time."""
+    """Return the limits on the memory of a program on the devices of `array`."""
     platform = next(iter(array.devices())).platform
     return _CPU if platform == "cpu" else _ACCELERATOR
 
@@ -179,15 +200,18 @@ def search_batch(
     first: jax.Array | int = 0,
     axis: str | None = None,
 ) -> SearchResult:
-    """All stages for queries [B, Lq, D], as many at a time as fit `memory`.
+    """Run all stages for queries [B, Lq, D], as many at a time as `memory` allows.
 
     Args:
-      first: int32[], the collection's id of the arrays' document 0.
-      axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`.
+      arrays, queries, k, capacity: as for `plaid_search`.
+      threshold: float32[], see `SearchConfig`; so are ncells and ndocs.
+      first: int32[], position in the collection of the first document in `arrays`.
+      axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`. If None, one
+        device has them all.
 
     Returns:
-      Ids of the collection; places without a result hold the number of documents in `arrays` (with
-      an axis: the largest int32) and -inf.
+      positions in the collection. Where there is no result they are the number of documents in
+      `arrays` (with an axis, the largest int32), and the score is -inf.
     """
     num_centroids, batch, length = len(arrays.centroids), *queries.shape[:2]
     each = 8 * num_centroids * length + 32 * capacity
@@ -205,8 +229,8 @@ def search_batch(
         axis=axis,
     )
     parts = jax.lax.map(search, queries.reshape(-1, size, *queries.shape[1:]))
-    ids, scores, entries = parts
-    return SearchResult(ids.reshape(batch, -1), scores.reshape(batch, -1), entries.max())
+    positions, scores, entries = parts
+    return SearchResult(positions.reshape(batch, -1), scores.reshape(batch, -1), entries.max())
 
 
 def _search_part(
@@ -214,29 +238,29 @@ def _search_part(
 ) -> SearchResult:
     table = centroid_scores(arrays.centroids, queries)
     cells = probe(table, queries, ncells)
-    ids, entries = candidates(arrays, cells, capacity)
+    positions, entries = candidates(arrays, cells, capacity)
 
     real = (queries != 0).any(axis=-1)
     kept = table.max(axis=-1, where=real[:, None], initial=-jnp.inf) >= threshold
     for n, counted in ((ndocs, kept), (ndocs // 4, None)):
-        approximate = centroid_interaction(arrays, table, ids, counted, block)
-        ids = cut(ids, approximate, max(n, k), len(arrays.offsets) - 1, first, axis)
-    exact = exact_scores(arrays, queries, table, ids, block)
+        approximate = centroid_interaction(arrays, table, positions, counted, block)
+        positions = cut(positions, approximate, max(n, k), len(arrays.offsets) - 1, first, axis)
+    exact = exact_scores(arrays, queries, table, positions, block)
 
-    nobody = len(arrays.offsets) - 1
-    ids = jnp.where(ids < nobody, first + ids, _NOBODY)
-    negated, ids = best_of(-exact, ids, k, axis)
-    missing = [(0, 0), (0, k - ids.shape[1])]
-    ids = jnp.pad(ids, missing, constant_values=_NOBODY)
+    num_documents = len(arrays.offsets) - 1
+    positions = jnp.where(positions < num_documents, first + positions, _PADDING)
+    negated, positions = best_of(-exact, positions, k, axis)
+    missing = [(0, 0), (0, k - positions.shape[1])]
+    positions = jnp.pad(positions, missing, constant_values=_PADDING)
     scores = jnp.pad(-negated, missing, constant_values=-jnp.inf)
     entries = entries.max()
     if axis is None:
-        return SearchResult(jnp.minimum(ids, nobody), scores, entries)
-    return SearchResult(ids, scores, jax.lax.pmax(entries, axis))
+        return SearchResult(jnp.minimum(positions, num_documents), scores, entries)
+    return SearchResult(positions, scores, jax.lax.pmax(entries, axis))
 
 
 def centroid_scores(centroids: jax.Array, queries: jax.Array) -> jax.Array:
-    """[B, K, Lq], the dot product of every centroid with every query token."""
+    """Multiply every centroid with every query token: float32[B, K, Lq]."""
     return jnp.einsum(
         "kd,bqd->bkq",
         centroids,
@@ -247,7 +271,7 @@ def centroid_scores(centroids: jax.Array, queries: jax.Array) -> jax.Array:
 
 
 def probe(table: jax.Array, queries: jax.Array, ncells: int) -> jax.Array:
-    """The best `ncells` centroids of each query token, ascending, repetitions replaced by K.
+    """Find the best `ncells` centroids of each query token.
 
     A query row of zeros is padding and probes nothing.
 
@@ -255,7 +279,7 @@ def probe(table: jax.Array, queries: jax.Array, ncells: int) -> jax.Array:
       table: float32[B, K, Lq], centroid scores.
 
     Returns:
-      int32[B, Lq * ncells].
+      int32[B, Lq * ncells], ascending, repetitions and padding replaced by K.
     """
     batch, num_centroids, _ = table.shape
     _, cells = jax.lax.top_k(table.swapaxes(1, 2), min(ncells, num_centroids))
@@ -265,32 +289,32 @@ def probe(table: jax.Array, queries: jax.Array, ncells: int) -> jax.Array:
 
 
 def candidates(arrays: IndexArrays, cells: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """The distinct documents of the probed inverted lists, short ones first, equals by id.
+    """Collect the distinct documents of the probed inverted lists.
 
-    Two sorts do it, the second of keys that hold a document's length and its place among the ids.
+    It takes two sorts, the second of keys that combine a document's length class and its rank.
 
     Args:
-      cells: int32[B, ...], centroids, ascending; K: none.
+      cells: int32[B, ...], centroids, ascending; K stands for no centroid.
 
     Returns:
-      int32[B, capacity], padded with N, and how many entries the lists of each query have,
-      int32[B]: more than `capacity` means that some were left out.
+      int32[B, capacity], short documents first, then by position, padded with N; and int32[B], the
+      entries that the lists of each query have. If these exceed `capacity`, documents are missing.
     """
     num_documents = len(arrays.offsets) - 1
-    ids, entries = jax.vmap(partial(_list_entries, arrays, capacity=capacity))(cells)
-    ids = jnp.sort(ids)
-    _, length = token_spans(arrays.offsets, ids)
+    positions, entries = jax.vmap(partial(_list_entries, arrays, capacity=capacity))(cells)
+    positions = jnp.sort(positions)
+    _, length = token_spans(arrays.offsets, positions)
     classes = jnp.minimum((length - 1) // _TILE, _CLASSES - 1)
-    classes = jnp.where(_is_first(ids) & (length > 0), classes, _CLASSES)
+    classes = jnp.where(_is_first(positions) & (length > 0), classes, _CLASSES)
     key = jnp.sort(classes * capacity + jnp.arange(capacity, dtype=jnp.int32))
-    ids = jnp.take_along_axis(ids, key % capacity, axis=1)
-    return jnp.where(key < _CLASSES * capacity, ids, num_documents), entries
+    positions = jnp.take_along_axis(positions, key % capacity, axis=1)
+    return jnp.where(key < _CLASSES * capacity, positions, num_documents), entries
 
 
 def _list_entries(
     arrays: IndexArrays, cells: jax.Array, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The entries of some inverted lists one after the other, padded with N, and their number."""
+    """The entries of some inverted lists in a row, padded with N, and their number."""
     num_documents, num_centroids = len(arrays.offsets) - 1, len(arrays.list_offsets) - 1
     real = cells < num_centroids
     cells = jnp.minimum(cells, num_centroids - 1)
@@ -304,37 +328,41 @@ def _list_entries(
     return jnp.where(filled, arrays.lists[jnp.where(filled, entry, 0)], num_documents), ends[-1]
 
 
-def token_spans(offsets: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first token and the number of tokens of documents; an id of N or more has none."""
-    known = ids < len(offsets) - 1
-    ids = jnp.minimum(ids, len(offsets) - 2)
-    return offsets[ids], jnp.where(known, offsets[ids + 1] - offsets[ids], 0)
+def token_spans(offsets: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the first token and the number of tokens of documents, 0 for positions from N on."""
+    known = positions < len(offsets) - 1
+    positions = jnp.minimum(positions, len(offsets) - 2)
+    return offsets[positions], jnp.where(known, offsets[positions + 1] - offsets[positions], 0)
 
 
 def centroid_interaction(
-    arrays: IndexArrays, table: jax.Array, ids: jax.Array, kept: jax.Array | None, block: int
+    arrays: IndexArrays, table: jax.Array, positions: jax.Array, kept: jax.Array | None, block: int
 ) -> jax.Array:
-    """Approximate scores float32[B, C] of documents ids [B, C], from centroid scores alone.
+    """Score documents approximately, from centroid scores alone.
 
     Args:
-      table: float32[B, K, Lq].
-      kept: bool[B, K], the centroids that count (pruning); None: all.
+      table: float32[B, K, Lq], centroid scores.
+      positions: int32[B, C], documents; those from N on are padding.
+      kept: bool[B, K], the centroids that count (pruning). If None, all.
       block: see `Memory`.
+
+    Returns:
+      float32[B, C], -inf for padding.
     """
 
     def maxima(rows: jax.Array, mask: jax.Array) -> jax.Array:
         codes = arrays.codes[rows]
         if kept is not None:
             mask = mask & _rows_of(kept, codes)
-        return jnp.where(mask[..., None], _rows_of(table, codes), _PRUNED).max(axis=2)
+        return jnp.where(mask[..., None], _rows_of(table, codes), PRUNED).max(axis=2)
 
-    return by_tiles(maxima, arrays.offsets, ids, table.shape[-1], _PRUNED, block)
+    return by_tiles(maxima, arrays.offsets, positions, table.shape[-1], PRUNED, block)
 
 
 def exact_scores(
-    arrays: IndexArrays, queries: jax.Array, table: jax.Array, ids: jax.Array, block: int
+    arrays: IndexArrays, queries: jax.Array, table: jax.Array, positions: jax.Array, block: int
 ) -> jax.Array:
-    """MaxSim float32[B, C] of documents ids [B, C] on their compressed tokens."""
+    """Score documents exactly: MaxSim on compressed tokens; see `centroid_interaction`."""
     norms = arrays.inverse_norms
     if norms is None:
         raise ValueError("the arrays have no inverse_norms: call with_inverse_norms first")
@@ -346,33 +374,36 @@ def exact_scores(
         scale = jnp.where(mask, norms[rows], 0)
         return token_maxima(slots, similarity, arrays.residuals[rows], scale, weights)
 
-    return by_tiles(maxima, arrays.offsets, ids, queries.shape[1], -jnp.inf, block)
+    return by_tiles(maxima, arrays.offsets, positions, queries.shape[1], -jnp.inf, block)
 
 
 def by_tiles(
     maxima: Callable[[jax.Array, jax.Array], jax.Array],
     offsets: jax.Array,
-    ids: jax.Array,
+    positions: jax.Array,
     rows: int,
     least: float,
     block: int,
 ) -> jax.Array:
-    """Sums over the query rows of maxima over the tokens, of the filled part of ids [B, C] only.
+    """Sum, over the query rows, the maxima over each document's tokens.
+
+    Only the part of `positions` that is filled is computed, in blocks of documents.
 
     Args:
-      maxima: rows of the token arrays int32[B, n, tile] and their mask -> the best of these tokens
+      maxima: (rows of the token arrays int32[B, n, tile], their mask) -> the best of these tokens
         for each query row, float32[B, n, Lq].
+      positions: int32[B, C], documents; those from N on are padding.
       rows: Lq.
-      least: where the maxima start.
-      block: token similarities to take in one step.
+      least: what maxima start from.
+      block: token similarities in one block.
 
     Returns:
       float32[B, C], -inf for padding.
     """
-    batch, capacity = ids.shape
+    batch, capacity = positions.shape
     size = min(max(block // (batch * _TILE * rows), 1), capacity)
-    padded = jnp.pad(ids, [(0, 0), (0, -capacity % size)], constant_values=_NOBODY)
-    real = ids < len(offsets) - 1
+    padded = jnp.pad(positions, [(0, 0), (0, -capacity % size)], constant_values=_PADDING)
+    real = positions < len(offsets) - 1
     filled = real.sum(axis=1).max()
 
     def score(i: jax.Array, scores: jax.Array) -> jax.Array:
@@ -394,39 +425,41 @@ def by_tiles(
 
 
 def cut(
-    ids: jax.Array,
+    positions: jax.Array,
     scores: jax.Array,
     n: int,
-    nobody: int,
+    num_documents: int,
     first: jax.Array | int = 0,
     axis: str | None = None,
 ) -> jax.Array:
-    """The n best candidates, of all devices together, in their order; equals by the smaller id.
+    """Keep the n best candidates in their order, of all devices together.
+
+    Of equal scores the smaller position is better.
 
     Args:
-      ids: int32[B, C], padded with ids of `nobody` or more.
+      positions: int32[B, C]; those from `num_documents` on are padding.
       scores: float32[B, C].
-      first, axis: see `search_batch`. Each device keeps those of the n best that are its own.
+      first, axis: as for `search_batch`. Each device keeps those of the n best that it has.
 
     Returns:
-      int32[B, min(n, C)].
+      int32[B, min(n, C)], padded.
     """
-    capacity = ids.shape[1]
+    capacity = positions.shape[1]
     if capacity <= n and axis is None:
-        return ids
+        return positions
     size = min(n, capacity)
     last = jax.lax.top_k(scores, size, **_UNSTABLE)[0][:, -1:]
-    # First whatever beats the n-th score, then what equals it, by id.
-    rank = jnp.where(scores > last, -1, jnp.where(scores == last, ids, _NOBODY))
+    # First all that beat the n-th score, then those that equal it, by position.
+    rank = jnp.where(scores > last, -1, jnp.where(scores == last, positions, _PADDING))
     _, place = jax.lax.top_k(-rank, size, **_UNSTABLE)
     if axis is not None:
-        own = jnp.where(ids < nobody, first + ids, _NOBODY)
-        own, scores = (jnp.take_along_axis(array, place, axis=1) for array in (own, scores))
-        everyone = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (-scores, own)]
-        negated, order = (a[:, :n][:, -1:] for a in jax.lax.sort(everyone, num_keys=2))
-        kept = (scores > -negated) | ((scores == -negated) & (own <= order))
+        local = jnp.where(positions < num_documents, first + positions, _PADDING)
+        local, scores = (jnp.take_along_axis(array, place, axis=1) for array in (local, scores))
+        gathered = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (-scores, local)]
+        negated, order = (a[:, :n][:, -1:] for a in jax.lax.sort(gathered, num_keys=2))
+        kept = (scores > -negated) | ((scores == -negated) & (local <= order))
         place = jnp.where(kept, place, capacity)
-    padded = jnp.pad(ids, [(0, 0), (0, 1)], constant_values=_NOBODY)
+    padded = jnp.pad(positions, [(0, 0), (0, 1)], constant_values=_PADDING)
     return jnp.take_along_axis(padded, jnp.sort(place), axis=1)
 
 
@@ -436,7 +469,7 @@ def _is_first(values: jax.Array) -> jax.Array:
 
 
 def _rows_of(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """Each query's own rows of a table [B, K, ...] for codes [B, ...]."""
+    """Rows of a table [B, K, ...] for codes [B, ...], query by query."""
     batch, num_centroids = table.shape[:2]
     base = jnp.arange(batch, dtype=jnp.int32) * num_centroids
     flat = table.reshape(batch * num_centroids, *table.shape[2:])

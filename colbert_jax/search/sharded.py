@@ -1,10 +1,10 @@
-"""Search over an index that is sharded by documents: each device searches its own, one answer.
+"""Search over an index that is sharded by documents over the devices of a mesh.
 
-A device of a 1-D mesh holds a contiguous range of documents with all that belongs to them, in
-arrays of common sizes, and every centroid. It runs the program of one device (`search.plaid`) on
-its range; every cut, and the final ranking, is taken over the documents of all devices, so that the
-answer does not depend on how many there are. Several processes (`jax.distributed`) each read their
-own devices' ranges from disk, call search with the same queries and get the same full answer.
+Each device holds a contiguous range of documents, in arrays of common sizes, and all centroids. It
+runs the program of one device (`search.plaid`) on its range; every cut, and the final ranking, is
+taken over the documents of all devices, so that results do not depend on the number of devices.
+Several processes (`jax.distributed`) each read their devices' ranges from disk, call search with
+the same queries and get the same full results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from colbert_jax.batching import ladder_length, next_power_of_two
-from colbert_jax.compression.sharding import replicate
+from colbert_jax.compression.sharding import check_mesh, replicate
 from colbert_jax.config import SearchConfig
 from colbert_jax.embeddings import document_ranges
 from colbert_jax.progress import progress_bar
@@ -45,11 +45,12 @@ class ShardedArrays:
     """An index on the devices of a mesh.
 
     Attributes:
-      arrays: like those of one device, each array the devices' own one after the other; a device's
-        offsets, lists and document ids are its own. Centroids and weights are on every device.
+      arrays: each array is that of device 0, then of device 1 and so on; offsets, lists and
+        positions count from a device's first token and document. Centroids and bucket weights are
+        on every device.
       bounds: int[S+1] on the host; device s holds documents bounds[s]..bounds[s+1]-1.
-      first: int32[S], sharded, the same without the last.
-      mesh: its one axis is the documents'.
+      first: int32[S], sharded, the first document of each device.
+      mesh: of one axis, over which the documents are sharded.
     """
 
     arrays: IndexArrays
@@ -59,14 +60,14 @@ class ShardedArrays:
 
     @property
     def axis(self) -> str:
+        """The name of the mesh axis."""
         return self.mesh.axis_names[0]
 
 
 def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
-    """Place an index on a mesh, documents cut into ranges of about equally many tokens.
+    """Place an index on a mesh, in ranges of documents with about equally many tokens.
 
-    A process reads no more than its own devices' parts, and copies no more than one of them into
-    its memory at a time.
+    A process reads only the parts of its devices, and copies one of them into its memory at a time.
 
     Args:
       arrays: on the host, mapped from disk; offsets may be int64, without `inverse_norms`.
@@ -83,63 +84,57 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
     tokens, documents = int((stops - starts).max()), int(np.diff(bounds).max())
     if tokens > _INT32:
         raise ValueError(
-            f"{offsets[-1]} tokens on {shards} devices are {tokens} on one of them, which holds at "
-            f"most {_INT32}: use more devices"
+            f"{offsets[-1]} tokens on {shards} devices put {tokens} on one of them; the most is "
+            f"{_INT32}: use more devices"
         )
-    # Ranges are read at the common size, with a few tokens of a neighbour that nothing points to.
+    # All ranges are read with the largest size, so some end with tokens of the next, never used.
     starts = np.minimum(starts, offsets[-1] - tokens)
 
-    def own_offsets(s: int) -> np.ndarray:
-        own = offsets[bounds[s] : bounds[s + 1] + 1] - starts[s]
-        return np.pad(own, (0, documents + 1 - len(own)), mode="edge").astype(np.int32)
+    def local_offsets(s: int) -> np.ndarray:
+        local = offsets[bounds[s] : bounds[s + 1] + 1] - starts[s]
+        return np.pad(local, (0, documents + 1 - len(local)), mode="edge").astype(np.int32)
 
     lists: Any = arrays.lists
     list_offsets = np.asarray(arrays.list_offsets)
     entries = int(max(_count_entries(lists, bounds).max(), 1))
 
-    def own_lists(s: int) -> tuple[np.ndarray, np.ndarray]:
-        own, own_starts = split_lists(lists, list_offsets, bounds[s], bounds[s + 1])
-        return np.pad(own, (0, entries - len(own))), own_starts
+    def local_lists(s: int) -> tuple[np.ndarray, np.ndarray]:
+        local, local_starts = split_lists(lists, list_offsets, bounds[s], bounds[s + 1])
+        return np.pad(local, (0, entries - len(local))), local_starts
 
     place = partial(_place, mesh)
     placed = IndexArrays(
         *(replicate(mesh, getattr(arrays, name)) for name in _REPLICATED),
         *place(lambda s: (arrays.codes[starts[s] : starts[s] + tokens],), 1),
         *place(lambda s: (arrays.residuals[starts[s] : starts[s] + tokens],), 1),
-        *place(lambda s: (own_offsets(s),), 1),
-        *place(own_lists, 2),
+        *place(lambda s: (local_offsets(s),), 1),
+        *place(local_lists, 2),
     )
     placed = placed._replace(inverse_norms=_norms(placed, mesh=mesh))
     (first,) = place(lambda s: (bounds[s : s + 1].astype(np.int32),), 1)
     return ShardedArrays(placed, bounds, first, mesh)
 
 
-def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError unless a mesh has one axis."""
-    if len(mesh.axis_names) != 1:
-        raise ValueError(
-            f"an index is sharded over a mesh of one axis, got axes {mesh.axis_names}: "
-            'jax.make_mesh((n,), ("data",))'
-        )
-
-
 def split_lists(
     lists: np.ndarray, list_offsets: np.ndarray, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The part of inverted lists that lies in documents start..stop-1, ids counted from `start`.
+    """Take the entries of inverted lists that are documents start..stop-1.
+
+    Args:
+      lists, list_offsets: as in `IndexArrays`, on the host.
 
     Returns:
-      int32[n] and its list offsets int32[K + 1].
+      int32[n], positions counted from `start`, and the list offsets int32[K + 1].
     """
     parts, counts, total = [np.zeros(0, np.int32)], np.zeros(len(list_offsets), np.int64), 0
     for at in range(0, len(lists), _LIST_BLOCK):
         block = np.asarray(lists[at : at + _LIST_BLOCK])
-        own = (block >= start) & (block < stop)
-        before = np.concatenate([[0], np.cumsum(own)])
+        local = (block >= start) & (block < stop)
+        before = np.concatenate([[0], np.cumsum(local)])
         ends = (list_offsets > at) & (list_offsets <= at + len(block))
         counts[ends] = total + before[list_offsets[ends] - at]
         total += int(before[-1])
-        parts.append((block[own] - start).astype(np.int32))
+        parts.append((block[local] - start).astype(np.int32))
     return np.concatenate(parts), counts.astype(np.int32)
 
 
@@ -150,7 +145,7 @@ def sharded_plaid_search(
     settings: SearchConfig,
     capacity: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """`plaid.plaid_search` over all devices. `capacity` is a device's."""
+    """Run `plaid.plaid_search` over all devices; `capacity` is that of each device."""
     static = dict(
         mesh=sharded.mesh,
         ncells=int(settings.ncells or 1),
@@ -169,8 +164,8 @@ def sharded_plaid_search(
             **static,
         )
 
-    ids, scores, capacity = plaid.widening(search, queries, settings, capacity)
-    return np.minimum(ids, sharded.bounds[-1]).astype(np.int32), scores, capacity
+    positions, scores, capacity = plaid.widening(search, queries, settings, capacity)
+    return np.minimum(positions, sharded.bounds[-1]).astype(np.int32), scores, capacity
 
 
 def sharded_exact_search(
@@ -181,7 +176,7 @@ def sharded_exact_search(
     *,
     progress: bool | None = False,
 ) -> Hits:
-    """`exact.exact_search` over all devices, each with its own documents in order of length.
+    """Run `exact.exact_search` over all devices, each going through its documents by length.
 
     Args:
       lengths: int[N], tokens of each document, on the host.
@@ -194,42 +189,48 @@ def sharded_exact_search(
             [sharded_exact_search(sharded, lengths, part, k, progress=progress) for part in parts]
         )
     mesh, bounds = sharded.mesh, sharded.bounds
-    batch, wanted = next_power_of_two(len(queries)), next_power_of_two(k)
+    batch, size_k = next_power_of_two(len(queries)), next_power_of_two(k)
     padded = np.pad(queries, [(0, batch - len(queries)), (0, 0), (0, 0)]).astype(np.float32)
     replicated = replicate(mesh, padded)
-    own = [lengths[bounds[s] : bounds[s + 1]] for s in range(len(bounds) - 1)]
-    best = _place(mesh, lambda s: (np.full((batch, wanted), np.inf, np.float32),), 1) + _place(
-        mesh, lambda s: (np.full((batch, wanted), _INT32, np.int32),), 1
+    local = [lengths[bounds[s] : bounds[s + 1]] for s in range(len(bounds) - 1)]
+    best = _place(mesh, lambda s: (np.full((batch, size_k), np.inf, np.float32),), 1) + _place(
+        mesh, lambda s: (np.full((batch, size_k), _INT32, np.int32),), 1
     )
     with progress_bar(int((lengths > 0).sum()), "exact scoring", "doc", progress) as bar:
-        for length, rows in _steps(own):
+        for length, rows in _steps(local):
             size = max(map(len, rows))
             size = min(next_power_of_two(size), max(TOKENS // length, 1))
             for at in range(0, max(map(len, rows)), size):
                 chosen = [row[at : at + size] for row in rows]
-                ids = _place(mesh, partial(_ids_of, chosen, size), 1)
+                positions = _place(mesh, partial(_padded, chosen, size), 1)
                 best = _merge(
-                    sharded.arrays, sharded.first, replicated, *ids, *best, length=length, mesh=mesh
+                    sharded.arrays,
+                    sharded.first,
+                    replicated,
+                    *positions,
+                    *best,
+                    length=length,
+                    mesh=mesh,
                 )
                 bar.update(sum(map(len, chosen)))
-    negated, ids = jax.device_get(_gather(*best, mesh=mesh))
-    return Hits(ids[: len(queries), :k], -negated[: len(queries), :k])
+    negated, positions = jax.device_get(_gather(*best, mesh=mesh))
+    return Hits(positions[: len(queries), :k], -negated[: len(queries), :k])
 
 
 def _steps(lengths: Sequence[np.ndarray]) -> list[tuple[int, list[np.ndarray]]]:
     """Padded lengths, and for each the documents of every device that have it."""
-    padded = [np.array([ladder_length(int(n)) if n else 0 for n in own], int) for own in lengths]
-    steps = sorted({int(length) for own in padded for length in np.unique(own)} - {0})
-    return [(step, [np.flatnonzero(own == step) for own in padded]) for step in steps]
+    padded = [np.array([ladder_length(int(n)) if n else 0 for n in part], int) for part in lengths]
+    steps = sorted({int(length) for part in padded for length in np.unique(part)} - {0})
+    return [(step, [np.flatnonzero(part == step) for part in padded]) for step in steps]
 
 
-def _ids_of(chosen: Sequence[np.ndarray], size: int, s: int) -> tuple[np.ndarray]:
+def _padded(chosen: Sequence[np.ndarray], size: int, s: int) -> tuple[np.ndarray]:
     padding = size - len(chosen[s])
     return (np.pad(chosen[s], (0, padding), constant_values=_INT32).astype(np.int32),)
 
 
 def _place(mesh: Mesh, part: Callable[[int], tuple[Any, ...]], count: int) -> list[Any]:
-    """Arrays of which device s holds the s-th part, made for this process's devices in turn.
+    """Arrays whose s-th part is on device s, made for this process's devices in turn.
 
     Args:
       part: s -> `count` arrays, of the same shapes for every s.
@@ -266,7 +267,7 @@ def _specs(axis: str) -> Any:
 
 
 def _shard_map(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    # What an all_gather makes is the same everywhere, which the check can't know.
+    # The results of an all_gather are equal on all devices, which the check cannot know.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -291,25 +292,27 @@ def _plaid(arrays, first, queries, threshold, *, mesh, **settings):
 
 
 @partial(jax.jit, static_argnames=("length", "mesh"))
-def _merge(arrays, first, queries, ids, best_negated, best_ids, *, length, mesh):
-    """Each device's running top k with n more of its documents."""
+def _merge(arrays, first, queries, positions, best_negated, best_positions, *, length, mesh):
+    """The running top k of each device with n more of its documents."""
     (axis,) = mesh.axis_names
 
-    def merge(arrays, first, queries, ids, best_negated, best_ids):
-        scores = score_documents(arrays, queries, ids, length=length)
-        ids = jnp.where(ids < len(arrays.offsets) - 1, first[0] + ids, _INT32)
+    def merge(arrays, first, queries, positions, best_negated, best_positions):
+        scores = score_documents(arrays, queries, positions, length=length)
+        positions = jnp.where(positions < len(arrays.offsets) - 1, first[0] + positions, _INT32)
         negated = jnp.concatenate([best_negated, -scores], axis=1)
-        everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
-        return best_of(negated, everyone, best_ids.shape[1])
+        merged = jnp.concatenate(
+            [best_positions, jnp.broadcast_to(positions, scores.shape)], axis=1
+        )
+        return best_of(negated, merged, best_positions.shape[1])
 
     specs = (_specs(axis), P(axis), P(), P(axis), P(axis), P(axis))
     return _shard_map(merge, mesh, specs, (P(axis), P(axis)))(
-        arrays, first, queries, ids, best_negated, best_ids
+        arrays, first, queries, positions, best_negated, best_positions
     )
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _gather(negated, ids, *, mesh):
+def _gather(negated, positions, *, mesh):
     (axis,) = mesh.axis_names
     merge = partial(best_of, k=negated.shape[1], axis=axis)
-    return _shard_map(merge, mesh, (P(axis), P(axis)), (P(), P()))(negated, ids)
+    return _shard_map(merge, mesh, (P(axis), P(axis)), (P(), P()))(negated, positions)

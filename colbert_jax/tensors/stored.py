@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor lie in a file, and reading them."""
+"""A tensor in a file: the place of its bytes, and reading them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Stored:
-    """Where the bytes of one tensor are.
+    """A tensor in a file.
 
-    offset: of its first element, in bytes from the start of the file (of the member, if any).
-    strides: in elements; None for C order without gaps.
-    member: the zip member whose compressed bytes hold it; None where the bytes lie plainly.
-    swapped: whether they are in the other byte order than this machine's.
+    file: the file.
+    offset: of the first element, in bytes from the start of the file, or of `member`.
+    dtype, shape: of the tensor.
+    strides: in elements. If None, C order without gaps.
+    member: the compressed zip member that holds it. If None, the file holds its bytes as they are.
+    swapped: whether its byte order is not this machine's.
     """
 
     file: Path
@@ -30,19 +32,22 @@ class Stored:
     swapped: bool = False
 
     def rows(self, start: int, stop: int) -> Stored:
-        """Rows start..stop-1 of the first dimension; 0 <= start <= stop <= their number."""
+        """Take rows start..stop-1 of the first dimension; 0 <= start <= stop <= their number."""
         strides = c_strides(self.shape) if self.strides is None else self.strides
         offset = self.offset + start * strides[0] * self.dtype.itemsize
         return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 
     def read(self, into: np.ndarray | None = None) -> np.ndarray:
-        """The tensor, in C order and this machine's byte order.
+        """Read the tensor, in C order and this machine's byte order.
 
-        `into`: flat memory of the same dtype, as long as the tensor or longer, to be used instead
-        of fresh memory; for a tensor without strides.
+        Only its bytes are read. The file is not mapped, since mapped pages count as resident.
 
-        Reads its bytes alone. The file is not mapped, since mapped pages count as resident.
-        Raises ValueError where the bytes are damaged or cut off.
+        Args:
+          into: for a tensor without strides, flat memory of the same dtype and at least its size,
+            to read into. If None, fresh memory.
+
+        Raises:
+          ValueError: the bytes are damaged or truncated.
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
@@ -74,10 +79,10 @@ class Stored:
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of C order, as torch counts them."""
+    """Return the strides of C order, in elements, as torch counts them."""
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements lie from a tensor's first to its last."""
+    """Return the number of elements from a tensor's first to its last in memory."""
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -1,16 +1,15 @@
-"""Torch's checkpoint files, read and written without torch, and without running a pickle's code.
+"""Read and write torch's checkpoint files without torch, and without running a pickle's code.
 
-What torch.save writes is a pickle, which says what there is, and the raw bytes of the storages. The
-pickle is interpreted here, opcode by opcode: a global stays a name that is never imported, and
-`_KNOWN` says what the few known names stand for. The formats are those of torch/serialization.py:
-`_save` (a zip archive) and `_legacy_save`.
+torch.save writes a pickle, which describes the value, and the raw bytes of the storages. The pickle
+is interpreted here, opcode by opcode: a global stays a name and is never imported, and `_KNOWN`
+defines the few names that are supported. The formats are those of torch/serialization.py: `_save`
+(a zip archive) and `_legacy_save`.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import pickletools
 import struct
 import sys
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from colbert_jax.files import replacing
 from colbert_jax.tensors.stored import Stored, c_strides, span
 
 _DTYPES = {
@@ -41,39 +41,39 @@ _STORAGES = {
     "IntStorage": "int32",
     "LongStorage": "int64",
     "ByteStorage": "uint8",
-    "UntypedStorage": "uint8",  # uint16, uint32 and uint64 are kept in these
+    "UntypedStorage": "uint8",  # it holds uint16, uint32 and uint64 too
 }
 _SCALARS = (str, int, float, bool, bytes, type(None))
 _BYTE = np.dtype(np.uint8)
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a legacy file
 
-# Limits against files made to exhaust memory, far above what checkpoints need.
-_PICKLE = 2**24  # bytes of a pickle, and items that its constructors copy
+# Limits against files that are made to exhaust memory, far above the needs of checkpoints.
+_PICKLE = 2**24  # bytes of a pickle, and items that its calls copy
 _EXPANDED = 2**30  # bytes of a tensor that repeats its storage by strides of 0
-_DEFLATED = 1032  # times that deflate can shrink zeros
+_DEFLATED = 1032  # the largest ratio of deflate
 _NUMBER = 2**48  # sizes, strides, offsets
 _DEPTH = 100  # containers in containers
 _PIECE = 2**20  # elements that are written at a time
-_ZIP64 = 2**30  # members above this many bytes get 64-bit sizes; zipfile insists near 2**31
+_ZIP64 = 2**30  # bytes above which members get 64-bit sizes; zipfile requires them near 2**31
 
 
 class _Refused(ValueError):
-    """Says what is wrong; `read_torch_file` adds the file's name."""
+    """An error message to which `read_torch_file` adds the file's name."""
 
 
 # --- Reading --------------------------------------------------------------------------------
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """What torch.save saved, with a `Stored` for every tensor, parameter and storage.
+    """Read a value that torch.save wrote, with a `Stored` for every tensor, parameter and storage.
 
-    Reads files of torch 0.2 and later, whatever their suffix. The rest of the value is made of
-    dict (also for OrderedDict and argparse.Namespace), list, tuple (also for torch.Size), str, int,
+    It reads files of torch 0.2 and later, with any suffix. Besides tensors a value may hold dict
+    (OrderedDict and argparse.Namespace become one), list, tuple (torch.Size becomes one), str, int,
     float, bool, None and bytes. A torch.dtype becomes its name ("float32"), a torch.device a str.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a torch file, damaged, or holding something else, which is named.
+      ValueError: the file is not a torch file, is damaged, or holds an object of another type.
     """
     file = Path(path)
     if not file.exists():
@@ -102,12 +102,12 @@ def read_torch_file(path: str | Path) -> Any:
 
 
 def _shown(text: str) -> str:
-    """A file's own text in a message: short, and without control characters."""
+    """Text from a file for a message: short, and without control characters."""
     return ascii(text[:100])[1:-1]
 
 
 def _foreign(head: bytes) -> str:
-    """What a file that torch.save did not write seems to be."""
+    """Describe a file that torch.save did not write."""
     if not head:
         return "empty file; fetch it again"
     if head.startswith(b"version https://git-lfs"):
@@ -119,8 +119,8 @@ def _foreign(head: bytes) -> str:
     if head[8:10] == b'{"':
         return "not a torch file; it looks like safetensors"
     if head.startswith(b"\x80"):
-        return "a pickle, but not of torch.save, and other pickles are not read"
-    return "not a torch file, which is what torch.save writes"
+        return "a pickle that torch.save did not write; other pickles are not read"
+    return "not a torch file (written by torch.save)"
 
 
 def _read_zip(file: Path, stream: BinaryIO) -> Any:
@@ -130,14 +130,14 @@ def _read_zip(file: Path, stream: BinaryIO) -> Any:
     roots = [n.removesuffix("data.pkl") for n in members if n.endswith("/data.pkl")]
     roots = [root for root in roots if root.count("/") == 1]
     if len(roots) != 1 or len(members) != len(infos):
-        raise _Refused("a zip archive, but not of torch.save, and others are not read")
+        raise _Refused("a zip archive that torch.save did not write; others are not read")
     root = roots[0]
     if root + "constants.pkl" in members:
         raise _Refused("a TorchScript program; torch.save its state_dict instead")
     size = file.stat().st_size
 
     def member(name: str) -> Stored:
-        """A member's bytes. Its checksum is not looked at, since torch may be told to omit it."""
+        """A member's bytes. Its checksum is not checked, since torch can omit it."""
         info = members.get(root + name)
         if info is None:
             raise _Refused(f"its zip member {_shown(name)} is missing; fetch the file again")
@@ -145,7 +145,7 @@ def _read_zip(file: Path, stream: BinaryIO) -> Any:
             raise _Refused("an encrypted zip archive; decrypt it first")
         if info.compress_type != zipfile.ZIP_STORED:
             if info.compress_type != zipfile.ZIP_DEFLATED or info.file_size > _DEFLATED * size:
-                raise _Refused("compressed in an unknown way; unzip it and zip it with `zip -0`")
+                raise _Refused("compressed in an unknown way; unzip it, then zip it with `zip -0`")
             return Stored(file, 0, _BYTE, (info.file_size,), member=info.filename)
         stream.seek(info.header_offset)
         header = stream.read(30)
@@ -174,9 +174,9 @@ def _read_legacy(file: Path, stream: BinaryIO) -> Any:
     pickles = io.BytesIO(stream.read(_PICKLE))
     magic, version, _ = (_interpret(pickles) for _ in range(3))
     if magic != _MAGIC or version != 1001:
-        raise _Refused("a version of torch's legacy format that is not known")
-    # The storages follow the pickle, each after its number of elements. So it is interpreted
-    # twice: for the storages' types, which tell where each one starts, and for the value.
+        raise _Refused("an unknown version of torch's legacy format")
+    # The storages follow the pickle, each after its number of elements. The pickle is interpreted
+    # twice: for the storages' types, from which their offsets follow, and for the value.
     widths: dict[str, int] = {}
     places: dict[str, Stored] = {}
 
@@ -205,7 +205,7 @@ def _read_legacy(file: Path, stream: BinaryIO) -> Any:
 
 
 def _check_plain(value: Any) -> None:
-    """Refuse leaves that are no data, and nesting that would break whoever walks the value."""
+    """Refuse leaves other than data, and nesting too deep for recursion over the value."""
     level = [value]
     for _ in range(_DEPTH):
         inner: dict[int, Any] = {}  # by identity: one item may be shared a million times
@@ -219,7 +219,7 @@ def _check_plain(value: Any) -> None:
         level = list(inner.values())
         if not level:
             return
-    raise _Refused(f"containers more than {_DEPTH} deep, or one that holds itself")
+    raise _Refused(f"containers more than {_DEPTH} deep, or a container that holds itself")
 
 
 # --- The pickle -----------------------------------------------------------------------------
@@ -227,13 +227,13 @@ def _check_plain(value: Any) -> None:
 
 @dataclass(frozen=True)
 class _Global:
-    """A global that a pickle names: the name and no more, so nothing to call or to change."""
+    """The name of a global in a pickle; there is nothing to call or to change."""
 
     name: str
 
 
 class _Namespace(dict):
-    """argparse.Namespace, whose entries BUILD sets; what it sets on a dict are attributes."""
+    """argparse.Namespace, whose entries BUILD sets; on a dict it sets attributes."""
 
 
 _NEW = {"NONE": type(None), "NEWFALSE": bool, "EMPTY_DICT": dict, "EMPTY_LIST": list}
@@ -242,10 +242,10 @@ _TAKES |= dict(STACK_GLOBAL=2, REDUCE=2, NEWOBJ=2, BINPERSID=1)
 
 
 def _interpret(pickle: BinaryIO, find: Callable[[str, np.dtype], Stored] | None = None) -> Any:
-    """The value of the pickle that starts where the stream stands; leaves it at the end.
+    """The value of the pickle at the stream's position, which moves to the pickle's end.
 
     Args:
-      find: gives the bytes of a storage by its key, and is told the type it is named with.
+      find: (key, type) -> the bytes of a storage. If None, a storage is refused.
     """
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks under the open marks
@@ -305,17 +305,19 @@ def _interpret(pickle: BinaryIO, find: Callable[[str, np.dtype], Stored] | None 
                 return stack[0]
             case _:
                 if name == "INST":
-                    _known(arg.replace(" ", "."))  # to say what it asks for
-                raise _Refused(f"its pickle uses the opcode {name} as torch.save never does")
+                    _known(arg.replace(" ", "."))  # raises with the name of the global
+                raise _Refused(
+                    f"its pickle uses the opcode {name} in a way that torch.save does not"
+                )
         if copied > _PICKLE:
-            raise _Refused("its pickle copies parts of itself until they fill the memory")
+            raise _Refused("its pickle copies parts of itself, which would fill the memory")
     raise AssertionError("genops raises where there is no STOP")
 
 
 def _set_items(target: dict, items: Iterable[Any]) -> dict:
     for key, item in items:
         if not isinstance(key, _SCALARS):  # hashing a tuple nested too deeply is a crash
-            raise _Refused("a dict with a key that is neither text nor a number")
+            raise _Refused("a dict has a key that is neither text nor a number")
         target[key] = item
     return target
 
@@ -332,7 +334,7 @@ def _known(name: str) -> Any:
     if name.startswith("numpy."):
         hint = "save numpy values as tensors or as Python numbers"
     raise _Refused(
-        f"its pickle asks for {_shown(name)}; only tensors and plain containers are read ({hint})"
+        f"its pickle needs {_shown(name)}; only tensors and plain containers are read ({hint})"
     )
 
 
@@ -344,31 +346,31 @@ def _storage(pid: Any, find: Callable[[str, np.dtype], Stored]) -> Stored:
             if view and view[0] is not None:  # of the legacy format: a part of the storage
                 _, first, count = view[0]
             return _tensor(find(key, _DTYPES[dtype]), first, (count,), (1,), dtype)
-    raise _Refused("its pickle has a persistent id that names no storage")
+    raise _Refused("its pickle has a persistent id that is not a storage")
 
 
 def _tensor(
     storage: Any, first: Any, shape: Any, strides: Any, dtype: Any = None, flags: Iterable = ()
 ) -> Stored:
-    """A part of a storage, checked to lie within it. All arguments are a pickle's, of any type."""
+    """A part of a storage, checked to lie within it. Arguments from a pickle may have any type."""
     if type(storage) is not Stored or storage.strides is not None:
         raise _Refused("a tensor without a storage")
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) > 64:
-        raise _Refused("a tensor whose shape is no tuple of at most 64 sizes")
+        raise _Refused("a tensor whose shape is not a tuple of at most 64 sizes")
     if any(type(n) is not int or not 0 <= n < _NUMBER for n in (first, *shape, *strides)):
-        raise _Refused("a tensor with a size, stride or offset that is no natural number")
+        raise _Refused("a tensor with a size, stride or offset that is not a natural number")
     if type(dtype) not in (str, type(None)):
-        raise _Refused("a tensor whose type is no name")
+        raise _Refused("a tensor whose type is not a name")
     if any(flag and (type(flag) is not dict or any(flag.values())) for flag in flags):
         raise _Refused("a lazily negated or conjugated tensor; save it after .resolve_neg()")
     dtype = storage.dtype if dtype is None else _DTYPES[dtype]
     held = math.prod(storage.shape) * storage.dtype.itemsize
     empty = 0 in shape
     if not empty and (first + span(shape, strides)) * dtype.itemsize > held:
-        raise _Refused(f"a tensor of shape {shape} that its storage of {held} bytes does not hold")
+        raise _Refused(f"a tensor of shape {shape} does not fit into its storage of {held} bytes")
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > max(held, _EXPANDED):
         raise _Refused(f"a tensor of shape {shape}, repeated from {held} bytes, is too large")
-    plain = c_strides(shape)  # along a size of 1 torch may have any stride
+    plain = c_strides(shape)  # where a size is 1, torch may have any stride
     strides = tuple(c if n == 1 else s for n, s, c in zip(shape, strides, plain, strict=True))
     return replace(
         storage,
@@ -381,12 +383,12 @@ def _tensor(
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise _Refused("bytes in another spelling than pickle's")
+        raise _Refused("bytes that are not encoded as pickle does")
     return text.encode("latin1")
 
 
-# What the globals stand for that a pickle may call. The arguments are the pickle's, whatever their
-# types: an error that a wrong one raises is reported as damage.
+# The globals that a pickle may call. Their arguments come from the pickle and may have any type;
+# an error that a wrong one raises is reported as damage.
 _KNOWN: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": lambda *a: _tensor(a[0], a[1], a[2], a[3]),
     "torch._utils._rebuild_tensor_v2": lambda *a: _tensor(a[0], a[1], a[2], a[3], None, a[6:]),
@@ -397,7 +399,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch.device": lambda kind, *index: ":".join([kind, *(str(int(i)) for i in index)]),
     "collections.OrderedDict": lambda pairs=(): _set_items({}, pairs),  # pairs: Python 2
     "argparse.Namespace": lambda: _Namespace(),
-    "_codecs.encode": _latin1,  # how protocol 2 spells bytes, and the next two empty bytes
+    "_codecs.encode": _latin1,  # protocol 2 writes bytes so, and empty bytes as the next two
     "__builtin__.bytes": lambda: b"",
     "builtins.bytes": lambda: b"",
 }
@@ -408,9 +410,9 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Streamed:
-    """A tensor that is written as it comes: `blocks()` yields its elements, in C order and `dtype`.
+    """A tensor that is written block by block: `blocks()` yields its elements in C order.
 
-    Raises (when written) ValueError where the blocks do not make up the shape.
+    Writing raises ValueError if the blocks do not have as many elements as the shape.
     """
 
     dtype: np.dtype
@@ -419,48 +421,43 @@ class Streamed:
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes."""
         return self.size * self.dtype.itemsize
 
 
-_Arrays = dict[int, tuple[str, np.ndarray | Streamed]]  # by identity, each with its storage's key
+_Arrays = dict[
+    int, tuple[str, np.ndarray | Streamed]
+]  # by identity, each with the key of its storage
 
 
 def write_torch_file(path: str | Path, value: Any) -> None:
     """Write a file that torch.load reads, with weights_only and mmap too.
 
     Args:
-      value: dicts, lists and tuples of str, int, float, bool, None and numpy arrays (bfloat16 of
-        ml_dtypes too). An array that occurs twice is written once, and shared when loaded.
+      value: dicts, lists and tuples of str, int, float, bool, None, `Streamed` and NumPy arrays
+        (also with the bfloat16 of ml_dtypes). An array that occurs twice is written once, and is
+        shared when loaded.
 
     Raises:
-      ValueError: something else, named by its place; nothing is written then.
+      ValueError: the value holds an object of another type; nothing is written.
     """
     arrays: _Arrays = {}
     pickle = b"\x80\x02" + b"".join(_opcodes(value, arrays)) + b"."
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            with zipfile.ZipFile(stream, "w") as archive:
-                _write_member(archive, "data.pkl", len(pickle), [pickle])
-                _write_member(archive, "byteorder", 6, [b"little"])
-                for key, array in arrays.values():
-                    _write_member(archive, f"data/{key}", array.nbytes, _chunks(array))
-                _write_member(archive, "version", 2, [b"3\n"])
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(Path(path), "wb") as stream, zipfile.ZipFile(stream, "w") as archive:
+        _write_member(archive, "data.pkl", len(pickle), [pickle])
+        _write_member(archive, "byteorder", 6, [b"little"])
+        for key, array in arrays.values():
+            _write_member(archive, f"data/{key}", array.nbytes, _chunks(array))
+        _write_member(archive, "version", 2, [b"3\n"])
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, size: int, chunks: Iterable[Any]) -> None:
-    """Its bytes start at a multiple of 64, as torch has them; an extra field is the padding."""
+    """Write a member whose bytes start at a multiple of 64, as torch's; an extra field pads it."""
     info = zipfile.ZipInfo(f"archive/{name}")
     wide = size > _ZIP64
     header = archive.start_dir + 30 + len(info.filename) + 20 * wide + 4  # 20: zipfile's own field
@@ -471,7 +468,7 @@ def _write_member(archive: zipfile.ZipFile, name: str, size: int, chunks: Iterab
 
 
 def _chunks(array: np.ndarray | Streamed) -> Iterator[np.ndarray]:
-    """Its elements in C order and little-endian, a piece at a time."""
+    """The elements in C order and little-endian, a piece at a time."""
     if isinstance(array, Streamed):
         size = 0
         for block in array.blocks():
@@ -479,9 +476,9 @@ def _chunks(array: np.ndarray | Streamed) -> Iterator[np.ndarray]:
             size += block.size
             yield from _chunks(block)
         if size != array.size:
-            raise ValueError(f"a tensor of shape {array.shape} was given {size} elements")
+            raise ValueError(f"a tensor of shape {array.shape} got {size} elements")
         return
-    kind = np.dtype(f"u{array.dtype.itemsize}")  # bfloat16 has no byte order to be changed
+    kind = np.dtype(f"u{array.dtype.itemsize}")  # NumPy cannot change the byte order of bfloat16
     bits = array.view(kind.newbyteorder(array.dtype.byteorder))
     flat = bits.reshape(-1) if bits.flags.c_contiguous else bits.flat  # a slice of flat is a copy
     for start in range(0, array.size, _PIECE):
@@ -490,14 +487,14 @@ def _chunks(array: np.ndarray | Streamed) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class _Call:
-    """A global applied to arguments, or with "" for a global, a persistent id."""
+    """A call of a global with arguments; with the name "", a persistent id."""
 
     name: str
     args: tuple
 
 
 def _opcodes(value: Any, arrays: _Arrays, place: str = "value", depth: int = 0) -> Iterator[bytes]:
-    """The opcodes of protocol 2 that push a value; adds the arrays in it to `arrays`."""
+    """Yield the opcodes of protocol 2 for a value, and add its arrays to `arrays`."""
     if depth > _DEPTH:
         raise ValueError(f"{place[:60]}...: containers more than {_DEPTH} deep")
 
@@ -551,7 +548,7 @@ def _rebuild(key: str, array: np.ndarray | Streamed) -> _Call:
     name, count = "torch._utils._rebuild_tensor_v2", array.size
     dtype: tuple[_Global, ...] = ()
     kinds = [f"torch.{kind}" for kind, d in _STORAGES.items() if d == array.dtype.name]
-    if not kinds:  # newer types have no storage of their own
+    if not kinds:  # newer types have no storage class
         kinds, name = ["torch.storage.UntypedStorage"], "torch._utils._rebuild_tensor_v3"
         count, dtype = array.nbytes, (_Global(f"torch.{array.dtype.name}"),)
     storage = _Call("", ("storage", _Global(kinds[0]), key, "cpu", count))

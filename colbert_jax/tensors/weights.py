@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint folder, whatever files hold them, read one at a time.
+"""The tensors of a checkpoint folder, in safetensors or torch files, read one at a time.
 
-Files are read and not mapped: the pages of a map would count as memory beside the parameters.
+Files are not mapped: mapped pages would count as memory in addition to the parameters.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,13 +42,17 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 
 
 class Tensors:
-    """Names and tensors of one checkpoint.
+    """The tensors of a checkpoint by name.
 
-    Old TensorFlow names of layer-norm parameters (gamma, beta) appear under today's names.
+    TensorFlow's old names of layer-norm parameters (gamma, beta) are replaced by today's.
     """
 
     def __init__(self, file: Path, stored: Mapping[str, Stored]):
-        """`file` is what errors name."""
+        """
+        Args:
+          file: the file that errors name.
+          stored: name -> tensor.
+        """
         self.file = file
         self._stored = {_modern(name): tensor for name, tensor in stored.items()}
 
@@ -55,25 +60,27 @@ class Tensors:
         return name in self._stored
 
     def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
         return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape. Raises ValueError if it is missing."""
         if name not in self._stored:
             raise ValueError(f"{self.file}: tensor {name!r} is missing")
         return self._stored[name].shape
 
-    def renamed(self, rename) -> Tensors:
-        """The same tensors under other names; `rename` gives None for one to leave out."""
+    def renamed(self, rename: Callable[[str], str | None]) -> Tensors:
+        """Return the tensors with other names, leaving out those that `rename` maps to None."""
         stored = {rename(name): tensor for name, tensor in self._stored.items()}
         return Tensors(self.file, {name: t for name, t in stored.items() if name is not None})
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32. Raises ValueError where it is missing or not finite."""
-        self.shape(name)  # that it is there
+        """Read a tensor as float32. Raises ValueError if it is missing or not finite."""
+        self.shape(name)  # raises if it is missing
         return self._checked(name, self._stored[name].read())
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError where a tensor is missing or of another shape."""
+        """Raise ValueError if a tensor is missing or has another shape."""
         if self.shape(name) != shape:
             raise ValueError(
                 f"{self.file}: tensor {name!r} has shape {list(self.shape(name))}, the "
@@ -89,10 +96,16 @@ class Tensors:
         return array
 
     def read_many(self, transposed: Mapping[str, bool]) -> dict[str, np.ndarray]:
-        """Names, and whether to transpose them, to float32 arrays at their final place in memory.
+        """Read several tensors as float32, into memory that JAX on a CPU uses without a copy.
 
-        Two threads, since copying is the cost; fresh memory is the dearest part of it, so what is
-        to be transposed is read into the same scratch memory one after the other.
+        Copying takes most of the time, so there are two threads. Fresh memory is expensive, so each
+        thread reads all tensors that are to be transposed into the same scratch memory.
+
+        Args:
+          transposed: names, and whether to transpose each.
+
+        Raises:
+          ValueError: a tensor is missing or not finite.
         """
         scratch = threading.local()
 
@@ -118,7 +131,7 @@ class Tensors:
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Empty float32 memory at an address that JAX on a CPU takes over without a copy."""
+    """Empty float32 memory at an address that JAX on a CPU uses without a copy."""
     size = math.prod(shape) * 4
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -126,10 +139,10 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def find_tensors(folder: Path) -> Tensors:
-    """The weights of a folder: safetensors before torch files, whole before sharded.
+    """Open the weights of a folder: safetensors before torch files, single before sharded files.
 
     Raises:
-      FileNotFoundError: no weight file, or a shard is missing.
+      FileNotFoundError: there is no weight file, or a shard is missing.
       ValueError: a damaged file, or an index that points outside the folder.
     """
     for name in WEIGHT_FILES:
@@ -137,12 +150,12 @@ def find_tensors(folder: Path) -> Tensors:
         if file.is_file():
             return open_tensors(file)
     raise FileNotFoundError(
-        f"{folder}: missing weight file: none of {', '.join(WEIGHT_FILES)} is there"
+        f"{folder}: missing weight file: expected one of {', '.join(WEIGHT_FILES)}"
     )
 
 
 def open_tensors(file: Path) -> Tensors:
-    """The tensors of one file: safetensors, torch, or an index of shards."""
+    """Open the tensors of a file: safetensors, torch, or an index of shards; see `find_tensors`."""
     if file.name.endswith(_INDEX):
         return Tensors(file, _sharded(file))
     return Tensors(file, _stored(file))
@@ -154,8 +167,16 @@ def _stored(file: Path) -> Mapping[str, Stored]:
     return state_dict(file, read_torch_file(file))
 
 
-def state_dict(file: Path, value) -> Mapping[str, Stored]:
-    """The tensors of a torch file's top level, or of its `state_dict` or `model_state_dict`."""
+def state_dict(file: Path, value: Any) -> Mapping[str, Stored]:
+    """Find the tensors in a torch file's value, or in its `state_dict` or `model_state_dict`.
+
+    Args:
+      file: for error messages.
+      value: as `read_torch_file` returns it.
+
+    Raises:
+      ValueError: there are none.
+    """
     if isinstance(value, dict):
         for key in ("state_dict", "model_state_dict"):
             if isinstance(value.get(key), dict):
@@ -176,7 +197,7 @@ def _sharded(file: Path) -> dict[str, Stored]:
     for name, shard in places.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise ValueError(
-                f"{file}: tensor {name!r} lies in {shard!r}; a shard must be a file of this folder"
+                f"{file}: tensor {name!r} is in {shard!r}; a shard must be a file of this folder"
             )
         if shard not in shards:
             if not (file.parent / shard).is_file():
@@ -189,7 +210,7 @@ def _sharded(file: Path) -> dict[str, Stored]:
 
 
 def safetensors_header(file: Path) -> dict[str, Stored]:
-    """Where the tensors of a safetensors file lie. Raises ValueError for a damaged file."""
+    """Read the tensors of a safetensors file from its header. Raises ValueError if damaged."""
 
     def damaged(reason: str) -> ValueError:
         return ValueError(f"{file}: damaged or truncated weight file: {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Rows(NamedTuple):
+class TokenBatch(NamedTuple):
     """Token ids of texts, padded: what `models.colbert.TokenEncoder` takes.
 
     ids: int32[N, L].
@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     kept: Any
 
 
-class Batch(NamedTuple):
+class ExampleBatch(NamedTuple):
     """B queries with W documents each, the first of them the positive.
 
     Documents are grouped by length, so that short ones are not padded to the longest: `documents`
@@ -28,10 +28,10 @@ class Batch(NamedTuple):
     queries: B rows.
     documents: groups of as many rows each, B * W in all.
     order: int32[B * W].
-    scores: float32[B, W], the teacher's; None: without.
+    scores: float32[B, W], the teacher's, if there are any.
     """
 
-    queries: Rows
-    documents: tuple[Rows, ...]
+    queries: TokenBatch
+    documents: tuple[TokenBatch, ...]
     order: Any
     scores: Any

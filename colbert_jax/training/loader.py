@@ -2,31 +2,58 @@
 
 Which examples a step trains on depends on the seed and the step alone: not on the processes, the
 devices, or where a run was interrupted.
+
+A `Mixture` takes its steps from several sources, each with a loss of its own. Every step learns
+from one source, so that all its queries are comparable; which one depends on the shares and the
+step alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from colbert_jax.batching import ladder_length, pad_rows
-from colbert_jax.data.examples import Example, Source
+from colbert_jax.config import TrainingConfig
+from colbert_jax.data.examples import Example, ExampleSource
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 
 # Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
 _LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)
 _LEAST_ROWS = 8  # of a length group on a device
+# Settings that say what a step learns; all others are the run's.
+TASK_SETTINGS = (
+    "loss",
+    "nway",
+    "use_ib_negatives",
+    "distillation_alpha",
+    "student_temperature",
+    "teacher_temperature",
+    "normalize_teacher",
+    "normalize_student",
+    "temperature",
+    "coupled_weight",
+    "coupled_tokens",
+    "bsize",
+    "accumsteps",
+    "shuffle",
+    "length_groups",
+)
 
 
 class Step(NamedTuple):
-    """What one optimiser step trains on.
+    """The examples of one optimiser step.
 
     number: of the step, from 0.
     batches: one for each micro-batch, this process's rows as NumPy arrays.
@@ -35,7 +62,7 @@ class Step(NamedTuple):
     """
 
     number: int
-    batches: list[Batch]
+    batches: list[ExampleBatch]
     stop: bool
     examples: np.ndarray
 
@@ -48,8 +75,8 @@ class Loader:
 
     Documents are sorted by length in each process and cut into groups of one size, each padded to
     its own length. The processes agree on the lengths of every step, so the arrays of a step have
-    the same shapes everywhere and `Batch.order` counts rows of the groups of all processes: in each
-    group those of process 0 come first.
+    the same shapes everywhere and `ExampleBatch.order` counts rows of the groups of all processes:
+    in each group those of process 0 come first.
 
     Set `stop_requested` to ask every process to stop: the flag travels with the steps prepared from
     then on, so it comes up to `ahead` steps later, in all processes with the same step.
@@ -59,7 +86,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: ExampleSource,
         tokenizer: TextTokenizer,
         *,
         bsize: int,
@@ -78,9 +105,9 @@ class Loader:
         Args:
           bsize: queries of a step, in all its micro-batches and processes.
           seed: of the order; any whole number >= 0.
-          nway: documents of a query; None: all the source has.
+          nway: documents of a query. If None, all that the source has.
           accumsteps: micro-batches of a step.
-          shuffle: False: the source's own order, the same in each epoch.
+          shuffle: if False, examples come in the source's own order in each epoch.
           start: the first step to give.
           devices: of this process, among which its rows are divided.
           group: the processes of the job; every one of them makes a loader.
@@ -90,7 +117,7 @@ class Loader:
           longest: the model's number of positions.
 
         Raises:
-          ValueError: numbers that do not fit each other, by name.
+          ValueError: numbers that do not fit together; names them.
         """
         group = Group() if group is None else group
         for name, value, least in (
@@ -136,7 +163,8 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        """Raises what went wrong while preparing the step; StopIteration once closed."""
+        """Give the next step. Raises what went wrong while it was prepared; StopIteration once
+        closed."""
         if self._error is not None:
             raise self._error
         if self._closed.is_set():
@@ -179,23 +207,25 @@ class Loader:
         whole = self._order.examples(number * bsize, (number + 1) * bsize)
         mine = whole.reshape(self._shape)[:, self._group.index]
         drafts = [self._draft([self._source[int(i)] for i in numbers]) for numbers in mine]
-        said = {
+        local = {
             "lengths": [draft.lengths for draft in drafts],
             "stop": self.stop_requested,
             "run": [self._source.fingerprint, *self._shape, self._nway] if is_first else None,
         }
-        heard = self._group.exchange(f"training step {number}", said, cancelled=self._closed.is_set)
-        for other, theirs in enumerate(heard):
-            if theirs["run"] != heard[0]["run"]:
+        everyone = self._group.exchange(
+            f"training step {number}", local, cancelled=self._closed.is_set
+        )
+        for process, remote in enumerate(everyone):
+            if remote["run"] != everyone[0]["run"]:
                 raise ValueError(
-                    f"process {other} reads other training data, or the same with other settings, "
-                    "than process 0"
+                    f"process {process} reads other training data, or the same with other "
+                    "settings, than process 0"
                 )
-        lengths = np.max([theirs["lengths"] for theirs in heard], axis=0)
+        lengths = np.max([remote["lengths"] for remote in everyone], axis=0)
         return Step(
             number,
             [self._finish(*pair) for pair in zip(drafts, lengths.tolist(), strict=True)],
-            any(theirs["stop"] for theirs in heard),
+            any(remote["stop"] for remote in everyone),
             mine.reshape(-1),
         )
 
@@ -211,7 +241,7 @@ class Loader:
             scores = np.array([example.scores[: self._nway] for example in examples], np.float32)  # type: ignore[index]
         return _Draft(queries, documents, groups, lengths, scores)
 
-    def _finish(self, draft: _Draft, lengths: list[int]) -> Batch:
+    def _finish(self, draft: _Draft, lengths: list[int]) -> ExampleBatch:
         text, tokenizer = self._tokenizer.config, self._tokenizer
         queries = _rows(
             draft.queries.ids,
@@ -230,7 +260,7 @@ class Loader:
             )
             for group, length in zip(draft.groups, lengths[1:], strict=True)
         )
-        return Batch(queries, documents, self._global_order(draft.groups), draft.scores)
+        return ExampleBatch(queries, documents, self._global_order(draft.groups), draft.scores)
 
     def _query_length(self, length: int) -> int:
         text = self._tokenizer.config
@@ -286,7 +316,7 @@ class _Order:
 
 
 def check_divides(bsize: int, accumsteps: int, processes: int, devices: int) -> None:
-    """Raises ValueError where a step's queries cannot be shared out; `devices` of each process."""
+    """Raise ValueError where a step's queries cannot be shared out; `devices` of each process."""
     parts = accumsteps * processes * devices
     if bsize % parts:
         raise ValueError(
@@ -296,7 +326,7 @@ def check_divides(bsize: int, accumsteps: int, processes: int, devices: int) -> 
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """int[count]: the order of the examples in an epoch.
+    """Give the order of the examples in an epoch, int[count].
 
     The ranks of a counter-based generator's raw words, which NumPy keeps as they are from version
     to version, as it does not for `Generator.permutation`.
@@ -307,12 +337,12 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def padded_length(length: int, longest: int) -> int:
-    """`batching.ladder_length` with training's ladder."""
+    """Round a length up to a step of training's ladder: see `batching.ladder_length`."""
     return ladder_length(length, longest, _LADDER)
 
 
 def _num_groups(rows: int, devices: int, most: int) -> int:
-    """How many equal groups `rows` are cut into."""
+    """The number of equal groups that `rows` are cut into."""
     fitting = [
         n
         for n in range(2, most + 1)
@@ -321,11 +351,103 @@ def _num_groups(rows: int, devices: int, most: int) -> int:
     return max(fitting, default=1)
 
 
-def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any) -> Rows:
+def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any) -> TokenBatch:
     """Padded to [N, length]; padding is not kept."""
     kept = [keep(row) for row in ids]
-    return Rows(
+    return TokenBatch(
         pad_rows(ids, len(ids), length, pad),
         np.asarray(attended, np.int32),
         pad_rows(kept, len(ids), length, False),
     )
+
+
+# --- Several sources ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A further source to train on, with a loss of its own.
+
+    name: of its metrics, before a slash.
+    share: of all steps, between 0 and 1.
+    settings: those of `TASK_SETTINGS` that differ from the run's.
+    """
+
+    name: str
+    examples: ExampleSource
+    share: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name == "dev":
+            raise ValueError(
+                f"a task's name must be a word without a slash, and not dev: got {self.name!r}"
+            )
+        if not 0 < self.share < 1:
+            raise ValueError(f"task {self.name}: share must be in (0, 1), got {self.share}")
+        foreign = sorted(set(self.settings) - set(TASK_SETTINGS))
+        if foreign:
+            raise ValueError(
+                f"task {self.name}: {', '.join(foreign)} cannot differ between tasks; these can: "
+                f"{', '.join(TASK_SETTINGS)}"
+            )
+
+    def config(self, run: TrainingConfig) -> TrainingConfig:
+        """The run's settings with this task's own."""
+        return dataclasses.replace(run, **self.settings)
+
+
+def task_order(shares: Sequence[float]) -> Iterator[int]:
+    """Yield the task of every step, without end.
+
+    A step goes to the task furthest behind its share: after n steps each has had its share of n,
+    give or take one.
+    """
+    done = [0] * len(shares)
+    for step in itertools.count(1):
+        task = max(range(len(shares)), key=lambda k: shares[k] * step - done[k])
+        done[task] += 1
+        yield task
+
+
+class Mixture:
+    """An endless iterator of pairs of task and `Step`, whose number is the run's.
+
+    A context manager, which closes the loaders.
+
+    Args:
+      shares: of each task.
+      loaders: functions that make each task's loader, given the first of its own steps to give.
+      start: the run's first step to give.
+    """
+
+    def __init__(
+        self, shares: Sequence[float], loaders: Sequence[Callable[[int], Loader]], start: int = 0
+    ):
+        self._tasks, self._number = task_order(shares), start
+        done = Counter(itertools.islice(self._tasks, start))
+        with ExitStack() as stack:
+            self._loaders = [
+                stack.enter_context(make(done[task])) for task, make in enumerate(loaders)
+            ]
+            self._stack = stack.pop_all()
+
+    def __iter__(self) -> Iterator[tuple[int, Step]]:
+        return self
+
+    def __next__(self) -> tuple[int, Step]:
+        task = next(self._tasks)
+        step = next(self._loaders[task])._replace(number=self._number)
+        self._number += 1
+        return task, step
+
+    def request_stop(self) -> None:
+        """Ask every process to stop: see `Loader.stop_requested`."""
+        for loader in self._loaders:
+            loader.stop_requested = True
+
+    def __enter__(self) -> Mixture:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()

@@ -189,7 +189,8 @@ def encode_chunked(encode: Callable[[Any, Any], Any], params: Any, rows: Any, ch
 
     Args:
       encode: (params, rows) -> arrays whose leading axis is the rows'.
-      rows: arrays of a leading axis N, such as `batch.Rows`; for dropout, a key of each row too.
+      rows: arrays of a leading axis N, such as `batch.TokenBatch`; for dropout, a key of each row
+        too.
       chunk: rows of a chunk; what remains is one more.
 
     Returns:

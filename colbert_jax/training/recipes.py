@@ -15,20 +15,24 @@ from typing import Any
 from colbert_jax.checkpoints import detect_layout, hub
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TextConfig, TrainingConfig
+from colbert_jax.data.collections import read_qrels
 from colbert_jax.data.examples import (
-    Source,
+    ExampleSource,
     concatenate,
+    dataset_examples,
     pair_examples,
     stanford_examples,
 )
-from colbert_jax.evaluation import read_qrels
+from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.files import replacing
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import load_teacher
 from colbert_jax.settings import to_json
 from colbert_jax.training.trainer import Trained, train
 
 SETTINGS = "settings.json"
+TEACHER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 # ColBERTv1's, and those of ColBERTv2's first and last distillation.
 PAIRWISE = TrainingConfig(
     loss="cross-entropy",
@@ -38,6 +42,18 @@ PAIRWISE = TrainingConfig(
     warmup=None,
     maxsteps=200_000,
 )
+# PyLate's example of contrastive training (its documentation, "Contrastive Training"): once through
+# MS MARCO's 500,000 triplets.
+CONTRASTIVE = TrainingConfig(
+    loss="contrastive",
+    nway=None,
+    use_ib_negatives=False,
+    temperature=1.0,
+    bsize=32,
+    lr=3e-6,
+    warmup=0,
+    maxsteps=15_600,
+)
 FIRST = TrainingConfig(nway=32, maxsteps=150_000)
 LAST = TrainingConfig(nway=64, maxsteps=400_000)
 
@@ -46,8 +62,8 @@ LAST = TrainingConfig(nway=64, maxsteps=400_000)
 class TextChanges:
     """Text settings to change (`TextConfig`); what is left out stays the checkpoint's own.
 
-    A plain encoder, which has none, gets Stanford's: markers, [MASK] expansion of queries,
-    documents of 180 tokens without punctuation.
+    A plain encoder, which has no such settings, gets Stanford's: markers, [MASK] expansion of
+    queries, documents of 180 tokens without punctuation.
     """
 
     query_maxlen: int | None = None
@@ -58,7 +74,7 @@ class TextChanges:
     mask_punctuation: bool | None = None
 
     def over(self, base: TextConfig | None) -> dict[str, Any]:
-        """Arguments of `ColBERT.from_pretrained`; `base` None: a late-interaction checkpoint."""
+        """Arguments of `ColBERT.from_pretrained`; `base`: settings of a plain encoder."""
         changes = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
         settings = {} if base is None else dataclasses.asdict(base)
         if not changes.pop("markers", True):
@@ -68,11 +84,11 @@ class TextChanges:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every recipe has.
+    """The settings of every recipe.
 
     checkpoint: folder or hub id of what training starts from.
     folder: where the run is kept; the trained model is in it.
-    dim: width of a plain encoder's new projection; None: 128.
+    dim: width of a plain encoder's new projection. If None, 128.
     coupled_teacher: folder or hub id of a late-interaction model, or of a plain encoder, whose
       scores of all pairs of a batch are learned with `coupled_weight`.
     dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
@@ -118,6 +134,29 @@ class ColBERTv1(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contrastive(Recipe):
+    """Contrastive training on pairs of a query and its document: a softmax over the scores of all
+    documents of the batch (InfoNCE: van den Oord et al., 2018). It starts from a plain encoder or
+    a late-interaction checkpoint.
+
+    pairs: JSONL, a TSV (query, positive, negatives), or a Hugging Face data set: hub id or folder.
+    query, positive: fields, or columns, of a text each.
+    negatives: fields, or columns, of further texts or lists of them, to tell the positive from
+      beside the other queries' documents.
+    subset, split: of a data set on the hub.
+    """
+
+    checkpoint: str = "bert-base-uncased"
+    pairs: str
+    query: str = "query"
+    positive: str = "positive"
+    negatives: tuple[str, ...] = ()
+    subset: str | None = None
+    split: str = "train"
+    training: TrainingConfig = CONTRASTIVE
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distillation(Recipe):
     """The last step of ColBERTv2 (Santhanam et al., 2022, 3.2): n-way examples with a teacher's
     scores, JSONL of `[qid, [pid, score], ...]`, the positive first.
@@ -141,17 +180,17 @@ class DenoisedSupervision(Recipe):
 
     queries, collection: what is mined.
     teacher: what `load_teacher` takes, folder or hub id; it reads `teacher_maxlen` tokens.
-    positives: judgements (`qid 0 pid gain`); None: the teacher's best passage is the positive.
+    positives: judgements (`qid 0 pid gain`). If None, the teacher's best passage is the positive.
     examples: examples that have scores already, of the same queries and collection, to distil from
       beside the mined ones.
-    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`); both
-      None: the checkpoint is warm already.
+    warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`). If
+      both are None, the checkpoint is warm already.
     """
 
     checkpoint: str = "bert-base-uncased"
     queries: str
     collection: str
-    teacher: str = "cross-encoder/ms-marco-MiniLM-L-6-v2"
+    teacher: str = TEACHER
     teacher_maxlen: int | None = 180
     positives: str | None = None
     examples: str | None = None
@@ -175,7 +214,7 @@ class DenoisedSupervision(Recipe):
 
 
 def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
-    """The recipe's starting model; `checkpoint`: another one, made by an earlier stage."""
+    """Load the recipe's starting model, or `checkpoint`, which an earlier stage made."""
     if checkpoint is not None:
         return ColBERT.from_pretrained(checkpoint, **recipe.text.over(None))
     path, _ = hub.resolve_checkpoint(recipe.checkpoint)
@@ -196,6 +235,24 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
     return _one_run(recipe, examples, dev, overwrite)
 
 
+def contrastive(recipe: Contrastive, *, overwrite: bool = False) -> Trained:
+    """Train on pairs, with the other documents of the batch as negatives."""
+    dev = _dev(recipe)
+    fields: Any = {
+        "query": recipe.query,
+        "positive": recipe.positive,
+        "negatives": recipe.negatives or None,
+        "nway": recipe.training.nway,
+    }
+    if {".jsonl", ".tsv"} & set(Path(recipe.pairs).suffixes):
+        examples = pair_examples(recipe.pairs, **fields)
+    else:
+        if recipe.subset is not None:
+            fields["name"] = recipe.subset
+        examples = dataset_examples(recipe.pairs, split=recipe.split, **fields)
+    return _one_run(recipe, examples, dev, overwrite)
+
+
 def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
     """Train on n-way examples with scores."""
     dev = _dev(recipe)
@@ -210,6 +267,7 @@ def distill(recipe: Distillation, *, overwrite: bool = False) -> Trained:
 def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False) -> Trained:
     """Warm start, then rounds of index, retrieve, score, distil. What is done already is kept."""
     dev = _dev(recipe)
+    queries, passages = Texts.queries(recipe.queries), Texts.passages(recipe.collection)
     positives = None
     if recipe.positives is not None:
         judged = read_qrels(recipe.positives)
@@ -218,18 +276,20 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
         }
     warm = None
     if recipe.warm_triples is not None:
-        warm = _triples(recipe.warm_triples, recipe.queries, recipe.collection, recipe.warm)
+        warm = _triples(recipe.warm_triples, queries, passages, recipe.warm)
     elif recipe.warm_pairs is not None:
         warm = _pairs(recipe.warm_pairs, recipe.warm)
-    # Before the warm start, which may take days, so that a wrong name is told at once.
+    # Before the warm start, which may take days, so that a wrong name fails at once.
     teacher = load_teacher(recipe.teacher, maxlen=recipe.teacher_maxlen)
     folder = _folder(recipe)
     model = load_model(recipe)
-    coupled = _coupled_teacher(recipe, model)
+    coupled_teacher = _coupled_teacher(recipe, model)
 
-    def stage(model: ColBERT, source: Source, folder: Path, config: TrainingConfig) -> Trained:
-        own = coupled if config.coupled_weight else None
-        return train(model, source, folder, config, teacher=own, dev=dev, overwrite=overwrite)
+    def stage(
+        model: ColBERT, source: ExampleSource, folder: Path, config: TrainingConfig
+    ) -> Trained:
+        coupled = coupled_teacher if config.coupled_weight else None
+        return train(model, source, folder, config, teacher=coupled, dev=dev, overwrite=overwrite)
 
     trained = None
     if warm is not None:
@@ -240,8 +300,8 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
         config = recipe.training if number == recipe.rounds else recipe.first
         mined = mine(
             model,
-            recipe.collection,
-            recipe.queries,
+            passages,
+            queries,
             place,
             teacher,
             nway=config.nway or 64,
@@ -253,7 +313,7 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
             overwrite=overwrite,
         )
         sources = [
-            stanford_examples(file, recipe.queries, recipe.collection, nway=config.nway)
+            stanford_examples(file, queries, passages, nway=config.nway)
             for file in (mined.path, recipe.examples)
             if file is not None
         ]
@@ -266,13 +326,17 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
 
 RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
     "colbertv1": (ColBERTv1, colbertv1),
+    "contrastive": (Contrastive, contrastive),
     "distill": (Distillation, distill),
     "denoised-supervision": (DenoisedSupervision, denoised_supervision),
 }
 
 
 def _one_run(
-    recipe: ColBERTv1 | Distillation, examples: Source, dev: DevCollection | None, overwrite: bool
+    recipe: ColBERTv1 | Contrastive | Distillation,
+    examples: ExampleSource,
+    dev: DevCollection | None,
+    overwrite: bool,
 ) -> Trained:
     model = load_model(recipe)
     return train(
@@ -294,13 +358,15 @@ def _coupled_teacher(recipe: Recipe, model: ColBERT) -> ColBERT | None:
     return ColBERT.from_pretrained(recipe.coupled_teacher, **text)
 
 
-def _pairs(file: str, config: TrainingConfig) -> Source:
+def _pairs(file: str, config: TrainingConfig) -> ExampleSource:
     """Texts: a query, a positive, and negatives where the settings ask for more documents."""
     negatives = "negatives" if (config.nway or 1) > 1 else None
     return pair_examples(file, negatives=negatives, nway=config.nway)
 
 
-def _triples(file: str, queries: str, collection: str, config: TrainingConfig) -> Source:
+def _triples(
+    file: str, queries: str | Texts, collection: str | Texts, config: TrainingConfig
+) -> ExampleSource:
     return stanford_examples(file, queries, collection, nway=config.nway, scores=False)
 
 
@@ -315,5 +381,6 @@ def _folder(recipe: Recipe) -> Path:
     """The recipe's folder, with its settings in it."""
     folder = Path(recipe.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(to_json(recipe), "utf-8")
+    with replacing(folder / SETTINGS) as stream:
+        stream.write(to_json(recipe))
     return folder

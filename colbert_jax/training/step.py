@@ -1,7 +1,11 @@
-"""One training step: loss of a batch, its gradients, the optimiser's update.
+"""One training step: the loss of a batch, its gradients, the optimiser's update.
 
 The loss is written for the whole batch, on however many devices its rows are: XLA exchanges what
 the devices need of each other, so a result does not depend on their number.
+
+The optimiser is AdamW with linear warm-up and decay, in two parts: the backbone and the head. Each
+part has moments and a step count of its own, so that a backbone that was frozen for a while starts
+as torch's does when it first gets a gradient. The gradient's norm is cut over both together.
 """
 
 from __future__ import annotations
@@ -12,34 +16,128 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax.config import TrainingConfig
 from colbert_jax.models.colbert import EncoderConfig, make_encoder
 from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
-from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.optimizer import apply_gradients, init_moments, merged, trainable
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 
 State = dict[str, Any]  # params, moments, step
+Logged = dict[str, jax.Array]  # float32[] each
+EPSILON = 1e-8  # AdamW's; torch's default
+_SMALLEST_SHARDED = 1 << 14  # values; smaller arrays are kept whole on every device
+_AFTER_LAYERS = ("final_norm",)  # of a backbone; all else but the layers comes before them
 
 
-class Fixed(NamedTuple):
+class CoupledTeacher(NamedTuple):
     """A coupled teacher on the devices.
 
     params: its parameters.
-    ids: int32[V], its ids of the model's word pieces; None: they are the same.
+    ids: int32[V], its ids of the model's word pieces. If None, they are the same.
     """
 
     params: dict
     ids: jax.Array | None
 
 
-def init_state(config: TrainingConfig, params: dict) -> State:
-    """Parameters, the optimiser's moments, and the number of steps done."""
-    moments = init_moments(config, params)
-    return {"params": params, "moments": moments, "step": jnp.zeros((), jnp.int32)}
+def make_step(
+    encoder: EncoderConfig,
+    configs: Sequence[TrainingConfig],
+    dtype: Any,
+    mesh: Mesh,
+    shardings: Any,
+    teachers: Sequence[EncoderConfig] = (),
+    coupled: Sequence[CoupledTeacher] = (),
+) -> Callable[[State, int, int, Sequence[ExampleBatch]], tuple[State, Logged, Logged]]:
+    """A function that makes an optimiser step of one or several micro-batches.
+
+    Args:
+      configs: the settings of each task; those of the first are the run's.
+      dtype: of the dense layers' computation.
+      shardings: the state's.
+      teachers, coupled: the coupled teachers' architectures and parameters.
+
+    Returns:
+      a function of (state, number of the step, task, micro-batches with this process's rows), which
+      takes over the state. It gives the new state, the loss and its parts, and what
+      `apply_gradients` logs.
+    """
+    config = configs[0]
+    gradients = [
+        make_gradients(encoder, own, dtype, mesh, shardings["params"], teachers) for own in configs
+    ]
+    update = make_update(config, shardings)
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def put(batch: ExampleBatch) -> ExampleBatch:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    def step(state: State, number: int, task: int, batches: Sequence[ExampleBatch]):
+        params = state["params"]
+        parts = tuple(part for part, values in params.items() if jax.tree.leaves(values))
+        trained = ("head",) if number < config.warmup_bert else parts
+        total = None
+        for micro, batch in enumerate(batches):
+            numbers = np.int32(number), np.int32(micro)
+            part = gradients[task](params, put(batch), *numbers, trained=trained, coupled=coupled)
+            total = part if total is None else add(total, part)
+        assert total is not None
+        grads, measured = total
+        state, rates = update(state, grads)
+        return state, measured, rates
+
+    return step
+
+
+# --- Where arrays are -----------------------------------------------------------------------
+
+
+def parameter_sharding(mesh: Mesh, tree: Any, *, fsdp: bool) -> Any:
+    """A sharding for every array: whole on every device, or cut along its longest axis.
+
+    Args:
+      tree: arrays, or what `jax.eval_shape` gives.
+      fsdp: cut arrays that are large enough along the longest axis that divides by the number of
+        devices; XLA gathers them where they are used.
+    """
+    count = mesh.devices.size
+
+    def one(leaf: Any) -> NamedSharding:
+        axes: list[str | None] = [None] * len(leaf.shape)
+        if fsdp and np.prod(leaf.shape) >= _SMALLEST_SHARDED:
+            fitting = [i for i, size in enumerate(leaf.shape) if size % count == 0]
+            if fitting:
+                axes[max(fitting, key=lambda i: leaf.shape[i])] = "data"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(one, tree)
+
+
+def put_teacher(params: dict, ids: np.ndarray | None, mesh: Mesh, *, fsdp: bool) -> CoupledTeacher:
+    """Put a coupled teacher onto the devices, spread over them as the model is."""
+    where = parameter_sharding(mesh, params, fsdp=fsdp)
+    on_devices = jax.device_put(jax.tree.map(np.asarray, params), where)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return CoupledTeacher(on_devices, None if ids is None else jax.device_put(ids, everywhere))
+
+
+def make_gather(mesh: Mesh) -> Callable[[dict], dict]:
+    """A function that gives parameters as NumPy arrays, in every process."""
+    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def to_host(params: dict) -> dict:
+        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gather(params))
+
+    return to_host
+
+
+# --- The loss -------------------------------------------------------------------------------
 
 
 def make_loss(
@@ -48,35 +146,40 @@ def make_loss(
     dtype: Any,
     mesh: Mesh | None = None,
     teachers: Sequence[EncoderConfig] = (),
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """The loss of a batch as a function of (params, batch, key, a `Fixed` of each teacher).
+) -> Callable[..., tuple[jax.Array, Logged]]:
+    """The loss of a batch as a function of (params, batch, key, coupled teachers).
 
     Args:
       dtype: of the dense layers' computation.
-      mesh: of the devices that the batch is spread over; None: one device.
+      mesh: of the devices that the batch is spread over. If None, one device.
       teachers: the coupled ones, for a `coupled_weight`.
 
     Returns:
       a function giving the loss, float32[], and its parts by name.
     """
-    embed_trained = _make_embed(encoder, config, dtype, mesh, training=True)
-    embed_fixed = [_make_embed(t, config, dtype, mesh, training=False) for t in teachers]
+    embed_student = _make_embed(encoder, config, dtype, mesh, training=True)
+    embed_teachers = [_make_embed(t, config, dtype, mesh, training=False) for t in teachers]
 
-    def loss(params: dict, batch: Batch, key: jax.Array, fixed: Sequence[Fixed] = ()):
-        embedded = embed_trained(params, batch, key)
-        coupled = None
+    def loss(
+        params: dict,
+        batch: ExampleBatch,
+        key: jax.Array,
+        coupled: Sequence[CoupledTeacher] = (),
+    ):
+        embedded = embed_student(params, batch, key)
+        taught = None
         if config.coupled_weight:
             seen = [
-                embed(own.params, _translated(batch, own.ids), key)
-                for embed, own in zip(embed_fixed, fixed, strict=True)
+                embed(teacher.params, _with_teacher_ids(batch, teacher.ids), key)
+                for embed, teacher in zip(embed_teachers, coupled, strict=True)
             ]
-            coupled = matches(config, *_side_by_side(seen), mesh)
-        return score_loss(config, *embedded, batch.scores, mesh, coupled)
+            taught = matches(config, *_concatenated(seen), mesh)
+        return score_loss(config, *embedded, batch.scores, mesh, taught)
 
     return loss
 
 
-def _side_by_side(
+def _concatenated(
     seen: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embeddings whose similarity is the mean of the teachers', of the same tokens."""
@@ -113,7 +216,7 @@ def matches(
     return all_pairs_scores(tokens, documents, mask, mesh=mesh).reshape(batch, length, -1)
 
 
-def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
+def _with_teacher_ids(batch: ExampleBatch, ids: jax.Array | None) -> ExampleBatch:
     """The batch in a teacher's ids."""
     if ids is None:
         return batch
@@ -125,13 +228,13 @@ def _translated(batch: Batch, ids: jax.Array | None) -> Batch:
 
 def _make_embed(
     encoder: EncoderConfig, config: TrainingConfig, dtype: Any, mesh: Mesh | None, training: bool
-) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[dict, ExampleBatch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """A function of (params, batch, key) that gives embeddings float32[B, Lq, D] of the queries and
     float32[B * W, Ld, D] of the documents, and bool[B * W, Ld], which of the latter are tokens.
     """
 
-    def embed_rows(params: dict, rows: Rows, keys: jax.Array) -> jax.Array:
-        def run(params: dict, part: tuple[Rows, jax.Array]) -> jax.Array:
+    def embed_rows(params: dict, rows: TokenBatch, keys: jax.Array) -> jax.Array:
+        def run(params: dict, part: tuple[TokenBatch, jax.Array]) -> jax.Array:
             rows, keys = part
             train = TrainMode(keys, config.dropout, config.remat) if training else None
             return make_encoder(encoder, params, dtype)(*rows, train=train)
@@ -148,7 +251,7 @@ def _make_embed(
             embed_rows, mesh=mesh, in_specs=(PartitionSpec(), each, each), out_specs=each
         )
 
-    def embed_groups(params: dict, groups: tuple[Rows, ...], keys: jax.Array):
+    def embed_groups(params: dict, groups: tuple[TokenBatch, ...], keys: jax.Array):
         """float32[N, L, D] and bool[N, L] of groups laid end to end; L is the longest group's."""
         longest = max(rows.ids.shape[1] for rows in groups)
         parts, masks, start = [], [], 0
@@ -160,7 +263,7 @@ def _make_embed(
             masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
         return jnp.concatenate(parts), jnp.concatenate(masks)
 
-    def embed(params: dict, batch: Batch, key: jax.Array):
+    def embed(params: dict, batch: ExampleBatch, key: jax.Array):
         keys = jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
         queries, _ = embed_groups(params, (batch.queries,), keys)
         # A document's random numbers go with it, whichever group it is in.
@@ -179,14 +282,14 @@ def score_loss(
     teacher: jax.Array | None,
     mesh: Mesh | None = None,
     coupled: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Logged]:
     """The loss as a function of token embeddings.
 
     Args:
       queries: float32[B, Lq, D].
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
-      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`; None: there is none.
+      coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`, if there is one.
 
     Returns:
       the loss, float32[], and its parts by name.
@@ -243,6 +346,9 @@ def score_loss(
     return total, parts
 
 
+# --- Gradients and update -------------------------------------------------------------------
+
+
 def make_gradients(
     encoder: EncoderConfig,
     config: TrainingConfig,
@@ -250,13 +356,12 @@ def make_gradients(
     mesh: Mesh | None = None,
     shardings: Any = None,
     teachers: Sequence[EncoderConfig] = (),
-) -> Callable[..., tuple[dict, dict[str, jax.Array]]]:
-    """Gradients of a micro-batch: a jitted function of (params, batch, step, number, trained) and
-    the coupled teachers.
+) -> Callable[..., tuple[dict, Logged]]:
+    """A jitted function of (params, batch, step, number, trained, coupled) that gives gradients.
 
-    `number` counts the micro-batches of a step, `trained` is a tuple of the parts of the parameters
-    that the gradients are wanted of; the others are left out of the computation, and of these what
-    is not `trainable`. Gradients and the parts of the loss come divided by `accumsteps`, to be
+    `number` counts the micro-batches of a step; `trained` is a tuple of the parts of the parameters
+    to give gradients of: the others are left out of the computation, and so is what is not
+    `trainable` in these. Gradients, the loss and its parts come divided by `accumsteps`, to be
     added up. `shardings` are the parameters' and become the gradients'.
     """
     loss = make_loss(encoder, config, dtype, mesh, teachers)
@@ -264,26 +369,25 @@ def make_gradients(
     @partial(jax.jit, static_argnames="trained")
     def gradients(
         params: dict,
-        batch: Batch,
+        batch: ExampleBatch,
         step,
         number,
         trained: tuple[str, ...],
-        fixed: Sequence[Fixed] = (),
+        coupled: Sequence[CoupledTeacher] = (),
     ):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number)
 
-        def of(part: dict):
-            return loss(merged(params, part), batch, key, fixed)
+        def loss_of(part: dict):
+            return loss(with_changes(params, part), batch, key, coupled)
 
-        def moving(tree: dict) -> dict:
+        def trained_of(tree: dict) -> dict:
             kept = trainable(config, tree)
             return {name: kept[name] for name in trained}
 
-        (total, parts), grads = jax.value_and_grad(of, has_aux=True)(moving(params))
+        (total, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(trained_of(params))
         if shardings is not None:
-            wanted = moving(shardings)
-            grads = jax.lax.with_sharding_constraint(grads, wanted)
+            grads = jax.lax.with_sharding_constraint(grads, trained_of(shardings))
         return jax.tree.map(lambda x: x / config.accumsteps, (grads, {"loss": total} | parts))
 
     return gradients
@@ -291,18 +395,95 @@ def make_gradients(
 
 def make_update(
     config: TrainingConfig, shardings: Any = None
-) -> Callable[[State, dict], tuple[State, dict]]:
-    """The optimiser's step: a jitted function of (state, gradients) that takes over the state.
+) -> Callable[[State, dict], tuple[State, Logged]]:
+    """A jitted function of (state, gradients) that makes the optimiser's step; it takes over state.
 
     `shardings` are the state's.
     """
     keep = {} if shardings is None else {"out_shardings": (shardings, None)}
 
     @partial(jax.jit, donate_argnums=0, **keep)
-    def update(state: State, gradients: dict) -> tuple[State, dict]:
+    def update(state: State, gradients: dict) -> tuple[State, Logged]:
         params, moments, logged = apply_gradients(
             config, state["params"], state["moments"], gradients, state["step"]
         )
         return {"params": params, "moments": moments, "step": state["step"] + 1}, logged
 
     return update
+
+
+# --- The optimiser --------------------------------------------------------------------------
+
+
+def init_state(config: TrainingConfig, params: dict) -> State:
+    """Parameters, the optimiser's moments, and the number of steps done."""
+    moments = init_moments(config, params)
+    return {"params": params, "moments": moments, "step": jnp.zeros((), jnp.int32)}
+
+
+def schedule(config: TrainingConfig, peak: float) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of a step, counted from 0: linear up from 0, linear down to 0 at `maxsteps`."""
+    if config.warmup is None:
+        return optax.constant_schedule(peak)
+    up = optax.linear_schedule(0.0, peak, max(config.warmup, 1))
+    down = optax.linear_schedule(peak, 0.0, max(config.maxsteps - config.warmup, 1))
+    return optax.join_schedules([up, down], [config.warmup]) if config.warmup else down
+
+
+def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, 2019) for a learning rate of 1."""
+    return optax.chain(
+        optax.scale_by_adam(eps=EPSILON), optax.add_decayed_weights(config.weight_decay)
+    )
+
+
+def trainable(config: TrainingConfig, tree: dict) -> dict:
+    """What is not frozen for all of the training, of the parameters or of a tree like theirs."""
+    if not config.freeze_layers:
+        return tree
+    backbone = tree["backbone"]
+    layers = {i: x for i, x in backbone["layers"].items() if int(i) >= config.freeze_layers}
+    after = {name: backbone[name] for name in _AFTER_LAYERS if name in backbone}
+    return tree | {"backbone": {"layers": layers} | after}
+
+
+def with_changes(tree: Any, changed: Any) -> Any:
+    """A copy of the tree with the leaves of `changed`, which has some of its branches."""
+    if not isinstance(tree, dict):
+        return changed
+    return tree | {name: with_changes(tree[name], branch) for name, branch in changed.items()}
+
+
+def init_moments(config: TrainingConfig, params: dict) -> dict:
+    """The optimiser's state: one for each part of the parameters, of what is trained in it."""
+    selected = trainable(config, params)
+    return {part: _adamw(config).init(values) for part, values in selected.items()}
+
+
+def apply_gradients(
+    config: TrainingConfig, params: dict, moments: dict, gradients: dict, step: jax.Array
+) -> tuple[dict, dict, Logged]:
+    """Make one step of the optimiser.
+
+    Args:
+      params, moments: by part, "backbone" and "head".
+      gradients: of the parts that are trained in this step, of what is `trainable` in them.
+      step: int32[], from 0.
+
+    Returns:
+      new parameters, new moments, and what to log: the gradient's norm before it was cut, and the
+      learning rates.
+    """
+    norm = optax.tree.norm(gradients)
+    factor = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-12))
+    gradients = jax.tree.map(lambda g: g * factor, gradients)
+    params, moments, rates = dict(params), dict(moments), {}
+    selected = trainable(config, params)
+    for part, gradient in gradients.items():
+        peak = config.lr if part != "head" else config.head_lr or config.lr
+        rate = schedule(config, peak)(step)
+        updates, moments[part] = _adamw(config).update(gradient, moments[part], selected[part])
+        updates = jax.tree.map(lambda u, rate=rate: -rate * u, updates)
+        params[part] = with_changes(params[part], optax.apply_updates(selected[part], updates))
+        rates["lr" if part == "backbone" else "head_lr"] = rate
+    return params, moments, {"grad_norm": norm} | rates

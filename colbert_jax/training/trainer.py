@@ -1,19 +1,17 @@
 """The training loop: examples in, a folder with checkpoints, metrics and the trained model out.
 
-A run's folder holds `run.json` (what the run is), `checkpoints/` (to go on from), `metrics.jsonl`
-and `tensorboard/`, `last/` (the model at the end) and `best/` (the model that did best on the dev
-collection). Run the same command again and it goes on from its last checkpoint, bit for bit.
+Run the same command again and it goes on from its last checkpoint, bit for bit. `training.run` says
+what is in the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,27 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from colbert_jax import processes, runtime
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.data.examples import Source
+from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.progress import progress_bar
-from colbert_jax.training.batch import Batch
-from colbert_jax.training.loader import Loader, check_divides
-from colbert_jax.training.metrics import Metrics
-from colbert_jax.training.state import (
-    FOLDER,
-    Checkpoints,
-    check_run,
-    parameter_sharding,
-)
-from colbert_jax.training.step import Fixed, init_state, make_gradients, make_update
-from colbert_jax.training.tasks import OWN, Task, Turns
-
-BEST = "nDCG@10"  # what "best" means
+from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Task, check_divides
+from colbert_jax.training.run import BEST, LAST, Best, Checkpoints, Metrics, open_run, save_model
+from colbert_jax.training.step import Logged, State, make_gather, make_step, put_teacher
 
 
 class Trained(NamedTuple):
@@ -59,7 +47,7 @@ class Trained(NamedTuple):
 
 def train(
     model: ColBERT,
-    examples: Source,
+    examples: ExampleSource,
     folder: str | Path,
     config: TrainingConfig | None = None,
     *,
@@ -80,186 +68,152 @@ def train(
       model: what training starts from.
       examples: see `data.examples`.
       folder: of the run.
-      config: None: the defaults, those of ColBERTv2.
+      config: if None, the defaults, those of ColBERTv2.
       tasks: further sources, each with a loss of its own and a share of the steps; `examples` have
         the rest of them.
-      teacher: of `coupled_weight`; several score as one whose similarity of two tokens is the mean
-        of theirs. It is given the model's tokens, so it must have the model's word pieces, under
-        whichever ids, and settings of texts.
+      teacher: the coupled teacher of `coupled_weight`, or several, which score as one whose
+        similarity of two tokens is the mean of theirs. It reads the model's tokens, so it must have
+        the model's word pieces, under whichever ids, and text settings.
       dev: a small collection to evaluate on every `eval_every` steps.
-      devices: None: all of the job.
+      devices: if None, all of the job.
       overwrite: remove a run that is in `folder` first.
-      progress: None: a bar on a terminal.
+      progress: whether to show a bar; if None, on a terminal.
 
     Raises:
       ValueError: settings and examples that do not fit together, or another run in `folder`.
+      FileExistsError: files in `folder` have the names of a run's and belong to no run.
       OSError: a checkpoint could not be written.
-      FloatingPointError: the loss is not a number any more.
+      FloatingPointError: the loss or the gradient is not finite.
     """
-    config = TrainingConfig() if config is None else config
-    folder = Path(folder)
-    encoder = model.encoder_config
+    # --- What must fit together: checked before anything is written
+    folder, config = Path(folder), TrainingConfig() if config is None else config
     devices = list(jax.devices() if devices is None else devices)
-    local = sum(device.process_index == jax.process_index() for device in devices)
+    plan = _plan(model, examples, config, tasks, devices)
+    teachers, translations = _check_teachers(teacher, model, plan.configs)
+
+    with processes.group("training") as group, ExitStack() as stack:
+        # --- The folder: a new run, or the same one again
+        open_run(folder, _describe(model, plan, tasks, teachers), group, overwrite=overwrite)
+        checkpoints = stack.enter_context(Checkpoints(folder, config))
+
+        # --- Parameters and moments: as the model has them, or of the last checkpoint
+        mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+        state, shardings = checkpoints.begin(config, model.params, mesh)
+        done = int(state["step"])
+
+        # --- Programs
+        to_host = make_gather(mesh)
+        train_step = _make_step(model, plan, teachers, translations, mesh, shardings)
+
+        # --- Metrics and progress
+        metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
+        best, window = Best(folder, metrics.history()), _Window(plan.prefixes)
+        show = progress if group.is_first else False
+        bar = progress_bar(config.maxsteps, "training", "step", show, initial=done)
+
+        # --- Data
+        mixture = _mixture(model, plan, done, group)
+        with mixture, bar, _terminated() as terminated:
+            last, previous = done >= config.maxsteps, None
+            while not last:
+                # --- Learn
+                task, step = next(mixture)
+                state, losses, rates = train_step(state, step.number, task, step.batches)
+                done = step.number + 1
+                # The devices are kept busy by the step just begun. Further ahead of them, a signal
+                # would wait for all the steps that were begun before it.
+                jax.block_until_ready(previous)
+                previous = losses
+                bar.update()
+                window.add(task, losses, plan.configs[task].bsize)
+
+                # --- What is due: SIGTERM in one process ends the run in all, with a checkpoint
+                if terminated.is_set():
+                    mixture.request_stop()
+                stop = step.stop or (group.count == 1 and terminated.is_set())
+                last = done == config.maxsteps or stop
+                saving = last or done % config.save_every == 0
+                every = config.eval_every or config.save_every
+                evaluating = not stop and (done % every == 0 or last)
+
+                # --- Log
+                if saving or (dev and evaluating) or done % config.log_every == 0:
+                    values = window.close(rates, done, checkpoints)
+                    metrics.write(done, values)
+                    rate = f"{values['examples_per_second']:.4g}"
+                    shown = {"loss": f"{float(losses['loss']):.4f}", "examples/s": rate}
+                    bar.set_postfix(shown, refresh=False)
+
+                # --- Save, evaluate
+                if saving:
+                    checkpoints.save(done, state)
+                if dev and evaluating:
+                    model.set_params(to_host(state["params"]))
+                    measured = dev.evaluate(model)
+                    metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
+                    if best.improves(measured) and group.is_first:
+                        save_model(model, folder / BEST, config, done)
+                    window.pause()
+            checkpoints.wait()
+
+        # --- The end
+        if done < config.maxsteps:
+            # Saved, in all processes; now end as the signal asks, with its exit status.
+            signal.raise_signal(signal.SIGTERM)
+        model.set_params(to_host(state["params"]))
+        if group.is_first:
+            save_model(model, folder / LAST, config, done)
+        group.exchange("saved")
+        if terminated.is_set():  # it came too late to stop this run
+            signal.raise_signal(signal.SIGTERM)
+        return Trained(folder / (BEST if (folder / BEST).exists() else LAST), done, best.measured)
+
+
+# --- What must fit together -----------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """What is trained on: the run's examples first, then those of each task.
+
+    shares: of the steps. local: devices of this process.
+    """
+
+    sources: list[ExampleSource]
+    shares: list[float]
+    configs: list[TrainingConfig]
+    prefixes: list[str]  # of the metrics
+    local: int
+
+
+def _plan(
+    model: ColBERT,
+    examples: ExampleSource,
+    config: TrainingConfig,
+    tasks: Sequence[Task],
+    devices: Sequence[jax.Device],
+) -> _Plan:
+    """Raises ValueError for settings, examples and a model that do not fit together."""
     shares = [1 - sum(task.share for task in tasks), *(task.share for task in tasks)]
     if shares[0] <= 0 or len({task.name for task in tasks}) < len(tasks):
         raise ValueError(
             "tasks need names of their own, and shares whose sum is less than 1: got "
             f"{', '.join(f'{task.name} {task.share}' for task in tasks)}"
         )
-    sources = [examples, *(task.examples for task in tasks)]
+    local = sum(device.process_index == jax.process_index() for device in devices)
     configs = [_check(model, examples, config, local)]
     for task in tasks:
         try:
             configs.append(_check(model, task.examples, task.config(config), local))
         except ValueError as error:
             raise ValueError(f"task {task.name}: {error}") from None
-    teachers = [] if teacher is None else [teacher] if isinstance(teacher, ColBERT) else [*teacher]
-    translations = _check_teachers(teachers, model, configs)
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
-
-    with processes.group("training") as group, ExitStack() as stack:
-        if overwrite and group.is_first and folder.exists():
-            _remove_run(folder)
-        group.exchange("folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {
-            "training": dataclasses.asdict(configs[0]),
-            "encoder": dataclasses.asdict(encoder),
-            "text": dataclasses.asdict(model.config.text),
-            "start": model.fingerprint(),
-            "examples": examples.fingerprint,
-            "teacher": " ".join(t.fingerprint() for t in teachers) or None,
-            "tasks": [
-                {"name": task.name, "share": task.share, "examples": task.examples.fingerprint}
-                | {name: getattr(own, name) for name in OWN}
-                for task, own in zip(tasks, configs[1:], strict=True)
-            ],
-        }
-        check_run(folder, about, group)
-
-        # State: parameters and moments, on all devices or spread over them.
-        shapes = jax.eval_shape(lambda params: init_state(config, params), model.params)
-        shardings = parameter_sharding(mesh, shapes, fsdp=config.fsdp)
-        checkpoints = stack.enter_context(Checkpoints(folder, config))
-        if checkpoints.latest is None:
-            start = jax.tree.map(np.asarray, model.params)
-            make = jax.jit(lambda params: init_state(config, params), out_shardings=shardings)
-            state = make(jax.device_put(start, shardings["params"]))
-        else:
-            like = jax.tree.map(
-                lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-                shapes,
-                shardings,
-            )
-            state = checkpoints.restore(like)
-        first = int(state["step"])
-
-        fixed = [
-            _fixed(t, ids, mesh, config) for t, ids in zip(teachers, translations, strict=True)
-        ]
-        encoders = [t.encoder_config for t in teachers]
-        gradients = [
-            make_gradients(encoder, own, dtype, mesh, shardings["params"], encoders)
-            for own in configs
-        ]
-        update = make_update(config, shardings)
-        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        put, take = _batch_putter(mesh), _taker(model, mesh)
-        parts = tuple(part for part, values in state["params"].items() if jax.tree.leaves(values))
-
-        metrics = stack.enter_context(Metrics(folder, first, write=group.is_first))
-        best = _Best(folder, metrics.history())
-        steps = Turns(
-            shares,
-            [
-                partial(_loader, model, source, own, local, group)
-                for source, own in zip(sources, configs, strict=True)
-            ],
-            first,
-        )
-        show = progress if group.is_first else False
-        bar = progress_bar(config.maxsteps, "training", "step", show, initial=first)
-        done, clock, latest, before = first, _Clock(), {}, None
-        with steps, bar, _terminated() as terminated:
-            for turn, step in steps if first < config.maxsteps else ():
-                trained = ("head",) if step.number < config.warmup_bert else parts
-                total = None
-                for number, batch in enumerate(step.batches):
-                    part = gradients[turn](
-                        state["params"],
-                        put(batch),
-                        np.int32(step.number),
-                        np.int32(number),
-                        trained=trained,
-                        fixed=fixed,
-                    )
-                    total = part if total is None else add(total, part)
-                assert total is not None
-                grads, logged = total
-                state, more = update(state, grads)
-                done = step.number + 1
-                # The devices are kept busy by the step just begun. Further ahead of them, a signal
-                # would wait for all the steps that were begun before it.
-                jax.block_until_ready(before)
-                before = logged
-                bar.update()
-                if terminated.is_set():
-                    steps.request_stop()
-                clock.add(configs[turn].bsize)
-                latest[turn] = logged
-                stop = step.stop or (group.count == 1 and terminated.is_set())
-
-                last = done == config.maxsteps or stop
-                saving = done % config.save_every == 0 or last
-                evaluating = dev is not None and (
-                    done % (config.eval_every or config.save_every) == 0 or done == config.maxsteps
-                )
-                if done % config.log_every == 0 or saving or evaluating:
-                    values = {name: float(x) for name, x in more.items()}
-                    for turn, figures in latest.items():
-                        prefix = f"{tasks[turn - 1].name}/" if turn else ""
-                        _check_finite(
-                            float(figures["loss"]), values["grad_norm"], done, checkpoints
-                        )
-                        values |= {prefix + name: float(x) for name, x in figures.items()}
-                    values["examples_per_second"] = clock.rate()
-                    spoken = {"loss": f"{float(logged['loss']):.4f}"}
-                    spoken["examples/s"] = f"{values['examples_per_second']:.1f}"
-                    bar.set_postfix(**spoken, refresh=False)
-                    metrics.write(done, values)
-                    latest = {}
-                if saving:
-                    checkpoints.save(done, state)
-                if evaluating and not stop:
-                    assert dev is not None
-                    take(state["params"])
-                    measured = dev.evaluate(model)
-                    metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
-                    if best.improves(measured) and group.is_first:
-                        _save(model, folder / "best", config, done)
-                    clock.pause()
-                if last:
-                    break
-            checkpoints.wait()
-        if done < config.maxsteps:
-            # Saved, in all processes; now end as the signal asks, with its exit status.
-            signal.raise_signal(signal.SIGTERM)
-        take(state["params"])
-        if group.is_first:
-            _save(model, folder / "last", config, done)
-        group.exchange("saved")
-        if terminated.is_set():  # it came too late to stop this run
-            signal.raise_signal(signal.SIGTERM)
-        chosen = folder / ("best" if (folder / "best").exists() else "last")
-        return Trained(chosen, done, best.measured)
+    sources = [examples, *(task.examples for task in tasks)]
+    return _Plan(sources, shares, configs, ["", *(f"{task.name}/" for task in tasks)], local)
 
 
 def _check(
-    model: ColBERT, examples: Source, config: TrainingConfig, devices: int
+    model: ColBERT, examples: ExampleSource, config: TrainingConfig, devices: int
 ) -> TrainingConfig:
-    """What must fit together; the settings with the number of documents a query filled in."""
+    """Raise ValueError for what does not fit together; give the settings with `nway` filled in."""
     check_divides(config.bsize, config.accumsteps, jax.process_count(), devices)
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
@@ -267,7 +221,7 @@ def _check(
     if config.loss in ("distillation", "margin-mse") and not examples.scored:
         raise ValueError(
             f"the loss {config.loss!r} learns from a teacher's scores, and the examples have none: "
-            "score them (training.mining) or choose another loss"
+            "score them (colbert_jax.mining) or choose another loss"
         )
     if config.loss in ("distillation", "margin-mse", "cross-entropy") and nway < 2:
         raise ValueError(f"the loss {config.loss!r} needs at least 2 documents a query, not {nway}")
@@ -293,9 +247,13 @@ def _check(
 
 
 def _check_teachers(
-    teachers: Sequence[ColBERT], model: ColBERT, configs: Sequence[TrainingConfig]
-) -> list[np.ndarray | None]:
-    """Each teacher's ids of the model's word pieces."""
+    teacher: ColBERT | Sequence[ColBERT] | None, model: ColBERT, configs: Sequence[TrainingConfig]
+) -> tuple[list[ColBERT], list[np.ndarray | None]]:
+    """The coupled teachers, and each one's ids of the model's word pieces, None for the same ids.
+
+    Raises ValueError for teachers that do not fit.
+    """
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, ColBERT) else [*teacher]
     weight = max(config.coupled_weight for config in configs)
     if bool(teachers) != (weight > 0):
         raise ValueError(
@@ -303,149 +261,136 @@ def _check_teachers(
             "teacher: give both or none"
         )
     translations = []
-    for number, teacher in enumerate(teachers, 1):
+    for number, one in enumerate(teachers, 1):
         name = "the coupled teacher" if len(teachers) == 1 else f"coupled teacher {number}"
-        if teacher.quantization is not None or teacher.query_params is not teacher.params:
+        if one.quantization is not None or one.query_params is not one.params:
             raise ValueError(
                 f"{name} must be one encoder for queries and documents, loaded without quantization"
             )
         try:
-            translations.append(model.tokenizer.translation(teacher.tokenizer))
+            translations.append(model.tokenizer.translation(one.tokenizer))
         except ValueError as error:
             raise ValueError(f"{name} cannot read the model's tokens: {error}") from None
-        theirs, ours = (dataclasses.asdict(m.config.text) for m in (teacher, model))
+        theirs, ours = (dataclasses.asdict(m.config.text) for m in (one, model))
         other = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
         if other:
             raise ValueError(
                 f"{name} makes other tokens of a text: {', '.join(other)}; load it with the "
                 "model's settings"
             )
-    return translations
+    return teachers, translations
 
 
-def _fixed(teacher: ColBERT, ids: np.ndarray | None, mesh: Mesh, config: TrainingConfig) -> Fixed:
-    """A coupled teacher on the devices, spread over them as the model is."""
-    where = parameter_sharding(mesh, teacher.params, fsdp=config.fsdp)
-    params = jax.device_put(jax.tree.map(np.asarray, teacher.params), where)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return Fixed(params, None if ids is None else jax.device_put(ids, everywhere))
+def _describe(
+    model: ColBERT, plan: _Plan, tasks: Sequence[Task], teachers: Sequence[ColBERT]
+) -> dict[str, Any]:
+    """What the run is: `run.json`."""
+    return {
+        "training": dataclasses.asdict(plan.configs[0]),
+        "encoder": dataclasses.asdict(model.encoder_config),
+        "text": dataclasses.asdict(model.config.text),
+        "start": model.fingerprint(),
+        "examples": plan.sources[0].fingerprint,
+        "teacher": " ".join(t.fingerprint() for t in teachers) or None,
+        "tasks": [
+            {"name": task.name, "share": task.share, "examples": task.examples.fingerprint}
+            | {name: getattr(own, name) for name in TASK_SETTINGS}
+            for task, own in zip(tasks, plan.configs[1:], strict=True)
+        ],
+    }
 
 
-def _loader(
+# --- Programs and data ----------------------------------------------------------------------
+
+
+def _make_step(
     model: ColBERT,
-    source: Source,
-    config: TrainingConfig,
-    devices: int,
-    group: processes.Group,
-    start: int,
-) -> Loader:
-    return Loader(
-        source,
-        model.tokenizer,
-        bsize=config.bsize,
-        nway=config.nway,
-        accumsteps=config.accumsteps,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        start=start,
-        devices=devices,
-        group=group,
-        length_groups=config.length_groups,
-        longest=model.encoder_config.backbone.max_length,
-    )
+    plan: _Plan,
+    teachers: Sequence[ColBERT],
+    translations: Sequence[np.ndarray | None],
+    mesh: Mesh,
+    shardings: Any,
+) -> Callable[..., tuple[State, Logged, Logged]]:
+    """`step.make_step` of the plan, with the coupled teachers on the devices."""
+    config = plan.configs[0]
+    dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+    coupled = [
+        put_teacher(teacher.params, ids, mesh, fsdp=config.fsdp)
+        for teacher, ids in zip(teachers, translations, strict=True)
+    ]
+    encoders = [teacher.encoder_config for teacher in teachers]
+    return make_step(model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled)
 
 
-def _batch_putter(mesh: Mesh):
-    """A function that puts a batch, of which this process has its rows, onto the devices."""
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) -> Mixture:
+    """The steps of the run, from step `start` on."""
 
-    def put(batch: Batch) -> Batch:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+    def loader(source: ExampleSource, config: TrainingConfig, start: int) -> Loader:
+        return Loader(
+            source,
+            model.tokenizer,
+            bsize=config.bsize,
+            nway=config.nway,
+            accumsteps=config.accumsteps,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            start=start,
+            devices=plan.local,
+            group=group,
+            length_groups=config.length_groups,
+            longest=model.encoder_config.backbone.max_length,
+        )
 
-    return put
-
-
-def _taker(model: ColBERT, mesh: Mesh):
-    """A function that gives the model the parameters of the moment."""
-    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def take(params: dict) -> None:
-        whole = gather(params)
-        model.set_params(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole))
-
-    return take
-
-
-def _save(model: ColBERT, folder: Path, config: TrainingConfig, step: int) -> None:
-    """Write the model; what was there before goes when the new one is complete."""
-    new, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    model.save_pretrained(new, metadata=dataclasses.asdict(config) | {"steps": step})
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    pairs = zip(plan.sources, plan.configs, strict=True)
+    return Mixture(plan.shares, [partial(loader, *pair) for pair in pairs], start)
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    for name in (FOLDER, "tensorboard", "best", "last", "best.new", "best.old", "last.new"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("run.json", "metrics.jsonl", "metrics.new"):
-        (folder / name).unlink(missing_ok=True)
+# --- Metrics and signals --------------------------------------------------------------------
 
 
-def _check_finite(loss: float, grad_norm: float, step: int, checkpoints: Checkpoints) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise FloatingPointError(
-        f"at step {step} the loss is {loss} and the gradient's norm {grad_norm}; the last "
-        f"checkpoint is of step {checkpoints.latest}. Lower lr, or look at the examples' scores"
-    )
+class _Window:
+    """What has been measured since the last line of metrics."""
 
+    def __init__(self, prefixes: Sequence[str]):
+        """`prefixes`: of the names of each task's metrics."""
+        self._prefixes = prefixes
+        self._losses: dict[int, Logged] = {}
+        self.pause()
 
-class _Best:
-    """The best measures on the dev collection so far."""
-
-    def __init__(self, folder: Path, history: list[dict[str, Any]]):
-        self.measured: dict[str, float] | None = None
-        for values in history if (folder / "best").exists() else ():
-            found = {k[4:]: v for k, v in values.items() if k.startswith("dev/")}
-            if found:
-                self.improves(found)
-
-    def improves(self, measured: dict[str, float]) -> bool:
-        """Whether these are better than all before; remembers them if so."""
-        if self.measured is not None and measured[BEST] <= self.measured[BEST]:
-            return False
-        self.measured = measured
-        return True
-
-
-class _Clock:
-    """Examples a second since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._time, self._examples = time.perf_counter(), 0
-
-    def add(self, examples: int) -> None:
+    def add(self, task: int, losses: Logged, examples: int) -> None:
+        """Note a step: its task, the parts of its loss, how many queries it had."""
+        self._losses[task] = losses
         self._examples += examples
 
-    def rate(self) -> float:
-        now = time.perf_counter()
-        rate = self._examples / (now - self._time)
-        self._time, self._examples = now, 0
-        return rate
-
     def pause(self) -> None:
-        """What has passed since the last time does not count."""
+        """Leave the time that has passed out of the examples per second."""
         self._time, self._examples = time.perf_counter(), 0
+
+    def close(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+        """The line of metrics after `step` steps; what follows belongs to the next one.
+
+        Raises:
+          FloatingPointError: a loss or the gradient's norm is not finite.
+        """
+        values = {name: float(x) for name, x in rates.items()}
+        for task, losses in self._losses.items():
+            loss, norm = float(losses["loss"]), values["grad_norm"]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"at step {step} the loss is {loss} and the gradient's norm {norm}; the last "
+                    f"checkpoint is of step {checkpoints.latest}. Lower lr, or look at the "
+                    "examples' scores"
+                )
+            values |= {self._prefixes[task] + name: float(x) for name, x in losses.items()}
+        values["examples_per_second"] = self._examples / (time.perf_counter() - self._time)
+        self._losses = {}
+        self.pause()
+        return values
 
 
 @contextmanager
 def _terminated() -> Iterator[threading.Event]:
-    """Set when SIGTERM has come, which then does not end the process."""
+    """An event that is set when SIGTERM comes, which then does not end the process."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -26,7 +26,7 @@ import support
 from huggingface_hub import constants, file_download, utils
 from safetensors.numpy import load_file, save_file
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.checkpoints import hub, read_checkpoint, write_checkpoint
 from colbert_jax.tensors.torch_file import write_torch_file
 
@@ -387,7 +387,7 @@ def test_a_repository_without_a_checkpoint(fake, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").touch()
     fake.push(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match=r"has no file of a checkpoint\. .* config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint\. .* config\.json"):
         hub.fetch(ID)
 
 
@@ -400,10 +400,10 @@ def test_an_index_remembers_the_revision(fake, served, tmp_path, texts):
     index = Index.build(tmp_path / "i", model, texts[:30])
     assert TOKEN not in (index.path / "metadata.json").read_text()
     fake.push(support.write_stanford(tmp_path / "newer", seed=5))  # main goes on
-    again = ColBERT.for_index(Index.open(index.path), **arguments)
+    again = Retriever.open(index.path, **arguments).model
     assert again.load == model.load and again.fingerprint() == model.fingerprint()
     with pytest.raises(FileNotFoundError, match=r"no repository .* was built with it"):
-        ColBERT.for_index(index)  # without the token
+        Retriever.open(index)  # without the token
 
 
 # --- Tokens and refusals --------------------------------------------------------------------
@@ -455,10 +455,10 @@ def test_what_the_hub_does_not_have(fake, served):
         ("../x", "no such checkpoint folder"),
         ("~/x", "no such checkpoint folder"),
         ("/nowhere/x", "no such checkpoint folder"),
-        ("no such folder", "neither a folder here nor a hub id"),
-        ("a/b@v1", "neither a folder here nor a hub id"),
-        ("a--b/c", "neither a folder here nor a hub id"),
-        ("a/", "neither a folder here nor a hub id"),
+        ("no such folder", "neither a local folder nor a hub id"),
+        ("a/b@v1", "neither a local folder nor a hub id"),
+        ("a--b/c", "neither a local folder nor a hub id"),
+        ("a/", "neither a local folder nor a hub id"),
     ],
 )
 def test_malformed_names(fake, tmp_path, monkeypatch, name, message):
@@ -539,7 +539,7 @@ def test_without_hub_and_cache_the_alternative_is_named(fake, monkeypatch, reaso
     started = time.monotonic()
     with pytest.raises(
         FileNotFoundError,
-        match=rf"^{ID}: .* did not provide it \(.*{message}.*\), nor is it in the cache\. "
+        match=rf"^{ID}: .* did not provide it \(.*{message}.*\) and it is not in the cache\. "
         "Without the hub, download the checkpoint elsewhere and pass its folder",
     ):
         ColBERT.from_pretrained(ID)
@@ -550,7 +550,7 @@ def test_another_revision_is_not_in_the_cache(fake, served, monkeypatch):
     fake.push(served, revision="v1")
     hub.fetch(ID)
     offline(monkeypatch)
-    with pytest.raises(FileNotFoundError, match=rf"^{ID}@v1: .* nor is it in the cache"):
+    with pytest.raises(FileNotFoundError, match=rf"^{ID}@v1: .* and it is not in the cache"):
         hub.fetch(ID, revision="v1")
 
 
@@ -598,7 +598,7 @@ def test_what_another_library_cached_is_not_taken_for_all(fake, served, monkeypa
         folder = Path(huggingface_hub.hf_hub_download(ID, name)).parent
     offline(monkeypatch)
     with pytest.raises(
-        FileNotFoundError, match=r"HF_HUB_OFFLINE is set\); .* may be a part only"
+        FileNotFoundError, match=r"HF_HUB_OFFLINE is set\); .* may be incomplete"
     ) as e:
         hub.fetch(ID)
     assert f": {folder}. Without the hub" in str(e.value)

@@ -190,19 +190,19 @@ def test_heads_that_are_linear_fold_into_one_projection(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "layout", "message"),
     [
-        ({"query_expansion": False}, "stanford", "cannot say query_expansion=False"),
+        ({"query_expansion": False}, "stanford", "cannot store query_expansion=False"),
         ({"doc_token_id": None}, "stanford", "needs a marker; doc_token_id is None"),
-        ({"query_prompt": "query: "}, "flmr", "cannot say query_prompt='query: '"),
-        ({"skiplist_words": ("the",)}, "stanford", "skiplist has 1 tokens of its own"),
-        ({"query_minlen": 8}, "stanford", "cannot say query_minlen=8"),
-        ({"query_minlen": 8}, "flmr", "cannot say query_minlen=8"),
-        ({"attend_to_mask_tokens": True}, "colbertv1", "cannot say attend_to_mask_tokens=True"),
-        ({"doc_token_id": "[unused0]"}, "colbertv1", "cannot say doc_token_id"),
-        ({"query_minlen": 8}, "pylate", "cannot say query_minlen=8"),
-        ({"mask_instruction_token": ":"}, "pylate", "cannot say mask_instruction_token"),
+        ({"query_prompt": "query: "}, "flmr", "cannot store query_prompt='query: '"),
+        ({"skiplist_words": ("the",)}, "stanford", "this checkpoint drops 1 tokens"),
+        ({"query_minlen": 8}, "stanford", "cannot store query_minlen=8"),
+        ({"query_minlen": 8}, "flmr", "cannot store query_minlen=8"),
+        ({"attend_to_mask_tokens": True}, "colbertv1", "cannot store attend_to_mask_tokens=True"),
+        ({"doc_token_id": "[unused0]"}, "colbertv1", "cannot store doc_token_id"),
+        ({"query_minlen": 8}, "pylate", "cannot store query_minlen=8"),
+        ({"mask_instruction_token": ":"}, "pylate", "cannot store mask_instruction_token"),
         ({"mask_instruction_token": ":"}, "sentence-transformers", "mask_instruction_token"),
         ({"query_token_id": "[unused1]"}, "flmr", r"\[unused0\] and \[unused1\] with ids 1 and 2"),
-        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, stanford"),
+        ({}, "tensorflow", "unknown layout 'tensorflow'; choose from native, sentence-"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_before_anything_is_written(
@@ -235,7 +235,7 @@ def test_two_flmr_encoders(tmp_path):
             trees = (jax.tree.leaves(getattr(c, side)) for c in (checkpoint, again))
             for a, b in zip(*trees, strict=True):
                 np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="one encoder, this checkpoint has one of its own"):
+    with pytest.raises(ValueError, match="one encoder, this checkpoint has two"):
         write_checkpoint(checkpoint, tmp_path / "no", "pylate")
 
 
@@ -301,7 +301,7 @@ def test_left_truncation_cannot_go_to_prompts(source, tmp_path):
     checkpoint = read_checkpoint(source)
     tokenizer = dataclasses.replace(checkpoint.tokenizer, truncation_side="left")
     left = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="then gives other tokens for"):
+    with pytest.raises(ValueError, match="that gives other tokens for"):
         write_checkpoint(left, tmp_path / "out", "sentence-transformers")
 
 
@@ -391,13 +391,13 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             "pylate",
             lambda f: write_modules(f, TRANSFORMER),
             ValueError,
-            "lists no Dense module, so PyLate would project at random",
+            "lists no Dense module, so PyLate would add a random projection",
         ),
         (
             "pylate",
             lambda f: prefix(f, query_prefix="[Q] "),
             ValueError,
-            r"query_prefix '\[Q\] ' is no token of the tokenizer",
+            r"query_prefix '\[Q\] ' is not a token of the tokenizer",
         ),
         ("pylate", lambda f: prefix(f, query_length="32"), ValueError, "query_length must be int"),
         (
@@ -474,13 +474,13 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
             "flmr",
             lambda f: edit_json(f / "config.json", dim=99),
             ValueError,
-            r"config\.json has dim 99, the weights project to 16",
+            r"config\.json has dim 99, but the weights project to 16",
         ),
         (
             "flmr",
             lambda f: edit_json(f / "config.json", separate_query_and_context_text_encoder=True),
             ValueError,
-            "speaks of two text encoders, only the query side",
+            "asks for two text encoders, the weights hold only the query side",
         ),
         (
             "flmr",
@@ -532,7 +532,7 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
                 f / "model.safetensors", lambda t: t.update(x=np.zeros(3, "f4"))
             ),
             ValueError,
-            r"tensors that colbert_jax\.json does not speak of: \['x'\]",
+            r"tensors that colbert_jax\.json does not describe: \['x'\]",
         ),
         (
             "colbertv1",

@@ -125,5 +125,7 @@ def test_answerai_colbert_small(answerai):
 
 def test_answerai_as_it_is_lacks_its_weights(shared_data):
     folder = shared_data / "checkpoints" / "answerai_colbert_small"
-    with pytest.raises(FileNotFoundError, match=r"missing weight file: none of model\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"missing weight file: expected one of model\.safetensors"
+    ):
         read_checkpoint(folder)

@@ -8,9 +8,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from colbert_jax.data import examples as module
 from colbert_jax.data import texts as texts_module
 from colbert_jax.data.examples import (
+    Check,
     Example,
     concatenate,
     dataset_examples,
@@ -247,12 +247,11 @@ def test_damaged_gzip(files, tmp_path):
             list(read_collection(files.collection))
 
 
-def test_a_large_file_is_checked_at_its_beginning_and_as_it_is_read(files, monkeypatch):
-    monkeypatch.setattr(module, "_CHECKED_BYTES", 10)
-    monkeypatch.setattr(module, "_CHECKED_FIRST", 2)
+def test_a_large_file_is_checked_at_its_beginning_and_as_it_is_read(files):
+    check = Check(whole=10, first=2)
     with pytest.raises(ValueError, match="line 2: passage id 9"):
-        files.make("[7, 1, 2]\n[7, 1, 9]\n")
-    source = files.make("[7, 1, 2]\n[7, 2, 3]\n[7, 1, 9]\n")
+        files.make("[7, 1, 2]\n[7, 1, 9]\n", check=check)
+    source = files.make("[7, 1, 2]\n[7, 2, 3]\n[7, 1, 9]\n", check=check)
     assert source[1].documents == ("two", "three")
     with pytest.raises(ValueError, match=r"examples\.jsonl, line 3: passage id 9 is not in"):
         source[2]

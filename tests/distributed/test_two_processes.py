@@ -22,7 +22,7 @@ from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.build import build_index
 from colbert_jax.training import Task, stanford_examples, train
-from colbert_jax.training.tasks import OWN
+from colbert_jax.training.loader import TASK_SETTINGS
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
@@ -232,7 +232,7 @@ def test_training_as_in_one_process(folder, reports, shallow_folder, one_length,
     examples = stanford_examples(folder / "examples.jsonl", *names)
     run = json.loads((folder / "runs" / "stopped" / "run.json").read_text())
     (task,) = run["tasks"]
-    settings = {name: task[name] for name in OWN}
+    settings = {name: task[name] for name in TASK_SETTINGS}
     devices = jax.devices()[:1]
     model, teacher = (
         ColBERT.from_pretrained(place, dtype="float32", devices=devices)

@@ -25,10 +25,10 @@ from colbert_jax.checkpoints import hub  # noqa: E402
 from colbert_jax.compression.sharding import data_mesh  # noqa: E402
 from colbert_jax.config import IndexConfig  # noqa: E402
 from colbert_jax.index import build, sources  # noqa: E402
-from colbert_jax.index import format as fmt  # noqa: E402
+from colbert_jax.index import folder as index_folder  # noqa: E402
 from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
 from colbert_jax.training import Task, loader, trainer  # noqa: E402
-from colbert_jax.training.metrics import Metrics  # noqa: E402
+from colbert_jax.training.run import Metrics  # noqa: E402
 
 report: dict = {}
 
@@ -101,7 +101,7 @@ def main() -> None:
     enable_compilation_cache()
     # The guide's hub id.
     hub.resolve = lambda name, **kwargs: Path(name if Path(name).is_dir() else "checkpoint")
-    processes._POLL, build._VISIBLE = 0.2, 1.0
+    processes._POLL, index_folder._VISIBLE = 0.2, 1.0
     sources.CHUNK_TOKENS, loader._LADDER = 256, (48, 512)
     guide = (ROOT / "docs" / "distributed.md").read_text("utf-8")
     names: dict = {}
@@ -136,7 +136,7 @@ def main() -> None:
     if me == 1:
         bad["values"][-1] *= 2
     report["bad row"] = run("bad", bad)
-    report["left behind"] = fmt.building_folder(Path("bad").resolve()).exists()
+    report["left behind"] = index_folder.building_folder(Path("bad").resolve()).exists()
     report["other settings"] = run("other", data, seed=me)
     report["not shared"] = run("apart", data, path=f"apart-{me}/index")
     report["taken"] = run("plain", data)

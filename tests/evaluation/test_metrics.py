@@ -2,11 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 
+from colbert_jax import Hit
 from colbert_jax.evaluation import evaluate_ranking, write_run
-from colbert_jax.search import Hits
 
 pytest.importorskip("ir_measures", reason="ir-measures (the extra eval) is not installed")
 
@@ -40,6 +39,6 @@ def test_nothing_judged():
 
 
 def test_run_file(tmp_path):
-    hits = Hits(np.array([[1, 0]]), np.array([[2.5, 1.0]], np.float32))
-    write_run(tmp_path / "run.tsv", ["q"], hits, ["zero", "one"])
+    hits = [Hit("one", 2.5, None, 1), Hit("zero", 1.0, None, 0)]
+    write_run(tmp_path / "run.tsv", {"q": hits})
     assert (tmp_path / "run.tsv").read_text() == "q\tone\t1\t2.500000\nq\tzero\t2\t1.000000\n"

@@ -341,6 +341,13 @@ def test_index_and_search(model, tmp_path):
     ids, ranks, scores = searcher.search(texts[1], k=5)
     assert ids == [i for i, _, _ in ranking["q1"]] and ranks == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(scores, [score for *_, score in ranking["q1"]], rtol=1e-4)
+    exact = searcher.index.search(np.asarray(embeddings), 5, mode="exact")
+    for arguments in ({"exact": True}, {"mode": "exact"}):
+        found = search_custom_collection(searcher, queries, embeddings, 5, **arguments).todict()
+        assert [i for i, *_ in found["q2"]] == exact.positions[2].tolist()
+    assert search_custom_collection(searcher, {}, np.asarray(embeddings)[:0]).todict() == {}
+    with pytest.raises(ValueError, match="contradict each other"):
+        search_custom_collection(searcher, queries, embeddings, exact=True, mode="fast")
     with pytest.raises(ValueError, match="2 queries, but embeddings of 3"):
         search_custom_collection(searcher, {"a": "", "b": ""}, embeddings)
     with pytest.raises(NotImplementedError, match="document 0 has an image"):

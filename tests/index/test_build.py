@@ -19,6 +19,7 @@ from support import unit_rows
 from colbert_jax import Index
 from colbert_jax.index import build, sources
 from colbert_jax.index import format as fmt
+from colbert_jax.index.folder import building, building_folder, publish
 from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 
 ARRAYS = ("centroids", "codes", "residuals", "offsets", "lists", "list_offsets")
@@ -46,9 +47,9 @@ def test_arrays_are_consistent(tmp_path):
     arrays = index.arrays
     assert len(index) == n and arrays.codes.shape == (t,) and arrays.residuals.shape == (t, 4)
     assert index.lengths.tolist() == data["lengths"].tolist()
-    assert arrays.centroids.shape[0] == index.metadata["num_centroids"] == 256
+    assert arrays.centroids.shape[0] == index.metadata.num_centroids == 256
     owner = np.repeat(np.arange(n), data["lengths"])
-    for c in range(index.metadata["num_centroids"]):
+    for c in range(index.metadata.num_centroids):
         start, stop = arrays.list_offsets[c], arrays.list_offsets[c + 1]
         expected = np.unique(owner[np.asarray(arrays.codes) == c])
         assert np.asarray(arrays.lists[start:stop]).tolist() == expected.tolist()
@@ -61,7 +62,7 @@ def test_arrays_are_consistent(tmp_path):
     assert np.concatenate(near).mean() > 0.95
     files = {f.name for f in (tmp_path / "i").iterdir()}
     assert files == {"metadata.json", *(f"{name}.npy" for name in fmt.array_specs(index.metadata))}
-    assert not fmt.building_folder(tmp_path / "i").exists()
+    assert not building_folder(tmp_path / "i").exists()
 
 
 @pytest.mark.parametrize("nbits", [1, 2, 4, 8])
@@ -69,7 +70,7 @@ def test_arrays_are_consistent(tmp_path):
 def test_tiny_collections(tmp_path, nbits, tokens):
     data = dict(embeddings=unit_rows(np.random.default_rng(0), tokens, 8), lengths=[tokens])
     index = Index.build(tmp_path / "i", **data, nbits=nbits)
-    assert index.metadata["num_centroids"] <= tokens
+    assert index.metadata.num_centroids <= tokens
     hits = index.search(data["embeddings"][None], k=10)
     assert hits.positions.tolist() == [[0]] and hits.scores[0, 0] == pytest.approx(tokens, rel=0.3)
 
@@ -166,7 +167,7 @@ def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
             found = None
         assert found in (old, expected), step
         assert contents(Index.build(path, **data, overwrite=True).path) == expected, step
-        assert not fmt.building_folder(path).exists()
+        assert not building_folder(path).exists()
     assert step > 60
     assert contents(path) == expected
 
@@ -261,13 +262,12 @@ def test_sigkill(tmp_path):
             Index.open(path).verify()
     index = Index.open(path)
     index.verify()
-    assert len(index) == 800 and not fmt.building_folder(path).exists()
+    assert len(index) == 800 and not building_folder(path).exists()
 
 
 def test_two_builders_do_not_mix(tmp_path):
-    folder = fmt.building_folder(tmp_path / "i")
-    with build._locked(folder):
-        assert folder.is_dir()
+    with building(tmp_path / "i", overwrite=False) as folder:
+        assert folder == building_folder(tmp_path / "i") and folder.is_dir()
         for _ in range(2):
             with pytest.raises(RuntimeError, match="another process is building"):
                 Index.build(tmp_path / "i", **ready())
@@ -276,39 +276,84 @@ def test_two_builders_do_not_mix(tmp_path):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def flock(descriptor, *, shared):
+    def flock(descriptor, operation):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(build, "_flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with pytest.warns(UserWarning, match=r"has no locks \(no locks available\); make sure"):
         Index.build(tmp_path / "i", **ready())
     assert [file.name for file in tmp_path.iterdir()] == ["i"]
 
 
 def test_readers_meet_the_old_index_or_the_new_one(tmp_path):
-    """Indexes opened over and over while they are replaced: never an error, never a mixture."""
+    """Indexes opened over and over while they are replaced: never an error, never a mixture.
+
+    It goes on until every reader has met both kinds often, however slow the machine is.
+    """
     path = tmp_path / "i"
     kinds = [Index.build(tmp_path / f"k{n}", **ready(n, n=20 + n)).path for n in (0, 1)]
     shutil.copytree(kinds[0], path)
-    done, seen = threading.Event(), []
+    done, published, errors = threading.Event(), [0], []
+    seen: list[list[tuple[int, int, int]]] = [[], []]
 
-    def read():
-        while not done.is_set():
-            _, metadata, arrays = fmt.open_arrays(path)
-            seen.append((metadata["num_documents"], len(arrays["offsets"]) - 1))
+    def read(opened):
+        try:
+            while not done.is_set():
+                before = published[0]
+                _, metadata, arrays = fmt.open_arrays(path)
+                opened.append((before, metadata.num_documents, len(arrays["offsets"]) - 1))
+        except Exception as error:
+            errors.append(error)
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
+    def has_seen_enough(opened):
+        """Both kinds, at five different states of the index each."""
+        met = {(before, claimed) for before, claimed, _ in list(opened)}
+        return all(sum(kind == n for _, kind in met) >= 5 for n in (20, 21))
+
+    readers = [threading.Thread(target=read, args=(opened,)) for opened in seen]
     for reader in readers:
         reader.start()
-    for n in range(120):
-        building = fmt.building_folder(path)
-        shutil.copytree(kinds[n % 2], building)
-        fmt.publish(building, path)
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert all(claimed == found for claimed, found in seen) and {20, 21} == set(dict(seen))
-    assert len(seen) > 20
+    try:
+        while not errors and published[0] < 20_000:
+            if published[0] >= 120 and all(map(has_seen_enough, seen)):
+                break
+            new = shutil.copytree(kinds[(published[0] + 1) % 2], building_folder(path))
+            publish(new, path)
+            published[0] += 1
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert errors == [] and all(map(has_seen_enough, seen))
+    assert all(claimed == found for opened in seen for _, claimed, found in opened)
+
+
+@pytest.mark.parametrize("damage", ["codes.npy", "metadata.json"])
+def test_a_damaged_index_is_not_waited_for(tmp_path, damage):
+    """What fails though nobody replaces it fails soon, and in its own words."""
+    path = Index.build(tmp_path / "i", **ready()).path
+    (path / damage).write_bytes(b"{")
+    start = time.monotonic()
+    with pytest.raises(fmt.IndexFormatError, match=f"{damage}: damaged"):
+        fmt.open_arrays(path)
+    assert time.monotonic() - start < 30
+
+
+def test_opening_waits_as_long_as_the_index_changes(tmp_path, monkeypatch):
+    """However often it is replaced in the middle; what counts is that it is another each time."""
+    path = tmp_path / "i"
+    whole = Index.build(tmp_path / "whole", **ready()).path
+    shutil.copytree(whole, path)
+    original, left = fmt.open_array, [100]
+
+    def open_array(folder, name, *spec):
+        if name == "codes" and left[0]:
+            left[0] -= 1
+            publish(shutil.copytree(whole, building_folder(path)), path)
+        return original(folder, name, *spec)
+
+    monkeypatch.setattr(fmt, "open_array", open_array)
+    assert fmt.open_arrays(path)[1].num_documents == 60 and left == [0]
 
 
 def test_links_and_relative_paths(tmp_path, monkeypatch):
@@ -403,7 +448,7 @@ def wrong(**changes):
         (wrong(nbits=3), "nbits must be one of"),
         (dict(embeddings=np.eye(3, 6), lengths=[3], nbits=1), "do not fill whole bytes"),
         (wrong(ids=["a", "b"]), "2 ids were given for 60 documents"),
-        (wrong(ids=["x", *range(57), "x", "y"]), "duplicate document id 'x': passages 1 and 59"),
+        (wrong(ids=["x", *range(57), "x", "y"]), "duplicate document id 'x': documents 1 and 59"),
     ],
 )
 def test_bad_embeddings(tmp_path, arguments, message):
@@ -412,18 +457,18 @@ def test_bad_embeddings(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_passages(tmp_path, model):
+def test_bad_documents(tmp_path, model):
     with pytest.raises(ValueError, match="collection is empty"):
         Index.build(tmp_path / "i", model, [])
-    with pytest.raises(TypeError, match="passage 1 must be a string, got int"):
+    with pytest.raises(TypeError, match=r"document 1 must be a string or a pair .*, got int"):
         Index.build(tmp_path / "i", model, ["a", 1])
-    with pytest.raises(ValueError, match="passage 2 is not valid Unicode"):
+    with pytest.raises(ValueError, match="document 2 is not valid Unicode"):
         Index.build(tmp_path / "i", model, ["a", "b", "\ud800"])
     with pytest.raises(TypeError, match="got one string"):
-        Index.build(tmp_path / "i", model, "a passage")
-    with pytest.raises(TypeError, match="not a mixture"):
+        Index.build(tmp_path / "i", model, "a document")
+    with pytest.raises(TypeError, match="not both"):
         Index.build(tmp_path / "i", model, ["a"], **ready())
-    with pytest.raises(TypeError, match="not a mixture"):
+    with pytest.raises(TypeError, match="not both"):
         Index.build(tmp_path / "i", model)
     assert list(tmp_path.iterdir()) == []
 
@@ -437,7 +482,7 @@ def test_bad_input_keeps_a_build_that_was_under_way(tmp_path, monkeypatch):
         Index.build(tmp_path / "i", **ready())
     with pytest.raises(ValueError):
         Index.build(tmp_path / "i", **wrong(lengths=[3]))
-    state = json.loads((fmt.building_folder(tmp_path / "i") / "build.json").read_text())
+    state = json.loads((building_folder(tmp_path / "i") / "build.json").read_text())
     assert state["sample_documents"] == 60
 
 
@@ -468,7 +513,7 @@ def test_killed_before_publishing_does_not_start_again(tmp_path, monkeypatch):
 
     path = tmp_path / "i"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fmt, "publish", fail)
+        patch.setattr(build, "publish", fail)
         Index.build(path, **ready())
     with monkeypatch.context() as patch:
         for name in ("_sample", "_train", "_compress", "_finish"):
@@ -483,7 +528,7 @@ def test_other_ids_are_another_build(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fmt, "publish", fail)
+        patch.setattr(build, "publish", fail)
         Index.build(tmp_path / "i", **ready(), ids=[f"a{n}" for n in range(60)])
     index = Index.build(tmp_path / "i", **ready(), ids=[f"doc{n}" for n in range(60)])
     index.verify()
@@ -491,7 +536,7 @@ def test_other_ids_are_another_build(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):
-    """Four times the passages from a generator: peak memory of arrays stays within a half more.
+    """Four times the documents from a generator: peak memory of arrays stays within a half more.
 
     What grows is about 60 bytes a document and 30 a sampled token, with tiny chunks here.
     """
@@ -501,10 +546,10 @@ def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):
     from colbert_jax.embeddings import DocumentEmbeddings
 
     class Encoder:
-        dim, config, load = 64, ColBERTConfig(), {"name_or_path": "none"}
+        dim, config = 64, ColBERTConfig()
 
-        def fingerprint(self):
-            return "0"
+        def describe(self):
+            return {"load": {"name_or_path": "none"}, "fingerprint": "0", "search": {}}
 
         def encode_windows(self, windows, bar):
             for window in windows:
@@ -519,9 +564,9 @@ def test_memory_does_not_grow_with_the_collection(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "sample_size_for", lambda n: 500)
     peaks = []
     for n in (2000, 8000):
-        passages = (f"passage {i} " + "of some length " * 10 for i in range(n))
+        documents = (f"document {i} " + "of some length " * 10 for i in range(n))
         tracemalloc.start()
-        Index.build(tmp_path / str(n), Encoder(), passages, num_centroids=64)
+        Index.build(tmp_path / str(n), Encoder(), documents, num_centroids=64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0], peaks

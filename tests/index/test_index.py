@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support import unit_rows, write_stanford
 
-from colbert_jax import ColBERT, Index
-from colbert_jax.index import format as fmt
+from colbert_jax import ColBERT, Index, files
+from colbert_jax.index.folder import building_folder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_empty_documents_are_never_returned(tmp_path):
     rng = np.random.default_rng(0)
     lengths = np.array([0, 4, 0, 6, 2, 0])
     index = Index.build(tmp_path / "i", embeddings=unit_rows(rng, 12, 16), lengths=lengths)
-    assert index.metadata["num_empty_documents"] == 3
+    assert index.metadata.num_empty_documents == 3
     for exact in (False, True):
         hits = index.search(unit_rows(rng, 2, 5, 16), k=10, mode="exact" if exact else "accurate")
         assert hits.positions.shape == (2, 3) and set(hits.positions.ravel()) == {1, 3, 4}
@@ -202,13 +202,13 @@ def test_damaged_metadata(copy):
 def test_no_index(tmp_path):
     with pytest.raises(FileNotFoundError, match="no index there"):
         Index.open(tmp_path / "nowhere")
-    fmt.building_folder(tmp_path / "half").mkdir()
+    building_folder(tmp_path / "half").mkdir()
     with pytest.raises(FileNotFoundError, match="only an unfinished build"):
         Index.open(tmp_path / "half")
 
 
 def test_interrupted_publish_is_readable_and_healed_by_the_next_build(copy, model):
-    aside = fmt.previous_folder(copy)
+    aside = files.previous_folder(copy)
     copy.rename(aside)
     assert len(Index.open(copy)) == 120 and aside.exists() and not copy.exists()
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
@@ -230,7 +230,7 @@ def test_few_candidates_are_widened_not_scored_one_and_all(index, queries, monke
     def fail(*args):
         raise AssertionError("scored every document")
 
-    monkeypatch.setattr(Index, "_exact", fail)
+    monkeypatch.setattr(index.backend, "exact", fail)
     assert index.search(queries, k=5, ncells=4).positions.shape == (3, 5)
     assert index.search(queries, k=60, ncells=1, ndocs=3).positions.shape == exact.positions.shape
 
@@ -244,21 +244,12 @@ def test_one_long_document_among_short_ones(tmp_path):
     np.testing.assert_array_equal(plaid.positions, exact.positions)
 
 
-def test_model_for_index(index, model, plain_folder, stanford_folder):
-    assert ColBERT.for_index(index).fingerprint() == model.fingerprint()
-    assert ColBERT.for_index(index, stanford_folder, query_maxlen=20).config.text.query_maxlen == 20
-    with pytest.raises(ValueError, match="not the checkpoint, or"):
-        ColBERT.for_index(index, plain_folder, query_maxlen=32, doc_maxlen=48)
-    with pytest.raises(FileNotFoundError, match="name its place"):
-        ColBERT.for_index(index, plain_folder / "moved")
-
-
 def test_checkpoint_settings_are_the_defaults(tmp_path, texts):
     folder = write_stanford(tmp_path / "c", nbits=4, kmeans_niters=2, ncells=3, ndocs=64)
     model = ColBERT.from_pretrained(folder)
     index = Index.build(tmp_path / "i", model, texts)
-    assert index.nbits == 4 and index.metadata["settings"]["kmeans_niters"] == 2
-    assert index.metadata["model"]["search"]["ncells"] == 3
+    assert index.nbits == 4 and index.metadata.settings["kmeans_niters"] == 2
+    assert index.metadata.model["search"]["ncells"] == 3
     assert Index.build(tmp_path / "j", model, texts, nbits=1).nbits == 1
     queries = model.encode_queries(texts[:4])
     np.testing.assert_array_equal(

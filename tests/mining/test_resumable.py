@@ -62,10 +62,11 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, monkeypatch, replaces):
                 assert not path.exists() or path.read_bytes() in (b"the former", b"".join(BLOCKS))
             else:
                 break
-        with path.with_name("out.partial").open("ab") as stream:  # half a block, not committed
-            stream.write(b"hal")
+        if path.with_name("out.partial.json").exists():  # half a block, not committed
+            with path.with_name("out.partial").open("ab") as stream:
+                stream.write(b"hal")
         if path.exists() and path.read_bytes() == b"".join(BLOCKS):
-            path.with_name("out.partial").unlink()
+            path.with_name("out.partial").unlink(missing_ok=True)
         again = write(path, overwrite=replaces)
         assert path.read_bytes() == b"".join(BLOCKS)
         assert again.counts == {"blocks": 4, "bytes": sum(map(len, BLOCKS))}
@@ -102,6 +103,15 @@ def test_other_settings_are_refused(tmp_path):
     path.write_bytes(b"my own")
     path.with_name("out.meta").unlink()
     assert write(path, {"a": 4}).finished and path.read_bytes() == b"my own"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_no_run_left_is_not_touched(tmp_path, overwrite):
+    (tmp_path / "out.partial").write_bytes(b"my own")
+    with pytest.raises(FileExistsError, match=r"out\.partial: exists, and was not left by a run"):
+        BlockFile(tmp_path / "out", {}, overwrite=overwrite)
+    assert names(tmp_path) == ["out.partial"]
+    assert (tmp_path / "out.partial").read_bytes() == b"my own"
 
 
 def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path):

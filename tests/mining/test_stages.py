@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import support
 
-from colbert_jax import Index
+from colbert_jax import Index, Retriever
 from colbert_jax.mining import stages
 from colbert_jax.mining.stages import make_examples, mine, retrieve, score_ranking
 from colbert_jax.mining.teacher import load_teacher
@@ -53,7 +53,9 @@ def bi(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranking(model, index, tmp_path_factory):
-    return retrieve(index, model, QUERIES, tmp_path_factory.mktemp("run") / "r.tsv", k=9).path
+    return retrieve(
+        Retriever(model, index), QUERIES, tmp_path_factory.mktemp("run") / "r.tsv", k=9
+    ).path
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_ranking_is_what_search_finds(model, index, ranking):
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
     arguments = dict(k=5, batch=2)
-    whole = retrieve(index, model, QUERIES, tmp_path / "whole", **arguments)
+    whole = retrieve(Retriever(model, index), QUERIES, tmp_path / "whole", **arguments)
     search, calls = Index.search, []
 
     def dying(self, *args, **kwargs):
@@ -99,18 +101,18 @@ def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(Index, "search", dying)
         with pytest.raises(RuntimeError, match="killed"):
-            retrieve(index, model, QUERIES, tmp_path / "cut", **arguments)
+            retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
         assert not (tmp_path / "cut").exists()
         if after:
             with pytest.raises(FileExistsError, match="left unfinished by a run with other"):
-                retrieve(index, model, QUERIES, tmp_path / "cut", k=6)
+                retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", k=6)
         calls.clear()
         patch.setattr(Index, "search", lambda *a, **b: (calls.append(a), search(*a, **b))[1])
-        again = retrieve(index, model, QUERIES, tmp_path / "cut", **arguments)
+        again = retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
     assert len(calls) == 4 - after and again.queries == whole.queries == len(QUERIES)
     assert again.path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(FileExistsError, match="k: 5, not 6"):
-        retrieve(index, model, QUERIES, tmp_path / "cut", k=6)
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", k=6)
 
 
 def test_retrieval_checks_its_input(model, index, tmp_path, plain_folder):
@@ -120,12 +122,14 @@ def test_retrieval_checks_its_input(model, index, tmp_path, plain_folder):
         ({"a\tb": "heat"}, "the query id 'a.tb' has a tab"),
     ):
         with pytest.raises(ValueError, match=message):
-            retrieve(index, model, queries, tmp_path / "r")
+            retrieve(Retriever(model, index), queries, tmp_path / "r")
+    with pytest.raises(ValueError, match="batch must be >= 1, got 0"):
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "r", batch=0)
     with pytest.raises(ValueError, match="k must be a whole number"):
-        retrieve(index, model, QUERIES, tmp_path / "r", k=0)
+        retrieve(Retriever(model, index), QUERIES, tmp_path / "r", k=0)
     other = type(model).from_pretrained(plain_folder, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="built with another model"):
-        retrieve(index, other, QUERIES, tmp_path / "r")
+        retrieve(Retriever(other, index), QUERIES, tmp_path / "r")
     assert names(tmp_path) == []
 
 
@@ -148,14 +152,14 @@ def test_scores_are_the_teachers_best_first(ranking, scored, texts):
 
 
 @pytest.mark.parametrize("patience", [0, 20, 50])
-def test_killed_scoring_goes_on(ranking, collection, scored, tmp_path, monkeypatch, patience):
-    monkeypatch.setattr(stages, "_PAIRS", 18)  # two queries a block
+def test_killed_scoring_goes_on(ranking, collection, scored, tmp_path, patience):
     output = tmp_path / "scores"
+    block = dict(batch=18)  # two queries
     arguments = ranking, QUERIES, collection
     with pytest.raises(RuntimeError, match="killed"):
-        score_ranking(*arguments, FakeTeacher(patience), output)
+        score_ranking(*arguments, FakeTeacher(patience), output, **block)
     teacher = FakeTeacher()
-    done = score_ranking(*arguments, teacher, output)
+    done = score_ranking(*arguments, teacher, output, **block)
     assert len(teacher.pairs) == 72 - patience // 18 * 18 and done.queries == 8
     assert output.read_bytes() == scored.read_bytes()
     assert score_ranking(*arguments, FakeTeacher(0), output).queries == 8  # kept
@@ -189,10 +193,8 @@ def test_a_bi_encoder_embeds_each_passage_once(
     bi, ranking, collection, texts, tmp_path, monkeypatch, stage
 ):
     """Killed while it embeds passages, or while it scores pairs."""
-    monkeypatch.setattr(stages, "_PAIRS", 18)
-    monkeypatch.setattr(stages, "_PASSAGES", 10)
     arguments = ranking, QUERIES, collection, bi
-    whole = score_ranking(*arguments, tmp_path / "whole").path
+    whole = score_ranking(*arguments, tmp_path / "whole", batch=18).path
     embedded, real, calls = [], type(bi).encode_documents, []
     function = getattr(type(bi), stage)
 
@@ -210,9 +212,9 @@ def test_a_bi_encoder_embeds_each_passage_once(
         patch.setattr(type(bi), "encode_documents", note)
         patch.setattr(type(bi), stage, dying)
         with pytest.raises(RuntimeError, match="killed"):
-            score_ranking(*arguments, tmp_path / "cut")
+            score_ranking(*arguments, tmp_path / "cut", batch=18)
     monkeypatch.setattr(type(bi), "encode_documents", note)
-    score_ranking(*arguments, tmp_path / "cut")
+    score_ranking(*arguments, tmp_path / "cut", batch=18)
     assert (tmp_path / "cut").read_bytes() == whole.read_bytes()
     assert names(tmp_path) == ["cut", "cut.meta", "whole", "whole.meta"]
     pids = {line.split("\t")[1] for line in ranking.read_text().splitlines()}
@@ -221,6 +223,14 @@ def test_a_bi_encoder_embeds_each_passage_once(
     pairs = rows(whole)[0][1:]
     expected = bi.encode_documents([texts[pid] for pid, _ in pairs]) @ query
     np.testing.assert_allclose([score for _, score in pairs], expected, atol=2e-6)
+
+
+def test_vectors_of_somebody_else_are_left_alone(bi, ranking, collection, tmp_path):
+    (tmp_path / "s.vectors").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"s\.vectors: exists, and is not of this stage"):
+        score_ranking(ranking, QUERIES, collection, bi, tmp_path / "s")
+    score_ranking(ranking, QUERIES, collection, FakeTeacher(), tmp_path / "s")
+    assert (tmp_path / "s.vectors").read_bytes() == b"mine"
 
 
 BAD_RANKINGS = [
@@ -312,8 +322,7 @@ def test_labels_come_first_and_are_no_negatives(many, tmp_path):
 
 @pytest.mark.parametrize("after", [1, 3, 4])
 def test_killed_examples_go_on(many, tmp_path, monkeypatch, after):
-    monkeypatch.setattr(stages, "_LINES", 1)
-    whole = make_examples(many, tmp_path / "whole", nway=8)
+    whole = make_examples(many, tmp_path / "whole", nway=8, batch=1)
     made, example = [], stages._example
 
     def dying(*arguments):
@@ -325,8 +334,8 @@ def test_killed_examples_go_on(many, tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_example", dying)
         with pytest.raises(RuntimeError, match="killed"):
-            make_examples(many, tmp_path / "cut", nway=8)
-    again = make_examples(many, tmp_path / "cut", nway=8)
+            make_examples(many, tmp_path / "cut", nway=8, batch=1)
+    again = make_examples(many, tmp_path / "cut", nway=8, batch=1)
     assert again[1:] == whole[1:] and again.path.read_bytes() == whole.path.read_bytes()
     assert make_examples(many, tmp_path / "cut", nway=8) == again
     with pytest.raises(FileExistsError, match="nway: 8, not 9"):

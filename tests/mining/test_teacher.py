@@ -166,7 +166,7 @@ def test_company_order_and_devices_change_nothing(kind, request, eight_devices):
     assert teacher.score([], []).shape == (0,)
 
 
-def test_late_interaction(stanford_folder, eight_devices, monkeypatch):
+def test_late_interaction(stanford_folder, eight_devices):
     teacher = one_device(stanford_folder, maxlen=12)
     assert isinstance(teacher, LateInteraction)
     queries, documents = SHORT[:4] * 4, SHORT[4:20]
@@ -179,8 +179,8 @@ def test_late_interaction(stanford_folder, eight_devices, monkeypatch):
     ]
     np.testing.assert_allclose(scores[:5], expected, atol=1e-5)
     assert scores.dtype == np.float32 and scores.shape == (16,) and np.std(scores) > 1e-3
-    monkeypatch.setattr("colbert_jax.mining.teacher._PAIRS", 7)
     many = load_teacher(stanford_folder, maxlen=12, devices=eight_devices, dtype="float32")
+    many.pairs_at_once = 7
     np.testing.assert_allclose(many.score(queries, documents), scores, atol=1e-5)
     assert many.fingerprint == teacher.fingerprint != one_device(stanford_folder).fingerprint
     assert teacher.score([], []).shape == (0,)
@@ -193,7 +193,7 @@ def cross_folder(request):
 def test_windows_are_seamless(bi, cross, monkeypatch):
     whole = [t.score(SHORT[:4] * 4, SHORT[4:20]) for t in (bi, cross)]
     monkeypatch.setattr("colbert_jax.batching.WINDOW", 8)
-    monkeypatch.setattr("colbert_jax.mining.teacher._PAIRS", 8)
+    monkeypatch.setattr(bi, "pairs_at_once", 8)
     for teacher, scores in zip((bi, cross), whole, strict=True):
         np.testing.assert_allclose(teacher.score(SHORT[:4] * 4, SHORT[4:20]), scores, atol=1e-5)
 

@@ -12,9 +12,15 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from support import SIZES
 
-from colbert_jax.checkpoints.names import IGNORED, PREFIXES, tensor_names
-from colbert_jax.models.backbones import make_backbone
-from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface, to_huggingface
+from colbert_jax.models.backbones import (
+    MODEL_TYPES,
+    architecture,
+    config_from_huggingface,
+    is_unused,
+    make_backbone,
+    tensor_names,
+    to_huggingface,
+)
 from colbert_jax.models.modernbert import rotary_tables
 from colbert_jax.models.mpnet import relative_buckets
 
@@ -186,7 +192,7 @@ def test_tensors_of_models_with_heads(name):
     case = CASES[name]
     fields = {k: v for k, v in case.items() if k != "model_type"}
     config = config_from_huggingface(case)
-    names = set(tensor_names(config, PREFIXES[config.model_type]).values())
+    names = set(tensor_names(config, architecture(config).prefix).values())
     theirs = transformers.AutoConfig.for_model(case["model_type"], **fields)
     heads = 0
     for task in (
@@ -204,12 +210,11 @@ def test_tensors_of_models_with_heads(name):
             continue
         tensors = set(model.state_dict())
         assert names <= tensors, task
-        rest = {f".{tensor}" for tensor in tensors - names}
-        assert rest and all(any(i in t for i in IGNORED[config.model_type]) for t in rest), rest
+        rest = tensors - names
+        assert rest and all(is_unused(config, tensor) for tensor in rest), rest
         heads += 1
     assert heads >= 5
-    for tensor in tensor_names(config).values():
-        assert not any(part in f".{tensor}" for part in IGNORED[config.model_type])
+    assert not any(is_unused(config, tensor) for tensor in tensor_names(config).values())
 
 
 @pytest.mark.parametrize("name", CASES)

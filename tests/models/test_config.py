@@ -4,17 +4,10 @@ import json
 import pytest
 
 from colbert_jax.models.activations import ACTIVATIONS
-from colbert_jax.models.config import (
-    MODEL_TYPES,
-    BertConfig,
-    DistilBertConfig,
-    ElectraConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    RobertaConfig,
-    config_from_huggingface,
-    to_huggingface,
-)
+from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface, to_huggingface
+from colbert_jax.models.bert import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
+from colbert_jax.models.modernbert import ModernBertConfig
+from colbert_jax.models.mpnet import MPNetConfig
 
 SIZES = dict(
     vocab_size=10,

@@ -91,17 +91,22 @@ TWO = {"classifier.weight": np.ones((2, 32), np.float32), "classifier.bias": np.
 @pytest.mark.parametrize(
     ("fields", "tensors", "drop", "message"),
     [
-        ({}, TWO, (), r"safetensors: a classifier of 2 classes; .* \(num_labels=1\)"),
+        ({}, TWO, (), r"safetensors: the classifier has 2 classes; .* \(num_labels=1\)"),
         ({}, {}, ("classifier.weight",), "tensor 'classifier.weight' is missing"),
         ({}, {}, ("bert.pooler.dense.bias",), "tensor 'bert.pooler.dense.bias' is missing"),
         ({}, {"bert.extra": np.ones(3, np.float32)}, (), "does not have: bert.extra"),
         ({"hidden_size": 16}, {}, (), r"has shape \[.*32\], the configuration asks for"),
-        ({"type_vocab_size": 1}, {}, (), "config.json: type_vocab_size is 1; query and document"),
+        (
+            {"type_vocab_size": 1},
+            {},
+            (),
+            "config.json: type_vocab_size is 1; a cross-encoder needs",
+        ),
         (
             {"architectures": ["RobertaForSequenceClassification"]},
             {},
             (),
-            "architectures RobertaForSequenceClassification; supported as a cross-encoder: Bert",
+            "architectures is RobertaForSequenceClassification; supported as a cross-encoder: Bert",
         ),
     ],
 )

@@ -8,9 +8,9 @@ import support
 from flax import nnx
 from support import SIZES
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, Retriever
+from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes, quantize
-from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.int8 import Int8Linear, quantize_columns
 
 DISTILBERT = dict(vocab_size=53, dim=24, n_layers=2, n_heads=3, hidden_dim=40)
@@ -101,11 +101,11 @@ def test_documents_do_not_depend_on_company(int8_model, texts):
 
 def test_an_index_remembers_it(int8_model, model, texts, tmp_path):
     index = Index.build(tmp_path / "i", int8_model, texts)
-    again = ColBERT.for_index(index, dtype="float32", devices=jax.devices()[:1])
+    again = Retriever.open(index, dtype="float32", devices=jax.devices()[:1]).model
     assert again.fingerprint() == int8_model.fingerprint() != model.fingerprint()
     assert (again.encode_queries("heat") == int8_model.encode_queries("heat")).all()
     with pytest.raises(ValueError, match="not the checkpoint"):
-        ColBERT.for_index(index, quantization=None)
+        Retriever.open(index, quantization=None)
 
 
 def test_what_cannot_be_done_is_said(int8_model, tmp_path):

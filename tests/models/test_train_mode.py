@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from colbert_jax.models.backbones import make_backbone
-from colbert_jax.models.config import MODEL_TYPES, config_from_huggingface
+from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface, make_backbone
 from colbert_jax.models.layers import TrainMode, drop
 
 SIZES = dict(

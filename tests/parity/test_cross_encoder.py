@@ -9,7 +9,7 @@ from colbert_jax.mining.teacher import CrossEncoder, load_teacher
 
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
 
-MINILM = dict(  # as wide as cross-encoder/ms-marco-MiniLM-L-6-v2, a third as deep
+MINILM = dict(  # as wide as cross-encoder/ms-marco-MiniLM-L6-v2, a third as deep
     hidden_size=384,
     num_hidden_layers=2,
     num_attention_heads=12,

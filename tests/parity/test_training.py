@@ -6,7 +6,7 @@ import pytest
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.training.batch import Batch, Rows
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import init_state, make_gradients, make_update
 
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
@@ -15,22 +15,22 @@ torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not in
 STEPS, QUERIES, WAYS, LENGTH, DOC_LENGTH = 20, 3, 4, 12, 24
 
 
-def batches(rng: np.random.Generator) -> list[Batch]:
+def batches(rng: np.random.Generator) -> list[ExampleBatch]:
     """Random token ids, ragged, with dropped tokens among the documents."""
 
-    def rows(count: int, length: int, drop: float) -> Rows:
+    def rows(count: int, length: int, drop: float) -> TokenBatch:
         attended = rng.integers(length // 2, length + 1, count).astype(np.int32)
         attended[0] = length
         there = np.arange(length) < attended[:, None]
         ids = np.where(there, rng.integers(1000, 20_000, (count, length)), 0).astype(np.int32)
-        return Rows(ids, attended, there & (rng.random((count, length)) >= drop))
+        return TokenBatch(ids, attended, there & (rng.random((count, length)) >= drop))
 
     out = []
     for _ in range(STEPS):
         scores = rng.normal(0, 2, (QUERIES, WAYS)).astype(np.float32)
         order = np.arange(QUERIES * WAYS, dtype=np.int32)
         documents = (rows(QUERIES * WAYS, DOC_LENGTH, 0.1),)
-        out.append(Batch(rows(QUERIES, LENGTH, 0.0), documents, order, scores))
+        out.append(ExampleBatch(rows(QUERIES, LENGTH, 0.0), documents, order, scores))
     return out
 
 
@@ -50,7 +50,7 @@ def torch_losses(folder, projection: np.ndarray, config: TrainingConfig, batches
         optimizer, config.warmup, config.maxsteps
     )
 
-    def encode(rows: Rows):
+    def encode(rows: TokenBatch):
         mask = torch.arange(rows.ids.shape[1]) < torch.from_numpy(rows.attended)[:, None]
         hidden = backbone(torch.from_numpy(rows.ids).long(), attention_mask=mask.long())
         x = linear(hidden.last_hidden_state) * torch.from_numpy(rows.kept)[..., None].float()

@@ -83,7 +83,7 @@ def test_more_devices_than_documents(tmp_path, eight_devices):
 
 def test_a_mesh_of_two_axes_is_refused(index, eight_devices):
     mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2, devices=eight_devices)
-    with pytest.raises(ValueError, match="a mesh of one axis, got axes"):
+    with pytest.raises(ValueError, match="a mesh of one axis of type Auto"):
         Index.open(index.path, mesh=mesh)
 
 
@@ -91,5 +91,5 @@ def test_too_many_tokens_for_a_device(eight_devices):
     """Offsets alone, of a collection that no test could hold."""
     arrays, _ = random_index(np.random.default_rng(0), num_documents=4, empty=0)
     huge = arrays._replace(offsets=np.array([0, 2**31, 2**32, 2**33, 2**34]))
-    with pytest.raises(ValueError, match=r"tokens on 8 devices are .* use more devices"):
+    with pytest.raises(ValueError, match=r"tokens on 8 devices put .* use more devices"):
         sharded.shard_arrays(huge, mesh_of(eight_devices))

@@ -46,22 +46,22 @@ def stopped_after(monkeypatch):
 
     @contextmanager
     def context(steps: int):
-        original, count = trainer.make_update, 0
+        original, count = trainer.make_step, 0
 
         def stopping(*args):
-            update = original(*args)
+            step = original(*args)
 
             def counted(*args):
                 nonlocal count
                 if count == steps:
                     raise Stop
                 count += 1
-                return update(*args)
+                return step(*args)
 
             return counted
 
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(trainer, "make_update", stopping)
+            patch.setattr(trainer, "make_step", stopping)
             yield
 
     return context

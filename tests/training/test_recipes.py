@@ -1,8 +1,11 @@
 """The recipes from the command line, on tiny models and data, to the end and again."""
 
 import json
+import re
 import runpy
 import shlex
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,9 @@ import support
 
 from colbert_jax import ColBERT, Index
 from colbert_jax.cli import main
+from colbert_jax.data.lines import Lines
 from colbert_jax.settings import make, merge
-from colbert_jax.training.recipes import RECIPES
+from colbert_jax.training.recipes import RECIPES, TEACHER
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--bsize", "4", "--maxsteps", "3", "--warmup", "1", "--lr", "1e-3", "--save-every", "2"]
@@ -28,7 +32,10 @@ def files(tmp_path_factory) -> Path:
     (folder / "triples.jsonl").write_text(
         "".join(f"[{i},{3 * i},{3 * i + 1}]\n" for i in range(12))
     )
-    pairs = [{"query": q, "positive": texts[3 * i]} for i, q in enumerate(queries)]
+    pairs = [
+        {"query": q, "positive": texts[3 * i], "negatives": [texts[3 * i + 1], texts[3 * i + 2]]}
+        for i, q in enumerate(queries)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts_tsv = "".join(f"{q}\t{texts[3 * i]}\t{texts[i]}\n" for i, q in enumerate(queries))
     (folder / "triples.tsv").write_text(texts_tsv)
@@ -118,6 +125,36 @@ def test_contrast_with_a_coupled_teacher(files, tmp_path):
     assert ColBERT.from_pretrained(tmp_path / "last").dim == 8
 
 
+@pytest.mark.parametrize("negatives", [[], ["--negatives", "negatives"]])
+def test_contrastive(negatives, files, tmp_path):
+    """At a high temperature each document of the batch is as likely as any other."""
+    run(
+        *("contrastive", "--checkpoint", files / "plain", "--dim", 8, "--doc-maxlen", 32, *SHORT),
+        *("--pairs", files / "pairs.jsonl", "--folder", tmp_path, *negatives, *dev(files)),
+        *("--temperature", 1000.0),
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    documents = 4 * 3 if negatives else 4
+    assert lines[0]["loss"] == pytest.approx(np.log(documents), abs=0.05)
+    assert any("dev/nDCG@10" in line for line in lines)
+    assert ColBERT.from_pretrained(tmp_path / "best").dim == 8
+
+
+def test_contrastive_on_a_data_set(files, stanford_folder, tmp_path):
+    """By column names, from a late-interaction checkpoint."""
+    datasets = pytest.importorskip("datasets")
+    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
+    renamed = [{"q": x["query"], "d": x["positive"], "n": x["negatives"][0]} for x in pairs]
+    datasets.Dataset.from_list(renamed).save_to_disk(tmp_path / "pairs")
+    run(
+        *("contrastive", "--checkpoint", stanford_folder, "--pairs", tmp_path / "pairs", *SHORT),
+        *("--query", "q", "--positive", "d", "--negatives", "n", "--folder", tmp_path / "run"),
+    )
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert kept["negatives"] == ["n"] and kept["training"]["nway"] is None
+    assert ColBERT.from_pretrained(tmp_path / "run" / "last").config.text.doc_maxlen == 48
+
+
 def test_distill_goes_on_from_a_late_interaction_checkpoint(files, stanford_folder, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
@@ -153,7 +190,73 @@ def test_errors(files, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", ["colbertv1", "distill", "denoised_supervision"])
+SCRIPTS = ["colbertv1", "contrastive", "distill", "denoised_supervision"]
+
+
+def test_every_script_is_tested():
+    assert sorted(SCRIPTS) == sorted(file.stem for file in (ROOT / "train").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run(script, files, tmp_path, monkeypatch):
+    """Each as it is, but for what makes it small. No file is read twice."""
+    opened, read = Counter[str](), Lines.__init__
+
+    def count(self, path):
+        opened[Path(path).name] += 1
+        read(self, path)
+
+    monkeypatch.setattr(Lines, "__init__", count)
+    rows = [[q, [3 * q, 2.0], [3 * q + 1, 1.0]] for q in range(12)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = {
+        "colbertv1": ["--triples", files / "triples.tsv"],
+        "contrastive": ["--pairs", files / "pairs.jsonl"],
+        "distill": [*data(files), "--examples", tmp_path / "examples.jsonl", "--nway", 2],
+        "denoised_supervision": [
+            *(*data(files), "--positives", files / "qrels.tsv", "--teacher", files / "plain"),
+            *("--teacher-maxlen", 32, "--warm-triples", files / "triples.jsonl", "--k", 6),
+            *("--warm-bsize", 4, "--warm-maxsteps", 1, "--first-bsize", 4, "--first-maxsteps", 1),
+            *("--first-nway", 3, "--nway", 3, "--first-warmup", 1),
+        ],
+    }[script]
+    folder = tmp_path / "run"
+    small = ["--checkpoint", files / "plain", "--dim", 8, "--doc-maxlen", 32, *SHORT]
+    command = [script, *inputs, *small, "--folder", folder]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    file = ROOT / "train" / f"{script}.py"
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert not ended.value.code
+    rounds = [folder / "round1", folder / "round2"]
+    last = rounds[-1] / "run" if script == "denoised_supervision" else folder
+    assert ColBERT.from_pretrained(last / "last").dim == 8
+    if script == "denoised_supervision":
+        assert (opened["collection.tsv"], opened["queries.tsv"]) == (1, 1)
+        # The files that its docstring names.
+        named = re.search(r"leaves plain files: (.*?) \(", file.read_text())
+        assert named is not None
+        for name in named[1].split(", "):
+            assert all((place / name).is_file() for place in rounds), name
+
+
+def test_the_teacher_has_one_name():
+    """The cross-encoder's hub id is spelt alike wherever it is named."""
+    files = [
+        file
+        for place in ("colbert_jax", "train", "tests", "docs", "notebooks", "benchmarks")
+        for file in (ROOT / place).rglob("*")
+        if file.suffix in (".py", ".md", ".ipynb")
+    ]
+    names = {
+        name
+        for file in [*files, *ROOT.glob("*.md")]
+        for name in re.findall(r"ms-marco-MiniLM-L[-\w]+", file.read_text("utf-8"))
+    }
+    assert names == {TEACHER.removeprefix("cross-encoder/")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_say_the_recipes_values(script):
     """What a script spells out is what the library does by default."""
     names = runpy.run_path(str(ROOT / "train" / f"{script}.py"))
@@ -162,7 +265,14 @@ def test_scripts_say_the_recipes_values(script):
 
     recipe = script.replace("_", "-")
     kind, _ = RECIPES[recipe]
-    needed = {"folder": "f", "triples": "t", "examples": "e", "queries": "q", "collection": "c"}
+    needed = {
+        "folder": "f",
+        "pairs": "p",
+        "triples": "t",
+        "examples": "e",
+        "queries": "q",
+        "collection": "c",
+    }
     fields = kind.__dataclass_fields__
     needed = {name: value for name, value in needed.items() if name in fields}
     said = given(_parser().parse_args(["train", recipe, *names["SETTINGS"]]))
@@ -172,6 +282,8 @@ def test_scripts_say_the_recipes_values(script):
             assert getattr(spelt, part) == getattr(default, part), part
     assert spelt.text.doc_maxlen == 180
     usage = [line for line in names["__doc__"].splitlines() if line.startswith("    ")]
-    command = shlex.split(" ".join(usage).replace("\\", ""))
-    assert command[:2] == ["python", f"train/{script}.py"]
-    _parser().parse_args(["train", recipe, *command[2:]])
+    command = " ".join(usage).replace("\\", "")
+    first, *uses = command.split(f"python train/{script}.py")
+    assert uses and not first.strip()
+    for arguments in uses:
+        _parser().parse_args(["train", recipe, *shlex.split(arguments)])

@@ -21,8 +21,8 @@ from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import stanford_examples
 from colbert_jax.evaluation.dev import DevCollection
-from colbert_jax.training.batch import Batch, Rows
-from colbert_jax.training.state import Checkpoints
+from colbert_jax.training.batch import ExampleBatch, TokenBatch
+from colbert_jax.training.run import Checkpoints
 from colbert_jax.training.step import make_gradients
 from colbert_jax.training.trainer import train
 
@@ -182,7 +182,7 @@ def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices
         losses(run(start, source, tmp_path, config, devices=2)), one_group, rtol=2e-4
     )
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    monkeypatch.setattr("colbert_jax.training.state._SMALLEST_SHARDED", 256)
+    monkeypatch.setattr("colbert_jax.training.step._SMALLEST_SHARDED", 256)
     config = changed(length_groups=1, fsdp=True)
     np.testing.assert_allclose(
         losses(run(start, source, tmp_path, config, devices=8)), one_group, rtol=2e-4
@@ -250,8 +250,10 @@ def test_gradients_of_what_is_not_frozen(stanford_folder):
     """They are those of training everything."""
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
     ids = np.random.default_rng(0).integers(10, 200, (8, 12)).astype(np.int32)
-    rows = Rows(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
-    batch = Batch(Rows(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None)
+    rows = TokenBatch(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
+    batch = ExampleBatch(
+        TokenBatch(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None
+    )
 
     def of(freeze_layers: int) -> dict:
         config = changed(loss="cross-entropy", freeze_layers=freeze_layers)
@@ -467,6 +469,21 @@ def test_overwrite_removes_the_run_and_nothing_else(start, source, uninterrupted
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "checkpoints", "best", "last"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_are_no_runs_are_left_alone(start, source, tmp_path, name, overwrite):
+    """Their names alone do not make them a run's: training begins elsewhere."""
+    if "." in name:
+        (tmp_path / name).write_text('{"mine": 1}')
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(FileExistsError, match=f"{name}: exists, and is not of a run"):
+        run(start, source, tmp_path, overwrite=overwrite)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
 # tensorstore's own futures, which nobody asks after the first of them has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
@@ -500,7 +517,7 @@ def test_failing_writes(start, source, uninterrupted, tmp_path):
     run_script = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from colbert_jax.training.state import Checkpoints\n"
+        "from colbert_jax.training.run import Checkpoints\n"
         "from colbert_jax.config import TrainingConfig\n"
         "import numpy as np, jax, sys\n"
         "from pathlib import Path\n"

@@ -6,38 +6,35 @@ Codes, residual bytes and inverted lists are copied as they are, a block at a ti
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from colbert_jax.compression.codec import ResidualCodec
 from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.files import resolved
 from colbert_jax.index import format as fmt
-from colbert_jax.index.build import _check_free, _locked
-from colbert_jax.index.index import describe, resolved
+from colbert_jax.index.columns import ID, TEXT, open_column, write_documents
+from colbert_jax.index.folder import METADATA, building, check_free, clear, discard, publish
 from colbert_jax.index.inverted import write_inverted_lists
 from colbert_jax.index.layouts.fastplaid import read_fastplaid
 from colbert_jax.index.layouts.stanford import (
-    CHUNK_PASSAGES,
+    CHUNK_DOCUMENTS,
     check_stanford,
     read_stanford,
     write_collection,
-    write_ids,
+    write_pids,
     write_stanford,
 )
-from colbert_jax.index.layouts.stored import Codec, StoredIndex, read_npy
-from colbert_jax.index.sources import write_pids
+from colbert_jax.index.layouts.stored import DiskIndex, read_npy
+from colbert_jax.index.sources import DocumentEncoder
 from colbert_jax.progress import progress_bar
 
-if TYPE_CHECKING:
-    from colbert_jax.colbert import ColBERT
-
 TARGETS = ("native", "stanford")
-_TEXTS = 1024  # passages written at a time
 
 
 def convert_index(
@@ -45,12 +42,12 @@ def convert_index(
     folder: str | Path,
     to: str = "native",
     *,
-    model: ColBERT | None = None,
+    model: DocumentEncoder | None = None,
     collection: Iterable[tuple[str, str]] | None = None,
-    chunk_passages: int = CHUNK_PASSAGES,
+    chunk_documents: int = CHUNK_DOCUMENTS,
     overwrite: bool = False,
     progress: bool | None = None,
-) -> StoredIndex:
+) -> DiskIndex:
     """Write an index in another layout. Returns what was read, its layout among it.
 
     The folder appears when it is whole. Memory is bounded by a block of tokens and, beside it, the
@@ -62,7 +59,7 @@ def convert_index(
       to: "native", our own layout, or "stanford".
       model: the model whose embeddings are indexed, for the new index to remember.
       collection: (id, text) of every document in the index's order, to be kept in an index of ours.
-      chunk_passages: most passages in a chunk of a Stanford index.
+      chunk_documents: most documents in a chunk of a Stanford index.
       overwrite: replace an index that is at `folder`; it stays until the new one is whole.
       progress: None: a bar on a terminal.
 
@@ -77,9 +74,9 @@ def convert_index(
         raise ValueError(f"an index is written as one of {', '.join(TARGETS)}, not {to!r}")
     if path == source.resolve() or path in source.resolve().parents:
         raise ValueError(f"{path}: holds the source; choose another folder")
-    if chunk_passages < 1:
-        raise ValueError(f"chunk_passages must be >= 1, got {chunk_passages}")
-    _check_free(path, overwrite)
+    if chunk_documents < 1:
+        raise ValueError(f"chunk_documents must be >= 1, got {chunk_documents}")
+    check_free(path, overwrite)
     layout = detect_index(source)
     if layout == to:
         raise ValueError(f"{source}: already in the {to} layout; copy the folder")
@@ -93,23 +90,18 @@ def convert_index(
     if to == "stanford":
         check_stanford(index)
         if collection is not None:
-            raise ValueError("a Stanford index keeps no passages; collection= is for ours")
+            raise ValueError("a Stanford index keeps no texts; collection= is for ours")
 
-    building = fmt.building_folder(path)
-    building.mkdir(parents=True, exist_ok=True)
-    with _locked(building):
-        fmt.recover(path)
-        _check_free(path, overwrite)  # another process may have published since
+    with building(path, overwrite) as draft:
         try:
-            for left in building.iterdir():
-                left.unlink()
+            clear(draft)
             with progress_bar(len(index.lengths), "converting", "doc", progress) as bar:
                 write = _write_ours if to == "native" else _write_theirs
-                for passages in write(index, building, path, model, collection, chunk_passages):
-                    bar.update(passages)
-            fmt.publish(building, path)
+                for documents in write(index, draft, path, model, collection, chunk_documents):
+                    bar.update(documents)
+            publish(draft, path)
         except BaseException:  # starting again is as quick as going on would be
-            shutil.rmtree(building, ignore_errors=True)
+            discard(draft)
             raise
     return index
 
@@ -125,7 +117,7 @@ def detect_index(folder: Path) -> str:
         return "native"
     if (folder / "centroids.npy").is_file():
         return "fast-plaid"
-    for name, layout in (("plan.json", "Stanford ColBERT"), (fmt.METADATA, "")):
+    for name, layout in (("plan.json", "Stanford ColBERT"), (METADATA, "")):
         if (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder}: an incomplete index{' of ' * bool(layout)}{layout}: {name} is there, "
@@ -137,24 +129,20 @@ def detect_index(folder: Path) -> str:
     )
 
 
-def read_ours(path: Path) -> StoredIndex:
+def read_ours(path: Path) -> DiskIndex:
     """An index of ours. Raises FileNotFoundError or IndexFormatError as `Index.open`."""
     folder, metadata, arrays = fmt.open_arrays(path)
-    origin = metadata.get("origin") or {}
-    codec = Codec(
-        np.array(arrays["centroids"]),
-        np.array(arrays["bucket_cutoffs"]),
-        np.array(arrays["bucket_weights"]),
-        avg_residual=origin.get("avg_residual"),
-    )
+    origin = metadata.origin or {}
+    codec = ResidualCodec(*(np.array(arrays[f.name]) for f in fields(ResidualCodec)))
     config = origin.get("config") or {}
     checkpoint = config.get("checkpoint")
-    if metadata["model"]:
-        checkpoint = metadata["model"]["load"]["name_or_path"]
-    return StoredIndex(
+    if metadata.model:
+        checkpoint = metadata.model["load"]["name_or_path"]
+    return DiskIndex(
         layout="native",
         folder=folder,
         codec=codec,
+        avg_residual=origin.get("avg_residual"),
         lengths=np.diff(arrays["offsets"]),
         codes=[read_npy(folder / "codes.npy")],
         residuals=[read_npy(folder / "residuals.npy")],
@@ -165,7 +153,7 @@ def read_ours(path: Path) -> StoredIndex:
     )
 
 
-_READERS: dict[str, Callable[[Path], StoredIndex]] = {
+_READERS: dict[str, Callable[[Path], DiskIndex]] = {
     "native": read_ours,
     "stanford": read_stanford,
     "fast-plaid": read_fastplaid,
@@ -173,17 +161,17 @@ _READERS: dict[str, Callable[[Path], StoredIndex]] = {
 
 
 def _write_ours(
-    index: StoredIndex,
+    index: DiskIndex,
     folder: Path,
     path: Path,
-    model: ColBERT | None,
+    model: DocumentEncoder | None,
     collection: Iterable[tuple[str, str]] | None,
-    chunk_passages: int,
+    chunk_documents: int,
 ) -> Iterator[int]:
-    columns = _write_passages(folder, collection, len(index.lengths))
+    columns = _write_columns(folder, collection, len(index.lengths))
     codec = index.codec
-    for name in ("centroids", "bucket_cutoffs", "bucket_weights"):
-        fmt.write_array(folder / f"{name}.npy", getattr(codec, name))
+    for field in fields(codec):
+        fmt.write_array(folder / f"{field.name}.npy", getattr(codec, field.name))
     offsets = offsets_from_lengths(index.lengths)
     fmt.write_array(folder / "offsets.npy", offsets)
     row = (index.dim * codec.nbits // 8,)
@@ -200,58 +188,43 @@ def _write_ours(
             yield whole - done
             done = whole
     entries = _write_lists(index, folder, offsets)
-    metadata = {
-        "format_version": fmt.FORMAT_VERSION,
-        "build": uuid.uuid4().hex,
-        "num_documents": len(index.lengths),
-        "num_empty_documents": int((index.lengths == 0).sum()),
-        "num_tokens": index.num_tokens,
-        "num_centroids": index.num_centroids,
-        "num_list_entries": entries,
-        "dim": index.dim,
-        "nbits": codec.nbits,
-        "settings": {"nbits": codec.nbits, "converted_from": index.layout},
-        "model": None if model is None else describe(model),
-        "origin": {
+    fmt.write_metadata(
+        folder,
+        build=uuid.uuid4().hex,
+        lengths=index.lengths,
+        num_centroids=index.num_centroids,
+        num_list_entries=entries,
+        dim=index.dim,
+        nbits=codec.nbits,
+        settings={"nbits": codec.nbits, "converted_from": index.layout},
+        model=None if model is None else model.describe(),
+        columns=columns,
+        origin={
             "layout": index.layout,
             "config": dict(index.config),
-            "avg_residual": codec.avg_residual,
+            "avg_residual": index.avg_residual,
         },
-        "text_columns": sorted(columns),
-        **{f"num_{name}_bytes": size for name, size in columns.items()},
-    }
-    names = [f"{name}.npy" for name in fmt.array_specs(metadata)]
-    metadata["checksums"] = {name: fmt.checksum(folder / name) for name in names}
-    fmt.write_json(folder / fmt.METADATA, metadata)
+    )
 
 
-def _write_passages(
+def _write_columns(
     folder: Path, collection: Iterable[tuple[str, str]] | None, num_documents: int
 ) -> dict[str, int]:
     """Texts, and ids where they are not 0..N-1; how many bytes each column has."""
     if collection is None:
         return {}
-    with fmt.StringWriter(folder, "text") as texts:
-
-        def ids() -> Iterator[str]:
-            block: list[str] = []
-            for pid, text in collection:
-                block.append(text)
-                if len(block) == _TEXTS:
-                    texts.extend(block)
-                    block.clear()
-                yield pid
-            texts.extend(block)
-
-        try:
-            pids = write_pids(folder, ids(), num_documents)
-        except ValueError as error:
-            raise ValueError(f"the collection does not fit the index: {error}") from None
-    columns = {"text": texts.num_bytes, "pid": pids.num_bytes}
+    try:
+        written = write_documents(folder, collection)
+        count = written.num_documents
+        if count != num_documents:
+            raise ValueError(f"{count} ids were given for {num_documents} documents")
+    except ValueError as error:
+        raise ValueError(f"the collection does not fit the index: {error}") from None
+    columns = {TEXT: written.num_bytes, ID: written.ids.num_bytes}
     return {name: size for name, size in columns.items() if size is not None}
 
 
-def _write_lists(index: StoredIndex, folder: Path, offsets: np.ndarray) -> int:
+def _write_lists(index: DiskIndex, folder: Path, offsets: np.ndarray) -> int:
     """`lists.npy` and `list_offsets.npy`, copied or made of `codes.npy`; the number of entries."""
     if index.list_lengths is None:
         codes = np.load(folder / "codes.npy", mmap_mode="r")
@@ -264,12 +237,12 @@ def _write_lists(index: StoredIndex, folder: Path, offsets: np.ndarray) -> int:
 
 
 def _write_theirs(
-    index: StoredIndex,
+    index: DiskIndex,
     folder: Path,
     path: Path,
-    model: ColBERT | None,
+    model: DocumentEncoder | None,
     collection: Iterable[tuple[str, str]] | None,
-    chunk_passages: int,
+    chunk_documents: int,
 ) -> Iterator[int]:
     made: list[Path] = []
     if index.list_lengths is None:
@@ -281,18 +254,15 @@ def _write_theirs(
         _write_lists(index, folder, offsets_from_lengths(index.lengths))
         lengths = np.diff(np.load(made[2]))
         index = replace(index, lists=read_npy(made[1]), list_lengths=lengths)
-    checkpoint = index.checkpoint if model is None else model.load["name_or_path"]
+    checkpoint = index.checkpoint if model is None else model.describe()["load"]["name_or_path"]
     config: dict[str, Any] = {**index.config, "checkpoint": checkpoint}
     if index.layout == "native":
-        _, metadata, arrays = fmt.open_arrays(index.folder)
-        columns = {
-            name: fmt.Strings(arrays[f"{name}s"], arrays[f"{name}_offsets"])
-            for name in metadata["text_columns"]
-        }
-        if "text" in columns:
-            config["collection"] = str(path / write_collection(folder, columns["text"]).name)
-        if "pid" in columns:
-            write_ids(folder, columns["pid"])
-    yield from write_stanford(index, folder, config, chunk_passages)
+        arrays = fmt.open_arrays(index.folder)[2]
+        texts, ids = open_column(TEXT, arrays), open_column(ID, arrays)
+        if texts is not None:
+            config["collection"] = str(path / write_collection(folder, texts).name)
+        if ids is not None:
+            write_pids(folder, ids)
+    yield from write_stanford(index, folder, config, chunk_documents)
     for file in made:
         file.unlink()

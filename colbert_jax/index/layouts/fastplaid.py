@@ -15,17 +15,17 @@ import numpy as np
 from colbert_jax.files import read_object
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
-    StoredIndex,
+    DiskIndex,
+    checked_rows,
     make_codec,
     read_fields,
     read_lengths,
     read_npy,
-    token_rows,
 )
 from colbert_jax.tensors.stored import Stored
 
 
-def read_fastplaid(folder: Path) -> StoredIndex:
+def read_fastplaid(folder: Path) -> DiskIndex:
     """An index of fast-plaid. All but the large arrays is read and checked.
 
     An index made with `compress_only` has no inverted lists.
@@ -46,7 +46,6 @@ def read_fastplaid(folder: Path) -> StoredIndex:
     codec = make_codec(
         files,
         **arrays,
-        avg_residual=float(np.abs(read_npy(average).read()).mean()) if average.is_file() else None,
         dim=dim,
         nbits=nbits,
     )
@@ -56,7 +55,7 @@ def read_fastplaid(folder: Path) -> StoredIndex:
     lists = list_lengths = None
     if not metadata.get("compress_only") or (folder / "ivf.npy").is_file():
         lists, list_lengths = _lists(folder, len(codec.centroids))
-    return StoredIndex(
+    return DiskIndex(
         layout="fast-plaid",
         folder=folder,
         codec=codec,
@@ -66,6 +65,7 @@ def read_fastplaid(folder: Path) -> StoredIndex:
         lists=lists,
         list_lengths=list_lengths,
         config={},
+        avg_residual=float(np.abs(read_npy(average).read()).mean()) if average.is_file() else None,
     )
 
 
@@ -97,9 +97,9 @@ def _parts(
             stored = read_npy(merged)
             stored = stored.rows(min(start, stored.shape[0]), stored.shape[0])
             # Chunks that follow, and the library's padding.
-            parts.append(token_rows(stored, kinds, row, count, stored.shape[0]))
+            parts.append(checked_rows(stored, kinds, row, count, stored.shape[0]))
         else:
-            parts.append(token_rows(read_npy(shard), kinds, row, count, 0))
+            parts.append(checked_rows(read_npy(shard), kinds, row, count, 0))
         start += rows
     return parts
 

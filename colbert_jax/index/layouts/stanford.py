@@ -7,7 +7,6 @@ Older indexes differ in the inverted lists (`ivf.pt`) and in types, which are al
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,27 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.index.format import IndexFormatError, write_json
+from colbert_jax.files import replacing, write_json
+from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
-    StoredIndex,
+    DiskIndex,
+    checked_rows,
     make_codec,
     read_fields,
     read_lengths,
     require,
-    token_rows,
 )
 from colbert_jax.tensors.stored import Stored
 from colbert_jax.tensors.torch_file import Streamed, read_torch_file, write_torch_file
 
-CHUNK_PASSAGES = 25_000  # the library's own limit
+CHUNK_DOCUMENTS = 25_000  # the library's own limit
 _SPARE = 512  # rows that the library keeps behind the last token, and that may have been saved
 
 
 # --- Reading --------------------------------------------------------------------------------
 
 
-def read_stanford(folder: Path) -> StoredIndex:
+def read_stanford(folder: Path) -> DiskIndex:
     """An index of Stanford ColBERT. All but the large arrays is read and checked.
 
     A document that was removed there has no token. Where only the lists of embeddings of older
@@ -64,7 +64,6 @@ def read_stanford(folder: Path) -> StoredIndex:
         centroids=_tensors(folder / "centroids.pt", 1)[0].read(),
         cutoffs=cutoffs,
         weights=weights,
-        avg_residual=_avg_residual(folder / "avg_residual.pt"),
         dim=dim,
         nbits=nbits,
     )
@@ -80,13 +79,13 @@ def read_stanford(folder: Path) -> StoredIndex:
         passages += len(chunk)
         tokens, spare = int(chunk.sum()), _SPARE if i == metadata["num_chunks"] - 1 else 0
         stored = _tensors(folder / f"{i}.codes.pt", 1)[0]
-        codes.append(token_rows(stored, "iu", (), tokens, spare))
+        codes.append(checked_rows(stored, "iu", (), tokens, spare))
         stored = _tensors(folder / f"{i}.residuals.pt", 1)[0]
-        residuals.append(token_rows(stored, "u", (dim * nbits // 8,), tokens, spare))
+        residuals.append(checked_rows(stored, "u", (dim * nbits // 8,), tokens, spare))
         lengths.append(chunk)
     lists, list_lengths = _lists(folder, num_centroids)
     name = config.get("checkpoint")
-    return StoredIndex(
+    return DiskIndex(
         layout="stanford",
         folder=folder,
         codec=codec,
@@ -97,6 +96,7 @@ def read_stanford(folder: Path) -> StoredIndex:
         list_lengths=list_lengths,
         config=config,
         checkpoint=name if isinstance(name, str) and name else None,
+        avg_residual=_avg_residual(folder / "avg_residual.pt"),
     )
 
 
@@ -163,7 +163,7 @@ def _lists(folder: Path, num_centroids: int) -> tuple[Stored | None, np.ndarray 
 # --- Writing --------------------------------------------------------------------------------
 
 
-def check_stanford(index: StoredIndex) -> None:
+def check_stanford(index: DiskIndex) -> None:
     """Raises ValueError where the library could not read the index that `write_stanford` writes."""
     if index.dim % 8:
         raise ValueError(
@@ -172,24 +172,24 @@ def check_stanford(index: StoredIndex) -> None:
 
 
 def write_stanford(
-    index: StoredIndex,
+    index: DiskIndex,
     folder: Path,
     config: Mapping[str, Any],
-    chunk_passages: int = CHUNK_PASSAGES,
+    chunk_documents: int = CHUNK_DOCUMENTS,
 ) -> Iterator[int]:
     """Fill a folder with an index's files, a block of tokens in memory at a time.
 
     Args:
       index: its inverted lists must be there.
       config: settings for `metadata.json` beside dim and nbits.
-      chunk_passages: most passages of a chunk.
+      chunk_documents: most documents of a chunk.
 
     Yields:
-      The number of passages written since, for a progress bar.
+      The number of documents written since, for a progress bar.
     """
     assert index.lists is not None and index.list_lengths is not None
     codec, dim, nbits = index.codec, index.dim, index.codec.nbits
-    average = codec.avg_residual
+    average = index.avg_residual
     if average is None:  # the weights stand for equal shares of the components
         average = float(np.abs(codec.bucket_weights).mean())
     write_torch_file(folder / "centroids.pt", codec.centroids.astype(np.float16))
@@ -204,9 +204,9 @@ def write_stanford(
     )
     offsets = offsets_from_lengths(index.lengths)
     row = index.residuals[0].shape[1:]
-    starts = range(0, len(index.lengths), chunk_passages)
+    starts = range(0, len(index.lengths), chunk_documents)
     for i, first in enumerate(starts):
-        lengths = index.lengths[first : first + chunk_passages]
+        lengths = index.lengths[first : first + chunk_documents]
         begin, end = int(offsets[first]), int(offsets[first + len(lengths)])
         codes = _streamed(np.int32, (end - begin,), lambda b=begin, e=end: index.code_blocks(b, e))
         write_torch_file(folder / f"{i}.codes.pt", codes)
@@ -246,17 +246,15 @@ def write_collection(folder: Path, texts: Iterable[str]) -> Path:
     return file
 
 
-def write_ids(folder: Path, pids: Iterable[str]) -> None:
+def write_pids(folder: Path, pids: Iterable[str]) -> None:
     """`pids.jsonl`, the documents' own ids by position, which the library has no place for."""
     lines = (json.dumps(pid, ensure_ascii=False) + "\n" for pid in pids)
     _write_text(folder / "pids.jsonl", lines)
 
 
 def _write_text(file: Path, parts: Iterable[str]) -> None:
-    with file.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(file) as stream:
         stream.writelines(parts)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _streamed(dtype: Any, shape: tuple[int, ...], blocks: Any) -> Streamed:
@@ -270,7 +268,7 @@ def _padded_size(list_lengths: np.ndarray) -> int:
     return int(list_lengths.sum()) + (longest if longest > list_lengths[-1] else 0)
 
 
-def _padded_lists(index: StoredIndex) -> Iterator[np.ndarray]:
+def _padded_lists(index: DiskIndex) -> Iterator[np.ndarray]:
     assert index.list_lengths is not None
     yield from index.list_blocks()
     yield np.zeros(_padded_size(index.list_lengths) - int(index.list_lengths.sum()), np.int32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from colbert_jax.compression.codec import check_packable
+from colbert_jax.compression.codec import ResidualCodec, check_packable
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import read_json, read_object
 from colbert_jax.index.format import IndexFormatError
@@ -19,29 +19,10 @@ BLOCK = 1 << 18  # tokens, or entries of inverted lists, in memory at a time
 
 
 @dataclass(frozen=True)
-class Codec:
-    """
-    centroids: float32[K, D], every value representable in float16.
-    bucket_cutoffs: float32[2^b - 1], ascending.
-    bucket_weights: float32[2^b].
-    avg_residual: the mean size of a residual's component, where it is known.
-    """
-
-    centroids: np.ndarray
-    bucket_cutoffs: np.ndarray
-    bucket_weights: np.ndarray
-    avg_residual: float | None = None
-
-    @property
-    def nbits(self) -> int:
-        return len(self.bucket_weights).bit_length() - 1
-
-
-@dataclass(frozen=True)
-class StoredIndex:
+class DiskIndex:
     """
     layout: "native" (our own), "stanford" or "fast-plaid".
-    codec: centroids and buckets.
+    codec: arrays of the host; every centroid's value representable in float16.
     lengths: int64[N], tokens of each document.
     codes, residuals: parts that together hold int[T] and uint8[T, D * b / 8].
     lists: int[L], per centroid the ascending documents that have a token there. None where the
@@ -49,11 +30,12 @@ class StoredIndex:
     list_lengths: int64[K].
     config: the settings that a Stanford index was made with; empty for others.
     checkpoint: the name or folder of the model, where it is known.
+    avg_residual: the mean size of a residual's component, where it is known.
     """
 
     layout: str
     folder: Path
-    codec: Codec
+    codec: ResidualCodec
     lengths: np.ndarray
     codes: Sequence[Stored]
     residuals: Sequence[Stored]
@@ -61,6 +43,7 @@ class StoredIndex:
     list_lengths: np.ndarray | None
     config: Mapping[str, Any]
     checkpoint: str | None = None
+    avg_residual: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -136,10 +119,9 @@ def make_codec(
     centroids: np.ndarray,
     cutoffs: np.ndarray,
     weights: np.ndarray,
-    avg_residual: float | None,
     dim: int,
     nbits: int,
-) -> Codec:
+) -> ResidualCodec:
     """The codec of another library, checked.
 
     Centroids are rounded to float16, which is what the libraries search with on a GPU and what they
@@ -169,11 +151,10 @@ def make_codec(
             )
     if (np.diff(cutoffs.astype(np.float32)) < 0).any():
         raise IndexFormatError(f"{files['cutoffs']}: damaged: the cutoffs do not ascend")
-    return Codec(
+    return ResidualCodec(
         centroids.astype(np.float16).astype(np.float32),
         cutoffs.astype(np.float32),
         weights.astype(np.float32),
-        avg_residual,
     )
 
 
@@ -223,7 +204,9 @@ def require(file: Path) -> None:
         raise FileNotFoundError(f"{file}: missing; the index is incomplete: copy it whole")
 
 
-def token_rows(stored: Stored, kinds: str, row: tuple[int, ...], tokens: int, spare: int) -> Stored:
+def checked_rows(
+    stored: Stored, kinds: str, row: tuple[int, ...], tokens: int, spare: int
+) -> Stored:
     """The first `tokens` rows of codes or residuals, checked.
 
     Args:

@@ -1,4 +1,4 @@
-"""`train/minilm.py` from texts to the model of round two, on a tiny model and texts."""
+"""`benchmarks/train_minilm.py` from texts to the model of round two, on a tiny model and texts."""
 
 import dataclasses
 import gzip
@@ -13,13 +13,13 @@ import support
 
 from colbert_jax import ColBERT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train" / "minilm.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "train_minilm.py"
 SMALL = dict(WEB_PASSAGES=12, WEB_QUERIES=6, WIKIPEDIA=8, ABSTRACTS=8, ANSWERS=8)
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("minilm_recipe", SCRIPT)
+    spec = importlib.util.spec_from_file_location("train_minilm", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """A small ColBERT on a plain CPU: all-MiniLM-L6-v2 with a new 128-wide projection.
 
-    python train/minilm.py DATA --checkpoint MINILM --folder runs/minilm
+    python benchmarks/train_minilm.py DATA --checkpoint MINILM --folder runs/minilm
 
 DATA holds texts (`acl_title_abstract.jsonl.gz`, `medquad.jsonl.gz`, `wikipedia_vital10k.jsonl.gz`)
 and `msmarco_v2_pool/`: passages, web queries without judgements, and 129 queries with 64 passages
@@ -17,7 +17,7 @@ measured on.
 3. round1/: the model so far retrieves the 32 nearest passages of each query; draws of them are what
    the upper half of the encoder and the projection learn from, to score as the teacher does and to
    match each query token as it does: web queries and titles of Wikipedia over short passages,
-   titles, questions and sentences over long ones. Titles and questions are told which passage is
+   titles, questions and sentences over long ones. Titles and questions learn which passage is
    theirs too, by contrast, and the 129 queries what the cross-encoder made of their passages.
 4. round2/: the same with the model of round one, other queries and other passages.
 
@@ -42,16 +42,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax import ColBERT
+from colbert_jax import ColBERT, Retriever
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
-from colbert_jax.index import Index
-from colbert_jax.mining.stages import make_examples, retrieve
+from colbert_jax.mining import make_examples, retrieve
 from colbert_jax.models.colbert import unit_length
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
-from colbert_jax.training.optimizer import apply_gradients, init_moments
-from colbert_jax.training.step import matches, score_loss
+from colbert_jax.training.step import apply_gradients, init_moments, matches, score_loss
 
 ROUNDS = ("round1", "round2")
 DIM, NBITS = 128, 2
@@ -109,7 +107,7 @@ ROUND = TrainingConfig(
     warmup=10,
     save_every=50,
 )
-# Any four of the nearest passages: no one is marked as the answer, so only the teacher teaches.
+# Any four of the nearest passages: none is marked as the answer, so only the teacher teaches.
 SENTENCES: dict[str, Any] = dict(coupled_weight=1.0)
 NEIGHBOURS: dict[str, Any] = dict(coupled_weight=1.0, bsize=16)
 ROUND_POOL = POOL | {"coupled_weight": 0.8}
@@ -228,7 +226,7 @@ class Encoded(NamedTuple):
 
 
 def encoded(model: ColBERT, queries: Path, collection: Path, most: int | None = None) -> Encoded:
-    """The queries of a file and passages of another, of these at most so many."""
+    """Encode the queries of a file and the passages of another, of these at most `most`."""
     asked, found = read_queries(queries), list(read_collection(collection))
     texts = dict(random.Random(0).sample(found, min(most or len(found), len(found))))
     passages = list(texts.values())
@@ -321,14 +319,14 @@ def make_projections(checkpoint: str, data: Path, folder: Path) -> None:
 def nearest(model: ColBERT, collection: Path, names: Iterable[str], folder: Path) -> None:
     """`<name>_ranking.tsv`: of each of the queries of a name the nearest passages."""
     path = folder / f"{collection.stem}.index"
-    if not path.exists():
-        pids, texts = zip(*read_collection(collection), strict=True)
-        Index.build(path, model, texts, ids=pids, nbits=NBITS, store_texts=False)
-    index = Index.open(path)
+    if path.exists():
+        retriever = Retriever.open(path, model)
+    else:
+        retriever = Retriever.build(path, model, collection, nbits=NBITS, store_texts=False)
     for name in names:
         queries = read_queries(collection.with_name(f"{name}_queries.tsv"))
         ranking = folder / f"{name}_ranking.tsv"
-        retrieve(index, model, queries, ranking, k=NEAREST, mode="fast")
+        retrieve(retriever, queries, ranking, k=NEAREST, mode="fast")
 
 
 def drawn(ranking: Path, own_first: bool) -> Iterator[str]:

@@ -11,8 +11,7 @@ import pytest
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.training import Task, pair_examples, train
-from colbert_jax.training.loader import Step
-from colbert_jax.training.tasks import Turns, turns
+from colbert_jax.training.loader import Mixture, Step, task_order
 
 pytestmark = pytest.mark.usefixtures("one_length")
 SETTINGS = TrainingConfig(
@@ -32,7 +31,7 @@ SETTINGS = TrainingConfig(
 @pytest.mark.parametrize("shares", [[1.0], [0.7, 0.3], [0.5, 0.1, 0.4], [0.02, 0.98]])
 def test_shares(shares):
     done = np.zeros(len(shares))
-    for step, task in enumerate(itertools.islice(turns(shares), 1000), 1):
+    for step, task in enumerate(itertools.islice(task_order(shares), 1000), 1):
         done[task] += 1
         assert np.abs(done - np.array(shares) * step).max() < 1.0 + 1e-9
 
@@ -70,7 +69,7 @@ def test_turns_go_on(start):
             return make
 
         given: list[int] = []
-        with Turns([0.6, 0.4], [maker(0), maker(1)], start) as steps:
+        with Mixture([0.6, 0.4], [maker(0), maker(1)], start) as steps:
             taken = list(itertools.islice(steps, 30 - start))
         assert all(loader.closed for loader in made)
         assert [step.number for _, step in taken] == list(range(start, 30))
@@ -84,7 +83,7 @@ def test_turns_go_on(start):
 
 
 def test_every_loader_hears_of_a_stop():
-    with Turns([0.5, 0.5], [lambda n: Numbers(0, n), lambda n: Numbers(1, n)]) as steps:
+    with Mixture([0.5, 0.5], [lambda n: Numbers(0, n), lambda n: Numbers(1, n)]) as steps:
         assert not next(steps)[1].stop
         steps.request_stop()
         assert [next(steps)[1].stop for _ in range(3)] == [True] * 3

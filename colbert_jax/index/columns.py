@@ -1,0 +1,298 @@
+"""The columns of an index: the documents' ids and texts, as strings by position."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colbert_jax.index.format import ArrayWriter, string_arrays
+
+ID, TEXT = "pid", "text"  # the columns' names on disk
+_BLOCK = 1024  # documents written at a time
+_HASHED = 1 << 16  # ids hashed at a time
+
+
+# --- Writing --------------------------------------------------------------------------------
+
+
+class WrittenIds(NamedTuple):
+    """The documents' own ids on disk: bytes (None: they are 0..N-1) and a hash of them."""
+
+    num_bytes: int | None
+    fingerprint: str | None
+
+
+class WrittenDocuments(NamedTuple):
+    """Documents on disk: how many, the bytes of their texts, a hash of these, and their ids."""
+
+    num_documents: int
+    num_bytes: int
+    fingerprint: str
+    ids: WrittenIds
+
+
+def write_documents(
+    folder: Path, documents: Iterable[Any], ids: Iterable[Any] | None = None, bar: Any = None
+) -> WrittenDocuments:
+    """Write texts, and ids where they are not 0..N-1, reading the documents once.
+
+    Args:
+      documents: texts, or pairs (id, text).
+      ids: the ids of documents that are texts. If None, 0..N-1.
+      bar: a progress bar of documents.
+
+    Raises:
+      TypeError: a document that is neither text nor pair, or both kinds; `ids` beside pairs.
+      ValueError: text that is not valid Unicode, another number of ids than documents, an id twice.
+    """
+    documents = iter(documents)
+    first = list(itertools.islice(documents, 1))
+    paired = bool(first) and _is_pair(first[0])
+    if paired and ids is not None:
+        raise TypeError("the documents are pairs (id, text), so ids= must be left out")
+    pairs = _as_pairs(itertools.chain(first, documents), paired)
+    digest, count = hashlib.sha256(), 0
+    with contextlib.ExitStack() as stack:
+        texts = stack.enter_context(StringWriter(folder, TEXT))
+        own = stack.enter_context(IdWriter(folder)) if paired else None
+        for block in _blocks(pairs, _BLOCK):
+            encoded = [_encode(text, f"document {i}") for i, (_, text) in enumerate(block, count)]
+            for text in encoded:
+                digest.update(len(text).to_bytes(8, "little") + text)
+            texts.extend(encoded)
+            if own is not None:
+                own.extend(identity for identity, _ in block)
+            count += len(block)
+            if bar is not None:
+                bar.update(len(block))
+    written = write_ids(folder, ids, count) if own is None else own.finish()
+    return WrittenDocuments(count, texts.num_bytes, digest.hexdigest(), written)
+
+
+def write_ids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> WrittenIds:
+    """Write the documents' own ids, unless they are 0..N-1.
+
+    Raises:
+      ValueError: another number of ids than documents, or an id twice.
+    """
+    if ids is None:
+        return WrittenIds(None, None)
+    with IdWriter(folder) as writer:
+        for block in _blocks(ids, _BLOCK):
+            writer.extend(block)
+    if writer.count != num_documents:
+        raise ValueError(f"{writer.count} ids were given for {num_documents} documents")
+    return writer.finish()
+
+
+class IdWriter:
+    """Ids of any type, as their strings. About 8 bytes of memory each, to find duplicates."""
+
+    def __init__(self, folder: Path):
+        self.count = 0
+        self._folder, self._writer = folder, StringWriter(folder, ID)
+        self._are_positions = True
+        self._hashes: list[np.ndarray] = []
+
+    def extend(self, ids: Iterable[Any]) -> None:
+        strings = [str(i) for i in ids]
+        positions = map(str, range(self.count, self.count + len(strings)))
+        self._are_positions = self._are_positions and strings == list(positions)
+        encoded = [_encode(s, f"the id of document {i}") for i, s in enumerate(strings, self.count)]
+        digests = (hashlib.blake2b(e, digest_size=8).digest() for e in encoded)
+        self._hashes.append(np.frombuffer(b"".join(digests), np.uint64))
+        self._writer.extend(encoded)
+        self.count += len(strings)
+
+    def __enter__(self) -> IdWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    def finish(self) -> WrittenIds:
+        """What was written, once the files are closed. Raises ValueError for an id twice."""
+        hashes = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
+        self._refuse_duplicates(hashes)
+        if self._are_positions:
+            delete_strings(self._folder, ID)
+            return WrittenIds(None, None)
+        return WrittenIds(self._writer.num_bytes, hashlib.sha256(hashes.tobytes()).hexdigest())
+
+    def _refuse_duplicates(self, hashes: np.ndarray) -> None:
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        if len(same) == 0:
+            return
+        ids = Strings(*(np.load(self._folder / f"{name}.npy") for name in string_arrays(ID)))
+        for at in same:
+            first, second = order[at], order[at + 1]
+            if ids[first] == ids[second]:
+                raise ValueError(
+                    f"duplicate document id {ids[first]!r}: documents {first + 1} and "
+                    f"{second + 1} (counted from 1)"
+                )
+
+
+class StringWriter:
+    """Strings of an index, in UTF-8, as one array of bytes and one of offsets."""
+
+    def __init__(self, folder: Path, column: str):
+        data, offsets = (folder / f"{name}.npy" for name in string_arrays(column))
+        self._bytes, self._offsets = ArrayWriter(data, np.uint8), ArrayWriter(offsets, np.int64)
+        self._offsets.append(np.zeros(1, np.int64))
+
+    def extend(self, encoded: list[bytes]) -> None:
+        ends = self._bytes.rows + np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        self._bytes.append(np.frombuffer(b"".join(encoded), np.uint8))
+        self._offsets.append(ends)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes.rows
+
+    def __enter__(self) -> StringWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bytes.__exit__(*error)
+        self._offsets.__exit__(*error)
+
+
+def delete_strings(folder: Path, column: str) -> None:
+    for name in string_arrays(column):
+        (folder / f"{name}.npy").unlink(missing_ok=True)
+
+
+def _is_pair(document: Any) -> bool:
+    return isinstance(document, tuple | list) and len(document) == 2
+
+
+def _as_pairs(documents: Iterable[Any], paired: bool) -> Iterator[tuple[Any, str]]:
+    """(id, text) of every document; id None where the documents are texts."""
+    for i, document in enumerate(documents):
+        if not isinstance(document, str) and not _is_pair(document):
+            kind = type(document).__name__
+            raise TypeError(f"document {i} must be a string or a pair (id, text), got {kind}")
+        if _is_pair(document) != paired:
+            kinds = ("a pair (id, text)", "a string")
+            raise TypeError(
+                f"document {i} is {kinds[paired]}, but document 0 is {kinds[not paired]}: give all "
+                "documents their ids, or none"
+            )
+        identity, text = document if paired else (None, document)
+        if not isinstance(text, str):
+            raise TypeError(
+                f"document {i} (id {str(identity)!r}): its text must be a string, got "
+                f"{type(text).__name__}"
+            )
+        yield identity, text
+
+
+def _encode(string: str, what: str) -> bytes:
+    try:
+        return string.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid Unicode: {error}") from None
+
+
+def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+# --- Reading --------------------------------------------------------------------------------
+
+
+class Column:
+    """A column of strings by position: `column[i]`; a list for a slice or an array of positions."""
+
+    def __init__(self, n: int):
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self.one(j) for j in range(self._n)[i]]
+        if np.ndim(i):
+            return [self[j] for j in i]
+        return self.one(range(self._n)[i])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.one, range(self._n))
+
+    def one(self, i: int) -> str:
+        """The string at a position 0..N-1."""
+        raise NotImplementedError
+
+    def position(self, string: str) -> int | None:
+        """Where a string is; None if it is nowhere. Safe to call from several threads."""
+        raise NotImplementedError
+
+
+class Positions(Column):
+    """The ids of a collection without ids of its own: "0", "1", ..."""
+
+    def one(self, i: int) -> str:
+        return str(i)
+
+    def position(self, string: str) -> int | None:
+        if not (string.isascii() and string.isdigit()) or len(string) > len(str(self._n)):
+            return None
+        i = int(string)
+        return i if i < self._n and str(i) == string else None
+
+
+class Strings(Column):
+    """Strings on disk: `data` holds their UTF-8 bytes, string i those from offsets[i] on."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        super().__init__(len(offsets) - 1)
+        self._data, self._offsets = data, offsets
+        self._lock = threading.Lock()
+        self._table: tuple[np.ndarray, np.ndarray] | None = None
+
+    def one(self, i: int) -> str:
+        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+
+    def position(self, string: str) -> int | None:
+        """The first call reads the column, and keeps 16 bytes a string."""
+        with self._lock:
+            if self._table is None:
+                self._table = self._hash_table()
+        hashes, order = self._table
+        wanted = hash(string.encode("utf-8", "surrogatepass"))
+        at = int(np.searchsorted(hashes, wanted))
+        while at < len(hashes) and hashes[at] == wanted:
+            if self.one(order[at]) == string:
+                return int(order[at])
+            at += 1
+        return None
+
+    def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The strings' hashes, ascending, and where each is."""
+        hashes = np.empty(self._n, np.int64)
+        for start in range(0, self._n, _HASHED):
+            offsets = self._offsets[start : start + _HASHED + 1]
+            block = self._data[offsets[0] : offsets[-1]].tobytes()
+            ends = (offsets - offsets[0]).tolist()
+            for i, (begin, end) in enumerate(itertools.pairwise(ends), start):
+                hashes[i] = hash(block[begin:end])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+
+def open_column(name: str, arrays: Mapping[str, np.ndarray]) -> Strings | None:
+    """A column of an index; None where the index does not have it."""
+    data, offsets = string_arrays(name)
+    return Strings(arrays[data], arrays[offsets]) if data in arrays else None

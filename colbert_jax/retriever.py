@@ -1,0 +1,366 @@
+"""`Retriever`: a model and the index that it built, as one object that answers with texts and ids.
+
+Everything that people hold goes through it: the command line, the demo, FLMR's searcher, mining.
+Below it are `ColBERT` (texts to token embeddings) and `Index` (token embeddings to positions).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
+
+from jax.sharding import Mesh
+
+from colbert_jax.colbert import ColBERT
+from colbert_jax.data.documents import Documents
+from colbert_jax.explanation import Explanation
+from colbert_jax.files import resolved
+from colbert_jax.index import Index
+from colbert_jax.index.folder import check_free
+from colbert_jax.progress import progress_bar
+from colbert_jax.search.arrays import Hits, check_k
+from colbert_jax.text import as_queries
+
+_ENCODED = 256  # queries whose token embeddings are in memory at a time
+_SEARCHED = 32  # queries of one call of the index
+_PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
+
+
+class Hit(NamedTuple):
+    """A document that was found.
+
+    id: the document's own id; its position, as a string, where the collection has no ids.
+    score: MaxSim, the higher the better.
+    text: the document; None where the index keeps no texts.
+    position: of the document in the collection, from 0.
+    """
+
+    id: str
+    score: float
+    text: str | None
+    position: int
+
+
+class Retriever:
+    """A late-interaction model together with an index of documents that it has embedded.
+
+    Any number of threads may share one: searching changes nothing in it.
+
+    Attributes:
+      model: the `ColBERT` that encodes queries.
+      index: the `Index`.
+    """
+
+    def __init__(self, model: ColBERT, index: Index):
+        """
+        Args:
+          model: the model whose token embeddings are indexed.
+          index: an open index.
+
+        Raises:
+          ValueError: the index was built with another model or other document settings. Of an index
+            that was built from ready embeddings only the width can be compared.
+        """
+        _check_together(model, index)
+        self.model, self.index = model, index
+
+    @classmethod
+    def build(
+        cls,
+        path: str | os.PathLike,
+        model: ColBERT | str | os.PathLike,
+        documents: Any,
+        *,
+        nbits: int | None = None,
+        kmeans_niters: int | None = None,
+        num_centroids: int | None = None,
+        buckets: str | None = None,
+        seed: int | None = None,
+        store_texts: bool = True,
+        overwrite: bool = False,
+        progress: bool | None = None,
+        mesh: Mesh | None = None,
+        **pretrained: Any,
+    ) -> Retriever:
+        """Index documents and open the result. Interrupted, the same call goes on where it was.
+
+        Args:
+          path: the index folder to make.
+          model: a model, or what `ColBERT.from_pretrained` loads: a folder or a hub id.
+          documents: strings, (id, text) pairs, records, a `datasets` dataset, a mapping from id to
+            text, or the path of a collection file (`data.documents.Documents`). Read once.
+          nbits, kmeans_niters, num_centroids, buckets, seed: of the compression, see `Index.build`.
+          store_texts: keep the texts in the index.
+          overwrite: replace an index that is at `path`; it stays until the new one is complete.
+          progress: True for bars, False for silence. If None, bars on a terminal, else log lines.
+          mesh: devices for k-means and compression, see `Index.build`.
+          **pretrained: arguments of `ColBERT.from_pretrained`, if `model` is to be loaded.
+
+        Raises:
+          FileExistsError: `path` is taken.
+          FileNotFoundError, TypeError, ValueError: bad input, named before the model is loaded
+            where that is possible.
+        """
+        path = resolved(path)
+        check_free(path, overwrite)
+        documents = Documents(documents)
+        model = _load(model, pretrained)
+        index = Index.build(
+            path,
+            model,
+            documents,
+            nbits=nbits,
+            kmeans_niters=kmeans_niters,
+            num_centroids=num_centroids,
+            buckets=buckets,
+            seed=seed,
+            store_texts=store_texts,
+            overwrite=overwrite,
+            progress=progress,
+            mesh=mesh,
+        )
+        return cls(model, index)
+
+    @classmethod
+    def open(
+        cls,
+        index: str | os.PathLike | Index,
+        model: ColBERT | str | os.PathLike | None = None,
+        *,
+        mesh: Mesh | None = None,
+        **pretrained: Any,
+    ) -> Retriever:
+        """Open an index together with the model that it was built with.
+
+        Args:
+          index: the index folder, or an open index.
+          model: where its checkpoint is now, a folder or a hub id; or the loaded model. If None,
+            it is loaded from where it was when the index was built.
+          mesh: shard the documents over these devices, see `Index.open`.
+          **pretrained: arguments of `ColBERT.from_pretrained`, such as `query_maxlen=64`.
+
+        Raises:
+          FileNotFoundError: no index, or its checkpoint is not where it was.
+          ValueError: a damaged index, another model than the one it was built with, or an index
+            that was built from ready embeddings and no `model`.
+        """
+        if not isinstance(index, Index):
+            index = Index.open(index, mesh)
+        elif mesh is not None:
+            raise TypeError("mesh= belongs to a path: this index is open already")
+        if not isinstance(model, ColBERT):
+            return cls(_model_of(index, model, pretrained), index)
+        return cls(_load(model, pretrained), index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"Retriever({self.model.load['name_or_path']!r}, {self.index!r})"
+
+    @overload
+    def search(  # type: ignore[overload-overlap]  # a string is a sequence of strings too
+        self,
+        queries: str,
+        k: int = 10,
+        *,
+        mode: str = "accurate",
+        ncells: int | None = None,
+        centroid_score_threshold: float | None = None,
+        ndocs: int | None = None,
+        texts: bool = True,
+        progress: bool | None = False,
+    ) -> list[Hit]: ...
+
+    @overload
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        mode: str = "accurate",
+        ncells: int | None = None,
+        centroid_score_threshold: float | None = None,
+        ndocs: int | None = None,
+        texts: bool = True,
+        progress: bool | None = False,
+    ) -> list[list[Hit]]: ...
+
+    def search(
+        self,
+        queries: str | Sequence[str],
+        k: int = 10,
+        *,
+        mode: str = "accurate",
+        ncells: int | None = None,
+        centroid_score_threshold: float | None = None,
+        ndocs: int | None = None,
+        texts: bool = True,
+        progress: bool | None = False,
+    ) -> Any:
+        """Find the k best documents of a query, or of each of several.
+
+        Args:
+          queries: one query, or a list of them.
+          k: results per query; fewer come only where fewer documents have a token.
+          mode: "accurate", "fast" (PLAID at Stanford's settings) or "exact", see `Index.search`.
+          ncells, centroid_score_threshold, ndocs: single settings of PLAID, see `Index.search`.
+          texts: False leaves `Hit.text` None and reads no text.
+          progress: True for a bar. If None, a bar on a terminal, else log lines.
+
+        Returns:
+          hits, best first, equal scores by the smaller position; for a list of queries a list of
+          such lists, in the order of the queries.
+
+        Raises:
+          ValueError, TypeError: an empty or blank query, by its place in the list; a bad setting.
+        """
+        settings: dict[str, Any] = dict(
+            mode=mode,
+            ncells=ncells,
+            centroid_score_threshold=centroid_score_threshold,
+            ndocs=ndocs,
+        )
+        found: list[list[Hit]] = []
+        listed = as_queries(queries)
+        with progress_bar(len(listed), "searching", "query", progress) as bar:
+            for start in range(0, len(listed), _ENCODED):
+                encoded = self.model.encode_queries(listed[start : start + _ENCODED])
+                for at in range(0, len(encoded), _SEARCHED):
+                    part = encoded[at : at + _SEARCHED]
+                    found += self._hits(self.index.search(part, k, **settings), texts)
+                    bar.update(len(part))
+        return found[0] if isinstance(queries, str) else found
+
+    @overload
+    def rank(self, queries: str, documents: Any, k: int | None = None) -> list[Hit]: ...
+
+    @overload
+    def rank(
+        self, queries: Sequence[str], documents: Any, k: int | None = None
+    ) -> list[list[Hit]]: ...
+
+    def rank(self, queries: str | Sequence[str], documents: Any, k: int | None = None) -> Any:
+        """Order documents that need not be in the index by their exact scores: `rank_documents`."""
+        return rank_documents(self.model, queries, documents, k)
+
+    def explain(self, query: str, document: str | Hit) -> Explanation:
+        """Show which query words matched which words of a document.
+
+        Args:
+          query: the query.
+          document: a hit, the id of a document of the index, or any text. A string that is an id
+            of the index is taken as the id.
+
+        Returns:
+          the similarities, to be printed or plotted. They are those of the text as the model embeds
+          it, so their sum may differ from the score of the compressed document.
+
+        Raises:
+          ValueError: a blank query, or a document whose text the index does not keep.
+        """
+        return self.model.explain(query, self._text(document))
+
+    def _text(self, document: str | Hit) -> str:
+        """The text of a hit or an id; any other string is a text itself."""
+        if isinstance(document, Hit):
+            return document.text if document.text is not None else self.index.text(document.id)
+        try:
+            return self.index.text(document)
+        except KeyError:
+            return document
+
+    def _hits(self, hits: Hits, texts: bool) -> list[list[Hit]]:
+        """Positions and scores of a batch, [B, k], as plain Python values."""
+        ids, kept = self.index.ids, self.index.texts if texts else None
+        found = []
+        for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
+            passages = [None] * len(positions) if kept is None else kept[positions]
+            found.append(list(map(Hit, ids[positions], scores, passages, positions)))
+        return found
+
+
+def rank_documents(
+    model: ColBERT,
+    queries: str | Sequence[str],
+    documents: Any,
+    k: int | None = None,
+    *,
+    progress: bool | None = False,
+) -> Any:
+    """Order documents by their exact score with a query, or with each of several; no index.
+
+    Args:
+      model: what encodes queries and documents; every document is encoded once.
+      queries: one query, or a list of them.
+      documents: anything that `Retriever.build` takes; they are all held in memory.
+      k: results per query. If None, all documents that have a token.
+      progress: see `Retriever.build`.
+
+    Returns:
+      hits, best first, equal scores by the smaller position; for a list of queries a list of such
+      lists.
+
+    Raises:
+      ValueError, TypeError: a blank query, a bad document, k below 1.
+    """
+    k = None if k is None else check_k(k)
+    listed, pairs = as_queries(queries), list(Documents(documents))
+    ids = [str(i) if isinstance(p, str) else p[0] for i, p in enumerate(pairs)]
+    texts = [p if isinstance(p, str) else p[1] for p in pairs]
+    hits = model.rank(listed, texts, k, progress=progress)
+    found = [
+        [Hit(ids[i], score, texts[i], i) for i, score in zip(positions, scores, strict=True)]
+        for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True)
+    ]
+    return found[0] if isinstance(queries, str) else found
+
+
+def _load(model: ColBERT | str | os.PathLike, pretrained: dict[str, Any]) -> ColBERT:
+    if not isinstance(model, ColBERT):
+        return ColBERT.from_pretrained(os.fspath(model), **pretrained)
+    if pretrained:
+        raise TypeError(
+            f"{', '.join(pretrained)}: settings of a checkpoint to load, but the model is loaded "
+            "already"
+        )
+    return model
+
+
+def _model_of(
+    index: Index, name_or_path: str | os.PathLike | None, pretrained: dict[str, Any]
+) -> ColBERT:
+    """Load the model that an index remembers; `name_or_path` if it has moved."""
+    known = index.metadata.model
+    if known is None:
+        if name_or_path is None:
+            raise ValueError(
+                f"{index.path}: built from ready embeddings, without a model; name a checkpoint"
+            )
+        return _load(name_or_path, pretrained)
+    load = dict(known["load"])
+    if name_or_path is not None:
+        load = {name: value for name, value in load.items() if name not in _PLACE}
+        load["name_or_path"] = str(name_or_path)
+    try:
+        return ColBERT.from_pretrained(**(load | pretrained))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. The index {index.path} was built with it; name its place if it moved"
+        ) from None
+
+
+def _check_together(model: ColBERT, index: Index) -> None:
+    if model.dim != index.dim:
+        raise ValueError(
+            f"{index.path}: indexed token embeddings have {index.dim} dimensions, those of "
+            f"{model.load['name_or_path']} have {model.dim}: it was built with another model"
+        )
+    known = index.metadata.model
+    if known is not None and model.fingerprint() != known["fingerprint"]:
+        raise ValueError(
+            f"{model.load['name_or_path']}: not the checkpoint, or not the document settings, that "
+            f"{index.path} was built with (fingerprint {model.fingerprint()}, not "
+            f"{known['fingerprint']})"
+        )

@@ -1,0 +1,317 @@
+"""What a run keeps in its folder, to go on from and to show.
+
+    run.json        what the run is: settings, architecture, data; a resumed run must be the same
+    checkpoints/    parameters, moments and step, by orbax, written while training goes on
+    metrics.jsonl   a line of JSON each time, and tensorboard/ where tensorboardX is installed
+    last/, best/    the model at the end, and the one that did best on the dev collection
+
+The position in the data and all random numbers are functions of the step and the settings, so a
+checkpoint is all that a resumed run needs to go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from colbert_jax import processes
+from colbert_jax.colbert import ColBERT
+from colbert_jax.config import TrainingConfig
+from colbert_jax.files import publishing, read_object, recover, replacing, short_json, write_json
+from colbert_jax.training.step import State, init_state, parameter_sharding
+
+RUN, CHECKPOINTS, METRICS, TENSORBOARD = "run.json", "checkpoints", "metrics.jsonl", "tensorboard"
+LAST, BEST = "last", "best"
+MEASURE = "nDCG@10"  # of the dev collection; the best model has the highest
+# Settings that may change when a run goes on: they change what is learned by rounding at most.
+FREE = ("save_every", "keep", "eval_every", "log_every", "remat", "chunk", "fsdp")
+_STATE = "state"
+
+
+# --- What the run is ------------------------------------------------------------------------
+
+
+def open_run(
+    folder: Path, run: Mapping[str, Any], group: processes.Group, *, overwrite: bool = False
+) -> None:
+    """Begin a run in a folder, or go on with the same one.
+
+    Args:
+      run: what the run is, JSON; written to `run.json`.
+      overwrite: remove a run that is there first.
+
+    Raises:
+      FileExistsError: files there have the names of a run's and belong to no run.
+      ValueError: another run is there; names what differs.
+    """
+    if group.is_first:
+        if not _has_run(folder):
+            _refuse_foreign(folder)
+        else:
+            for name in (LAST, BEST):
+                recover(folder / name)
+            if overwrite:
+                _remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    group.exchange("folder")
+    file = folder / RUN
+    # Through JSON, so that both sides are what a file gives back.
+    run = json.loads(json.dumps(run))
+    if file.is_file():
+        before = read_object(file)
+        different = [
+            f"{name} was {short_json(old, 60)}, is now {short_json(new, 60)}"
+            for name, old, new in _differences(before, run)
+            if name.split(".")[-1] not in FREE
+        ]
+        if different:
+            raise ValueError(
+                f"{file}: another run has its checkpoints here: {'; '.join(different[:5])}. Go on "
+                "with its settings, choose another folder, or pass overwrite=True to start anew"
+            )
+    elif group.is_first:
+        write_json(file, run)
+    group.exchange("run.json")
+
+
+def _has_run(folder: Path) -> bool:
+    file = folder / RUN
+    return file.is_file() and {"training", "encoder", "examples"} <= read_object(file).keys()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise FileExistsError for files that are no run's and that a new run would write over."""
+    for name in (RUN, CHECKPOINTS, METRICS, TENSORBOARD, LAST, BEST):
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder / name}: exists, and is not of a run: {RUN} is missing or says nothing "
+                "of one. Choose another folder, or move it away"
+            )
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in (CHECKPOINTS, TENSORBOARD, LAST, BEST):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (METRICS, RUN):  # what tells a run from other files goes last
+        (folder / name).unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            out += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return out
+    return [] if old == new else [(name, old, new)]
+
+
+# --- Checkpoints ----------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder, the last `keep` of them."""
+
+    def __init__(self, folder: Path, config: TrainingConfig):
+        import orbax.checkpoint as ocp  # a second; not for everybody who imports the library
+
+        self._args = ocp.args
+        self.folder = (folder / CHECKPOINTS).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State) -> None:
+        """Begin to write; training may go on. Waits for the write before it.
+
+        Raises:
+          OSError: the disk is too full for it; earlier checkpoints stay as they are.
+        """
+        if step == self.latest:
+            return
+        self.wait()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: a checkpoint takes {needed / 1e6:.0f} MB and the disk has "
+                f"{free / 1e6:.0f} MB left. Nothing that was saved is lost: make room and run the "
+                "same command again, which goes on from the last checkpoint"
+            )
+        with _writing(self.folder / str(step)):
+            args = self._args.Composite(state=self._args.StandardSave(state))
+            self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Wait until what was begun is on disk. Raises OSError if it could not be written."""
+        with _writing(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, like: Any) -> State:
+        """Read the last checkpoint.
+
+        Args:
+          like: a state of the same form, of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          ValueError: it is of another architecture, or damaged.
+        """
+        step = self.latest
+        try:
+            args = self._args.Composite(state=self._args.StandardRestore(like))
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise ValueError(
+                f"{self.folder / str(step)}: this checkpoint cannot be restored: {error}. If it is "
+                "damaged, delete the folder: the run goes on from the one before it"
+            ) from error
+        return restored[_STATE]
+
+    def begin(self, config: TrainingConfig, params: dict, mesh: Mesh) -> tuple[State, Any]:
+        """Give the state of the last checkpoint, or the one that training starts with.
+
+        Args:
+          params: of the model that training starts from.
+
+        Returns:
+          the state on the devices of `mesh`, and its shardings.
+        """
+        shapes = jax.eval_shape(lambda params: init_state(config, params), params)
+        shardings = parameter_sharding(mesh, shapes, fsdp=config.fsdp)
+        if self.latest is None:
+            start = jax.tree.map(np.asarray, params)
+            init = jax.jit(lambda params: init_state(config, params), out_shardings=shardings)
+            return init(jax.device_put(start, shardings["params"])), shardings
+        like = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            shapes,
+            shardings,
+        )
+        return self.restore(like), shardings
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Name the place in errors of writing, and say that nothing is lost."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise OSError(
+            f"{place}: the checkpoint could not be written: {error}. Earlier checkpoints are "
+            "whole: run the same command again, which goes on from the last of them"
+        ) from error
+
+
+# --- Metrics --------------------------------------------------------------------------------
+
+
+class Metrics:
+    """`metrics.jsonl` and `tensorboard/` of a run's folder, written by one process."""
+
+    def __init__(self, folder: Path, start: int, *, write: bool = True):
+        """
+        Args:
+          start: the step that the run goes on from; what is logged of later ones is dropped.
+          write: False in all processes but the first.
+        """
+        self._file = None
+        self._board = None
+        path = folder / METRICS
+        self._kept: list[str] = []
+        if path.is_file():
+            lines = path.read_text("utf-8").splitlines()
+            self._kept = [line for line in lines if _step(line) <= start]
+        if not write:
+            return
+        with replacing(path) as stream:
+            stream.writelines(f"{line}\n" for line in self._kept)
+        self._file = path.open("a", encoding="utf-8")
+        if importlib.util.find_spec("tensorboardX") is not None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
+
+    def history(self) -> list[dict[str, float]]:
+        """What the run logged before it stopped."""
+        return [json.loads(line) for line in self._kept]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log what is known after `step` steps."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the last line, cut short
+        return float("inf")
+
+
+# --- Models ---------------------------------------------------------------------------------
+
+
+def save_model(model: ColBERT, folder: Path, config: TrainingConfig, step: int) -> None:
+    """Write the model; what was there before goes when the new one is complete."""
+    with publishing(folder, replace=True) as draft:
+        model.save_pretrained(draft, metadata=dataclasses.asdict(config) | {"steps": step})
+
+
+class Best:
+    """The best measures on the dev collection so far.
+
+    Attributes:
+      measured: by name; None before the first evaluation.
+    """
+
+    def __init__(self, folder: Path, history: list[dict[str, Any]]):
+        """`history`: what the run logged before it stopped."""
+        self.measured: dict[str, float] | None = None
+        for values in history if (folder / BEST).exists() else ():
+            found = {k[4:]: v for k, v in values.items() if k.startswith("dev/")}
+            if found:
+                self.improves(found)
+
+    def improves(self, measured: dict[str, float]) -> bool:
+        """Whether these are better than all before; remembers them if so."""
+        if self.measured is not None and measured[MEASURE] <= self.measured[MEASURE]:
+            return False
+        self.measured = measured
+        return True

@@ -1,0 +1,200 @@
+"""Writing: whole or not at all, and nothing of the user's is taken over for its name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from colbert_jax import files
+from colbert_jax.evaluation import write_run
+from colbert_jax.search.arrays import Hits
+from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
+
+
+class Killed(BaseException):
+    pass
+
+
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+
+def fill(draft, text):
+    (draft / "inner").mkdir()
+    (draft / "inner" / "a.txt").write_text(text)
+    (draft / "b.txt").write_text(text)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    files.write_json(file, {"é": [1, None]})
+    assert file.read_bytes() == '{\n  "é": [\n    1,\n    null\n  ]\n}\n'.encode()
+    with pytest.raises(TypeError):
+        files.write_json(file, object())
+    with pytest.raises(Killed), files.replacing(file, "wb") as stream:
+        stream.write(b"half")
+        raise Killed
+    assert files.read_json(file) == {"é": [1, None]}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    files.write_json(tmp_path / "a.json", 1)
+    with files.publishing(tmp_path / "folder"):
+        pass
+    mode = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "a.json").stat().st_mode == mode
+    (tmp_path / "mkdir").mkdir()
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "mkdir").stat().st_mode
+
+
+def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "model"
+    with pytest.raises(Killed), files.publishing(folder) as draft:
+        fill(draft, "half")
+        raise Killed
+    assert list(folder.parent.iterdir()) == []
+    with files.publishing(folder) as draft:
+        fill(draft, "1")
+    assert tree(folder) == {"inner/a.txt": "1", "b.txt": "1"}
+    with pytest.raises(FileExistsError, match="not an empty folder"), files.publishing(folder):
+        raise AssertionError("nothing is written")
+    (tmp_path / "file").write_text("mine")
+    for replace in (False, True):
+        with pytest.raises(FileExistsError), files.publishing(tmp_path / "file", replace=replace):
+            raise AssertionError("nothing is written")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with files.publishing(type(tmp_path)("empty")) as draft:
+        fill(draft, "2")
+    assert (tmp_path / "empty" / "b.txt").read_text() == "2"
+
+
+def test_a_folder_is_replaced_wherever_a_kill_comes(tmp_path, monkeypatch):
+    """Stop before the nth sync, rename or deletion, without any clean-up, as SIGKILL does."""
+    folder, left = tmp_path / "best", [10**9]
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            left[0] -= 1
+            if left[0] <= 0:  # whatever would clean up is dead too
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in [(os, "fsync"), (os, "rename"), (shutil, "rmtree")]:
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    for step in range(1, 100):
+        left[0] = 10**9
+        with files.publishing(folder, replace=True) as draft:
+            fill(draft, "old")
+        left[0] = step
+        try:
+            with files.publishing(folder, replace=True) as draft:
+                fill(draft, "new")
+        except Killed:
+            left[0] = 10**9
+        else:
+            break
+        files.recover(folder)
+        assert set(tree(folder).values()) in ({"old"}, {"new"}) and len(tree(folder)) == 2
+        assert [f.name for f in tmp_path.iterdir()] == ["best"]
+    assert step > 8 and set(tree(folder).values()) == {"new"}
+
+
+def test_files_are_replaced_one_by_one_in_a_folder(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "b.txt").write_text("old")
+    with pytest.raises(Killed), files.replacing_files(tmp_path) as draft:
+        fill(draft, "half")
+        raise Killed
+    assert tree(tmp_path) == {"notes.txt": "mine", "b.txt": "old"}
+    with files.replacing_files(tmp_path) as draft:
+        fill(draft, "new")
+    assert tree(tmp_path) == {"notes.txt": "mine", "b.txt": "new", "inner/a.txt": "new"}
+
+
+def test_recover_keeps_to_its_own(tmp_path):
+    own = [
+        ".best.0123abcd.colbert_jax",
+        ".best.previous.colbert_jax",
+        "..best.0123abcd.colbert_jax.4567cdef.colbert_jax",  # published into a draft
+    ]
+    others = [".best.x.0123abcd.colbert_jax", ".bes.0123abcd.colbert_jax", "best.old", "best.new"]
+    for name in ["best", *own, *others]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    files.recover(tmp_path / "best")
+    assert {f.name for f in tmp_path.iterdir()} == {"best", *others}
+    assert (tmp_path / "best" / "a").read_text() == "best"
+
+
+def run_file(file):
+    write_run(file, ["q"], Hits(np.zeros((1, 1), int), np.ones((1, 1), np.float32)), ["d"])
+    return file.read_text() == "q\td\t1\t1.000000\n"
+
+
+def torch_file(file):
+    write_torch_file(file, np.arange(3))
+    return read_torch_file(file).read().tolist() == [0, 1, 2]
+
+
+def json_file(file):
+    files.write_json(file, 1)
+    return files.read_json(file) == 1
+
+
+@pytest.mark.parametrize("write", [run_file, torch_file, json_file])
+def test_files_of_similar_names_stay(tmp_path, write):
+    """What other programs call the file that they are writing may be a file of the user's."""
+    names = [f"{name}{end}" for name in ("a", ".a") for end in (".tmp", ".new", ".old", "~")]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    assert write(tmp_path / "a") and write(tmp_path / "a")
+    assert {f.name for f in tmp_path.iterdir()} == {"a", *names}
+    assert {(tmp_path / name).read_text() for name in names} == {"mine"}
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks")
+def test_locks(tmp_path):
+    file = tmp_path / "lock"
+    held = files.lock_file(file)
+    with pytest.raises(BlockingIOError):
+        files.lock_file(file, shared=True)
+    files.lock(held, shared=True)
+    other = files.lock_file(file, shared=True)
+    files.unlock_file(file, held)
+    assert file.exists()
+    files.unlock_file(file, other)
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from colbert_jax import files
+held = files.lock_file(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks")
+def test_a_lock_dies_with_its_process(tmp_path):
+    file = tmp_path / "lock"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError):
+            files.lock_file(file)
+        process.kill()
+        process.wait()
+        files.unlock_file(file, files.lock_file(file))
+    assert json.dumps([f.name for f in tmp_path.iterdir()]) == "[]"
