@@ -2,16 +2,28 @@
 
 On a machine with an accelerator, `COLBERT_JAX_TEST_PLATFORM=cuda make test` (or `tpu`) runs them
 there; tests that need 8 devices skip where there are fewer.
+
+Programs of tests compile for seconds and run for milliseconds, so they are compiled with few
+optimisations, in the processes that tests start too. `full_optimisation` is for tests that need
+what users run; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` is it for all of them.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import jax
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# These flags are there from jax 0.10 to 0.12; one that XLA does not know would end the process.
+_QUICK = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_use_fusion_emitters=false"
+if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
+    os.environ.setdefault("XLA_FLAGS", _QUICK)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", os.environ.get("COLBERT_JAX_TEST_PLATFORM", "cpu"))
@@ -24,6 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import support  # noqa: E402
 
 from colbert_jax import ColBERT, Index  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the imports made: tracing programs starts it often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +57,12 @@ def compilation_cache():
 @pytest.fixture(scope="session")
 def stanford_folder(tmp_path_factory) -> Path:
     return support.write_stanford(tmp_path_factory.mktemp("stanford"))
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory) -> Path:
+    """A Stanford checkpoint of one layer."""
+    return support.write_stanford(tmp_path_factory.mktemp("shallow"), {"num_hidden_layers": 1})
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +85,23 @@ def one_device(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests whose programs compile for seconds and run for milliseconds."""
-    jax.clear_caches()  # of programs compiled otherwise, which may round otherwise
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def one_length():
+    """Training pads the documents of all batches alike: one program a loss. `test_loader.py` has
+    the other lengths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("colbert_jax.training.loader._LADDER", (48, 512))
+        yield
+
+
+@pytest.fixture(scope="module")
+def full_optimisation():
+    """Programs as users run them, for tests that measure them or run them for long."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

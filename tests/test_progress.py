@@ -185,7 +185,7 @@ def test_building_says_how_far_it_is(tmp_path, lines, at_once):
     ]
 
 
-def test_training_says_how_far_it_is(tmp_path, lines, at_once, quick_compilation):
+def test_training_says_how_far_it_is(tmp_path, lines, at_once):
     texts = passages(8, longest=4)
     for name in ("queries", "collection"):
         rows = (f"{i}\t{text}\n" for i, text in enumerate(texts))

@@ -54,7 +54,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch, one_device, quick_compilation):
+def elsewhere(tmp_path, monkeypatch, one_device):
     """A working folder with the files that the pages name, and a checkpoint for every hub id."""
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),

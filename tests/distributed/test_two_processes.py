@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -23,22 +26,43 @@ from colbert_jax.training.loader import TASK_SETTINGS
 
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TRIES = 4
+HANGING = 1800.0  # seconds after which two processes are stuck, however busy the machine is
+GRACE = 60.0  # seconds in which a process notices that the other has failed
+# What Gloo and the coordination service say where a process is too slow to answer.
+CONNECTION = re.compile(
+    r"Gloo [\w -]+ failed|DEADLINE_EXCEEDED|UNAVAILABLE|heartbeat|"
+    r"[Tt]imed out|Connection (closed|refused|reset)"
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, stanford_folder) -> Path:
+def folder(tmp_path_factory, shallow_folder) -> Path:
     """What the two processes of `worker.py` leave behind."""
-    folder = tmp_path_factory.mktemp("job")
-    (folder / "checkpoint").symlink_to(stanford_folder)
-    write_stanford(folder / "teacher", seed=5)
-    (folder / "passages.txt").write_text("\n".join(passages(200, longest=6)))
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(0, 12, 500)
-    lengths[-1] = 3
-    np.save(folder / "values.npy", unit_rows(rng, lengths.sum(), 16))
-    np.save(folder / "lengths.npy", lengths)
-    write_examples(folder)
+    for _ in range(TRIES):
+        folder = tmp_path_factory.mktemp("job")
+        write_job(folder, shallow_folder)
+        codes = launch(folder)
+        if not lost_connection(folder, codes):
+            break
+    assert codes == [0, 0], "\n".join(log.read_text() for log in sorted(folder.glob("log.*")))
+    return folder
+
+
+def lost_connection(folder: Path, codes: list[int]) -> bool:
+    """Whether nothing went wrong but a connection between the two, as on a busy machine."""
+    if codes == [0, 0]:
+        return any(CONNECTION.search(file.read_text()) for file in folder.glob("report.*.json"))
+    ended = [n for n, code in enumerate(codes) if code not in (0, -signal.SIGKILL)]
+    return bool(ended) and all(CONNECTION.search((folder / f"log.{n}").read_text()) for n in ended)
+
+
+def launch(folder: Path) -> list[int]:
+    """Run both processes to their end; their exit codes.
+
+    They may take as long as they need; one that waits for the other's end is killed after a while.
+    """
     with socket.socket() as reserved:
         # Bound and not listening: kept from everybody but the coordinator, which shares ports.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -50,10 +74,9 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
         slurm |= {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
         found = slurm | {"JAX_COORDINATOR_ADDRESS": address}
         script = Path(__file__).with_name("worker.py")
-        logs = [folder / f"log.{n}" for n in range(2)]
         processes = []
-        for log, place in zip(logs, (told, found), strict=True):
-            with log.open("w") as stream:
+        for n, place in enumerate((told, found)):
+            with (folder / f"log.{n}").open("w") as stream:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, str(script)],
@@ -64,15 +87,31 @@ def folder(tmp_path_factory, stanford_folder) -> Path:
                     )
                 )
         try:
-            codes = [process.wait(timeout=600) for process in processes]
-        except subprocess.TimeoutExpired:
-            codes = None
+            end = time.monotonic() + HANGING
+            while None in (codes := [process.poll() for process in processes]):
+                if any(codes):
+                    end = min(end, time.monotonic() + GRACE)
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.1)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
-    return folder
+    return [process.returncode for process in processes]
+
+
+def write_job(folder: Path, checkpoint: Path) -> None:
+    """What the two processes start from."""
+    (folder / "checkpoint").symlink_to(checkpoint)
+    write_stanford(folder / "teacher", {"num_hidden_layers": 1}, seed=5)
+    (folder / "passages.txt").write_text("\n".join(passages(200, longest=6)))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 12, 500)
+    lengths[-1] = 3
+    np.save(folder / "values.npy", unit_rows(rng, lengths.sum(), 16))
+    np.save(folder / "lengths.npy", lengths)
+    write_examples(folder)
 
 
 def write_examples(folder: Path) -> None:
@@ -94,7 +133,12 @@ def reports(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory, quick_compilation) -> Path:
+def model(shallow_folder) -> ColBERT:
+    return ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Path:
     """The same index by one process with two devices."""
     path = tmp_path_factory.mktemp("alone") / "plain"
     data = {name: np.load(folder / f"{name}.npy") for name in ("values", "lengths")}
@@ -179,7 +223,7 @@ def run_losses(folder: Path) -> list[dict]:
     return [{name: line[name] for name in named if name in line} for line in lines]
 
 
-def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
+def test_training_as_in_one_process(folder, reports, shallow_folder, one_length, tmp_path):
     """SIGTERM to one process saves in both; they go on, and have the losses of one process, those
     of a task with a coupled teacher among them."""
     assert [report["stopped"] for report in reports] == ["terminated", "terminated"]
@@ -192,7 +236,7 @@ def test_training_as_in_one_process(folder, reports, stanford_folder, tmp_path):
     devices = jax.devices()[:1]
     model, teacher = (
         ColBERT.from_pretrained(place, dtype="float32", devices=devices)
-        for place in (stanford_folder, folder / "teacher")
+        for place in (shallow_folder, folder / "teacher")
     )
     train(
         model,

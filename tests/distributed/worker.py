@@ -17,7 +17,6 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation` does
 
 import numpy as np  # noqa: E402
 
@@ -28,7 +27,7 @@ from colbert_jax.config import IndexConfig  # noqa: E402
 from colbert_jax.index import build, sources  # noqa: E402
 from colbert_jax.index import folder as index_folder  # noqa: E402
 from colbert_jax.runtime import enable_compilation_cache  # noqa: E402
-from colbert_jax.training import Task, trainer  # noqa: E402
+from colbert_jax.training import Task, loader, trainer  # noqa: E402
 from colbert_jax.training.run import Metrics  # noqa: E402
 
 report: dict = {}
@@ -103,7 +102,7 @@ def main() -> None:
     # The guide's hub id.
     hub.resolve = lambda name, **kwargs: Path(name if Path(name).is_dir() else "checkpoint")
     processes._POLL, index_folder._VISIBLE = 0.2, 1.0
-    sources.CHUNK_TOKENS = 256
+    sources.CHUNK_TOKENS, loader._LADDER = 256, (48, 512)
     guide = (ROOT / "docs" / "distributed.md").read_text("utf-8")
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):

@@ -25,9 +25,6 @@ SIZES = dict(
 RENAMED = dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module", params=[kind for kind in MODEL_TYPES if kind != "xlm-roberta"])
 def backbone(request):
     """The output and the gradient of its weighted sum, a program for each way to train."""

@@ -12,7 +12,6 @@ from colbert_jax.training.step import init_state, make_gradients, make_update
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS, QUERIES, WAYS, LENGTH, DOC_LENGTH = 20, 3, 4, 12, 24
 
 

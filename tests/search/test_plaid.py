@@ -22,7 +22,6 @@ from colbert_jax.search.plaid import (
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "stanford_plaid.npz")
 QUERIES = GOLDEN["queries"]
 ROOMY = 4096
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def offsets(lengths):

@@ -30,9 +30,6 @@ SMALL = settings(derandomize=True, database=None, deadline=None, max_examples=5)
 DRAWN = dict(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([-2.0, 0.3, 0.5, 2.0]))
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def shards_of_one_size():
     with pytest.MonkeyPatch.context() as patch:

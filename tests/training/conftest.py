@@ -10,25 +10,6 @@ from colbert_jax.data.examples import stanford_examples
 from colbert_jax.training import trainer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly(quick_compilation):
-    """Compiling is most of the time that training tests take."""
-
-
-@pytest.fixture(scope="module")
-def one_length():
-    """Documents of all batches padded alike: one program a run. `test_loader.py` has the others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("colbert_jax.training.loader._LADDER", (48, 512))
-        yield
-
-
-@pytest.fixture(scope="session")
-def shallow_folder(tmp_path_factory):
-    """A Stanford checkpoint of one layer."""
-    return support.write_stanford(tmp_path_factory.mktemp("shallow"), {"num_hidden_layers": 1})
-
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, Path]:
     """21 four-way examples with scores, over 60 passages."""

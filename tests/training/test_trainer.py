@@ -104,7 +104,6 @@ def test_finished_run_is_left_alone(start, source, uninterrupted):
 SCRIPT = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.runtime import enable_compilation_cache
