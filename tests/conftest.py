@@ -3,9 +3,9 @@
 On a machine with an accelerator, `COLBERT_JAX_TEST_PLATFORM=cuda make test` (or `tpu`) runs them
 there; tests that need 8 devices skip where there are fewer.
 
-Programs of tests compile for seconds and run for milliseconds, so they are compiled with few
-optimisations, in the processes that tests start too. `full_optimisation` is for tests that need
-what users run; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` is it for all of them.
+Programs of tests compile for seconds and run for milliseconds, so on a CPU they are compiled with
+few optimisations, in the processes that tests start too. `optimised` is for tests whose programs
+run for long; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` runs all as users run them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# These flags are there from jax 0.10 to 0.12; one that XLA does not know would end the process.
-_QUICK = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_use_fusion_emitters=false"
-if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
-    os.environ.setdefault("XLA_FLAGS", _QUICK)
+# Torch: threads with little to do spin for each other, the more so beside another worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+PLATFORM = os.environ.get("COLBERT_JAX_TEST_PLATFORM", "cpu")
+if PLATFORM == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # A flag that XLA does not know would end the process; these are of jax 0.10 to 0.12.
+    if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
+        quick = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+        os.environ.setdefault("XLA_FLAGS", f"{quick} --xla_cpu_use_fusion_emitters=false")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", os.environ.get("COLBERT_JAX_TEST_PLATFORM", "cpu"))
+jax.config.update("jax_platforms", PLATFORM)
 
 import pytest  # noqa: E402
 
@@ -42,6 +46,14 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what the imports made: tracing programs starts it often."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk():
+    """os.fsync is for power cuts, which no test brings about: here it only looks at its file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.stat)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,8 +106,8 @@ def one_length():
 
 
 @pytest.fixture(scope="module")
-def full_optimisation():
-    """Programs as users run them, for tests that measure them or run them for long."""
+def optimised():
+    """For tests whose programs run for so long that optimising them pays."""
     before = jax.config.jax_disable_most_optimizations
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)

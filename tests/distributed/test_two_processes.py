@@ -58,6 +58,30 @@ def lost_connection(folder: Path, codes: list[int]) -> bool:
     return bool(ended) and all(CONNECTION.search((folder / f"log.{n}").read_text()) for n in ended)
 
 
+GLOO = "jax.errors.JaxRuntimeError: UNKNOWN: Gloo context initialization failed: timed out"
+WRONG = "AssertionError: 3 is not 4"
+
+
+@pytest.mark.parametrize(
+    ("codes", "logs", "report", "lost"),
+    [
+        ([0, 0], ["", ""], "{}", False),
+        ([0, 0], ["", ""], GLOO, True),  # a build ended so, and the process went on
+        ([1, 1], [GLOO, GLOO], None, True),
+        ([1, -9], [GLOO, ""], None, True),
+        ([1, -6], [WRONG, GLOO], None, False),  # who fails leaves the other without a peer
+        ([1, -9], [WRONG, ""], None, False),
+        ([-9, -9], ["", ""], None, False),
+    ],
+)
+def test_only_a_lost_connection_is_tried_again(tmp_path, codes, logs, report, lost):
+    for n, log in enumerate(logs):
+        (tmp_path / f"log.{n}").write_text(log)
+    if report is not None:
+        (tmp_path / "report.1.json").write_text(report)
+    assert lost_connection(tmp_path, codes) == lost
+
+
 def launch(folder: Path) -> list[int]:
     """Run both processes to their end; their exit codes.
 
