@@ -22,7 +22,12 @@ from colbert_jax.evaluation import (
     read_queries,
     write_run,
 )
-from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
+from colbert_jax.evaluation.metrics import (
+    DEPTH,
+    check_judged,
+    no_query_judged,
+    require_ir_measures,
+)
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
@@ -107,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> None:
     given, judged = read_queries(args.queries), read_qrels(args.qrels)
     queries = {qid: text for qid, text in given.items() if qid in judged}
     if not queries:
-        raise ValueError(f"no query of {args.queries} has a judgement in {args.qrels}")
+        raise no_query_judged(args.queries, given, args.qrels, judged)
     qrels = {qid: judged[qid] for qid in queries}
     for name, number in (
         ("without a judgement", len(given)),
@@ -115,9 +120,24 @@ def evaluate(args: argparse.Namespace) -> None:
     ):
         if number > len(queries):
             print(f"{number - len(queries)} queries {name}: left out", file=sys.stderr)
-    retriever = Retriever.open(args.index, args.checkpoint)
-    found = _search(retriever, queries, DEPTH, args, texts=False)
-    values = evaluate_ranking({qid: [hit.id for hit in hits] for qid, hits in found.items()}, qrels)
+    opened = Index.open(args.index)
+    known = opened.ids
+    message = check_judged(
+        qrels, lambda pid: known.position(pid) is not None, known[0], f"the index {args.index}"
+    )
+    if message is not None:
+        print(message, file=sys.stderr)
+    retriever = Retriever.open(opened, args.checkpoint)
+    found = _search(retriever, queries, DEPTH + args.ignore_self, args, texts=False)
+    ranking = {qid: [hit.id for hit in hits] for qid, hits in found.items()}
+    values = evaluate_ranking(ranking, qrels, ignore_self=args.ignore_self)
+    own = sum(qid in pids[:1] for qid, pids in ranking.items())
+    if not args.ignore_self and own > len(queries) / 2:
+        print(
+            f"{own} of {len(queries)} queries find the document of their own id first: if the "
+            "queries are documents themselves, leave these out with --ignore-self",
+            file=sys.stderr,
+        )
     if args.json:
         about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
         print(json.dumps(about | values))
@@ -283,6 +303,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--queries", required=True, help="TSV of qid, text")
     sub.add_argument("--qrels", required=True, help="lines of qid, 0, pid, gain")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument(
+        "--ignore-self",
+        action="store_true",
+        help="leave out the document whose id is the query's (ArguAna, Quora, SciDocs)",
+    )
     _search_settings(sub)
 
     sub = command(info, "show what an index holds")

@@ -91,6 +91,36 @@ def test_evaluate(capsys, built, files, texts):
     assert all(f"\n{m} " in out for m in ("nDCG@10", "MRR@10", "Recall@100"))
 
 
+def test_evaluate_says_which_judged_documents_are_not_there(capsys, built, files, tmp_path):
+    """Before the model is loaded: its checkpoint is named wrongly here."""
+    qrels = tmp_path / "qrels"
+    judged = ["--queries", files / "queries.tsv", "--qrels", qrels]
+    qrels.write_text("q0 0 MED-1 1\nq1 0 MED-2 1\n")
+    message = fails(capsys, "evaluate", built, *judged, "--checkpoint", tmp_path)
+    assert "2 of 2 judged documents are not in the index" in message
+    assert "'MED-1'" in message and "'d0'" in message
+    qrels.write_text("q0 0 d0 1\nq1 0 MED-2 1\n")
+    assert main(["evaluate", str(built), *map(str, judged)]) == 0
+    assert "1 of 2 judged documents are not in the index" in capsys.readouterr().err
+    qrels.write_text("q0 0 d0 1\nq0 0 d0 0\n")
+    assert "qrels, line 2: document 'd0' of query 'q0'" in fails(capsys, "evaluate", built, *judged)
+
+
+def test_evaluate_without_the_queries_own_passages(capsys, built, texts, tmp_path):
+    queries, qrels = tmp_path / "queries.tsv", tmp_path / "qrels"
+    queries.write_text("".join(f"d{n}\t{texts[n]}\n" for n in range(4)))
+    qrels.write_text("".join(f"d{n} 0 d{n} 1\nd{n} 0 d{n + 1} 1\n" for n in range(4)))
+    command = ["evaluate", str(built), "--queries", str(queries), "--qrels", str(qrels), "--json"]
+    assert main([*command, "--mode", "exact"]) == 0
+    captured = capsys.readouterr()
+    with_self = json.loads(captured.out)
+    assert "4 of 4 queries find the document of their own id first" in captured.err
+    assert main([*command, "--mode", "exact", "--ignore-self"]) == 0
+    captured = capsys.readouterr()
+    assert "own id" not in captured.err
+    assert json.loads(captured.out)["MRR@10"] < with_self["MRR@10"] == 1
+
+
 def test_rank(capsys, files, stanford_folder, texts):
     out = run(
         capsys, "rank", "--checkpoint", stanford_folder, texts[9], files / "passages.tsv", "-k", 3

@@ -6,6 +6,9 @@ import pytest
 
 from colbert_jax import Hit
 from colbert_jax.evaluation import evaluate_ranking, write_run
+from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.evaluation.metrics import check_judged
+from colbert_jax.retriever import rank_documents
 
 pytest.importorskip("ir_measures", reason="ir-measures (the extra eval) is not installed")
 
@@ -36,6 +39,59 @@ def test_the_order_given_is_the_order_measured():
 def test_nothing_judged():
     with pytest.raises(ValueError, match="none of the queries has a judgement"):
         evaluate_ranking({"1": ["a"]}, {"2": {"a": 1}})
+
+
+def test_a_querys_own_passage_may_be_left_out():
+    """As BEIR does for ArguAna: the query is a document, finds itself, and is no answer."""
+    ranking = {"a": ["a", "b", "c"], "b": ["c", "b", "a"]}
+    qrels = {"a": {"b": 1}, "b": {"a": 1, "b": 1}, "own": {"own": 1}}
+    assert evaluate_ranking(ranking, qrels)["MRR@10"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    values = evaluate_ranking(ranking, qrels, ignore_self=True)
+    assert values["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert values["Recall@100"] == 1
+
+
+def test_judged_documents_that_are_not_there():
+    qrels = {"1": {"a": 1, "MED-1": 0}, "2": {"a": 0, "b": 1}}
+    assert check_judged(qrels, {"a", "b", "MED-1"}.__contains__, "a", "x") is None
+    message = check_judged(qrels, {"a", "b"}.__contains__, "a", "the index x")
+    assert message.startswith("1 of 3 judged documents are not in the index x")
+    assert "'MED-1'" in message and "'a'" in message
+    with pytest.raises(ValueError, match=r"3 of 3 judged documents are not in the index x"):
+        check_judged(qrels, {"0"}.__contains__, "0", "the index x")
+
+
+def test_a_dev_collection_says_what_it_can_not_find():
+    passages, queries = {"a": "one", "b": "two"}, {"1": "what"}
+    with pytest.warns(UserWarning, match="1 of 2 judged documents are not in the dev collection"):
+        DevCollection(passages, queries, {"1": {"a": 1, "z": 1}, "not asked": {"y": 1}})
+    with pytest.raises(ValueError, match="2 of 2 judged documents are not in the dev collection"):
+        DevCollection(passages, queries, {"1": {"y": 1, "z": 1}})
+    with pytest.raises(ValueError, match="no query with a judgement"):
+        DevCollection(passages, queries, {"2": {"a": 1}})
+
+
+def test_a_dev_collection_from_files(tmp_path):
+    collection, queries, qrels = (tmp_path / name for name in ("c.tsv", "q.tsv", "qrels"))
+    collection.write_text("a\tone\na\ttwo\n")
+    queries.write_text("1\twhat\n")
+    qrels.write_text("2 0 a 1\n")
+    with pytest.raises(ValueError, match=r"id is '1', for example, and a judged one is '2'"):
+        DevCollection.read(collection, queries, qrels)
+    qrels.write_text("1 0 a 1\n")
+    with pytest.raises(ValueError, match=r"c\.tsv: passage id 'a' appears twice"):
+        DevCollection.read(collection, queries, qrels)
+
+
+def test_a_dev_collection_of_its_own_queries(model, texts):
+    passages = {str(n): text for n, text in enumerate(texts[:8])}
+    qrels = {"3": {"3": 1, "4": 1}}
+    values = DevCollection(passages, {"3": texts[3]}, qrels).evaluate(model)
+    assert values["MRR@10"] == values["Recall@100"] == 1
+    values = DevCollection(passages, {"3": texts[3]}, qrels, ignore_self=True).evaluate(model)
+    order = [hit.id for hit in rank_documents(model, texts[3], passages) if hit.id != "3"]
+    assert values["MRR@10"] == pytest.approx(1 / (1 + order.index("4")))
+    assert values["Recall@100"] == 1
 
 
 def test_run_file(tmp_path):
