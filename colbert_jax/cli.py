@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from colbert_jax import __version__
@@ -28,6 +28,8 @@ from colbert_jax.evaluation.metrics import (
     no_query_judged,
     require_ir_measures,
 )
+from colbert_jax.evaluation.runs import FORMATS, check_run_ids
+from colbert_jax.files import output_place
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
@@ -89,16 +91,25 @@ def search(args: argparse.Namespace) -> None:
         queries = read_queries(args.queries)
     else:
         queries = {f"q{n}": text for n, text in enumerate(args.query, 1)}
-    retriever = Retriever.open(args.index, args.checkpoint)
-    found = _search(retriever, queries, args.k, args, texts=not args.output)
     if args.output:
-        write_run(args.output, found)
-        results = sum(map(len, found.values()))
-        print(f"{len(found)} queries, {results} results: {args.output}")
+        output_place(args.output)
+        check_run_ids(queries, "query", args.format)
+    opened = Index.open(args.index)
+    if args.output:
+        check_run_ids(opened.ids, "document", args.format)
+    retriever = Retriever.open(opened, args.checkpoint)
+    if not args.output:
+        for qid, hits in _search(retriever, queries, args.k, args, texts=True):
+            print(queries[qid])
+            _print_hits(hits)
         return
-    for qid, hits in found.items():
-        print(queries[qid])
-        _print_hits(hits)
+    found = _search(retriever, queries, args.k, args, texts=False)
+    results = write_run(args.output, found, args.format)
+    whole = output_place(args.output) is not None  # not a pipe, which may be our own output
+    print(
+        f"{len(queries)} queries, {results} results: {args.output}",
+        file=sys.stdout if whole else sys.stderr,
+    )
 
 
 def rank(args: argparse.Namespace) -> None:
@@ -129,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(message, file=sys.stderr)
     retriever = Retriever.open(opened, args.checkpoint)
     found = _search(retriever, queries, DEPTH + args.ignore_self, args, texts=False)
-    ranking = {qid: [hit.id for hit in hits] for qid, hits in found.items()}
+    ranking = {qid: [hit.id for hit in hits] for qid, hits in found}
     values = evaluate_ranking(ranking, qrels, ignore_self=args.ignore_self)
     own = sum(qid in pids[:1] for qid, pids in ranking.items())
     if not args.ignore_self and own > len(queries) / 2:
@@ -212,18 +223,20 @@ def demo(args: argparse.Namespace) -> None:
 
 def _search(
     retriever: Retriever, queries: Mapping[str, str], k: int, args: argparse.Namespace, texts: bool
-) -> dict[str, list[Hit]]:
-    hits = retriever.search(
-        list(queries.values()),
+) -> Iterator[tuple[str, list[Hit]]]:
+    """Query ids and hits, in the order of the queries."""
+    hits = retriever.search_many(
+        queries.values(),
         k,
         mode=args.mode,
         ncells=args.ncells,
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
         texts=texts,
-        progress=None,
+        # A bar among results on the same terminal would hide them.
+        progress=False if texts and sys.stdout.isatty() else None,
     )
-    return dict(zip(queries, hits, strict=True))
+    return zip(queries, hits, strict=True)
 
 
 def _print_hits(hits: Sequence[Hit]) -> None:
@@ -288,8 +301,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("index")
     sub.add_argument("query", nargs="*")
     sub.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
-    sub.add_argument("--queries", help="TSV of qid, text")
-    sub.add_argument("--output", help="write a run file: qid, pid, rank, score")
+    sub.add_argument("--queries", help="TSV of qid, text, or JSONL")
+    sub.add_argument("--output", help="write a run file, into a file or a pipe")
+    sub.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="trec",
+        help="of the run file: qid Q0 pid rank score tag (trec, the default), or qid, pid, rank, "
+        "score with tabs between (stanford)",
+    )
     _search_settings(sub)
 
     sub = command(rank, "order the documents of a file for one query, without an index")
@@ -300,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(evaluate, "measure an index against relevance judgements")
     sub.add_argument("index")
-    sub.add_argument("--queries", required=True, help="TSV of qid, text")
+    sub.add_argument("--queries", required=True, help="TSV of qid, text, or JSONL")
     sub.add_argument("--qrels", required=True, help="lines of qid, 0, pid, gain")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument(

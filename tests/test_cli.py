@@ -59,14 +59,33 @@ def test_search(capsys, built, texts):
 
 
 def test_search_file_to_run(capsys, built, files):
-    output = files / "run.tsv"
-    run(capsys, "search", built, "--queries", files / "queries.tsv", "--output", output, "-k", 7)
-    rows = [line.split("\t") for line in output.read_text().splitlines()]
+    """In TREC's six columns, and in Stanford's four."""
+    output = files / "run.txt"
+    command = ["search", built, "--queries", files / "queries.tsv", "--output", output, "-k", 7]
+    assert "12 queries, 84 results" in run(capsys, *command)
+    rows = [line.split(" ") for line in output.read_text().splitlines()]
     assert len(rows) == 12 * 7
-    assert {row[0] for row in rows[:7]} == {"q0"}
-    assert [row[2] for row in rows[:7]] == [str(n) for n in range(1, 8)]
-    scores = [float(row[3]) for row in rows[:7]]
-    assert scores == sorted(scores, reverse=True)
+    assert {(row[0], row[1], row[5]) for row in rows[:7]} == {("q0", "Q0", "colbert_jax")}
+    assert [row[3] for row in rows[:7]] == [str(n) for n in range(1, 8)]
+    scores = [float(row[4]) for row in rows[:7]]
+    assert scores == sorted(set(scores), reverse=True)
+    run(capsys, *command, "--format", "stanford")
+    tabbed = [line.split("\t") for line in output.read_text().splitlines()]
+    assert tabbed == [[row[0], *row[2:5]] for row in rows]
+
+
+def test_ids_for_a_run_file_are_checked_before_the_search(capsys, files, model, tmp_path):
+    """Before the model is loaded: its checkpoint is named wrongly here."""
+    path = Retriever.build(tmp_path / "i", model, [("a b", "heat"), ("c", "flow")]).index.path
+    queries = tmp_path / "q.tsv"
+    queries.write_text("q 1\theat\n")
+    command = ["search", path, "--queries", queries, "--output", tmp_path / "run"]
+    wrong = ["--checkpoint", tmp_path]
+    assert "query id 'q 1' has white space" in fails(capsys, *command, *wrong)
+    queries.write_text("q1\theat\n")
+    assert "document id 'a b' has white space" in fails(capsys, *command, *wrong)
+    run(capsys, *command, "--format", "stanford")
+    assert "q1\ta b\t" in (tmp_path / "run").read_text()
 
 
 def test_evaluate(capsys, built, files, texts):

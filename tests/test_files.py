@@ -9,9 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from colbert_jax import files
+from colbert_jax import Hit, files
 from colbert_jax.evaluation import write_run
-from colbert_jax.search.arrays import Hits
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 
 
@@ -133,8 +132,8 @@ def test_recover_keeps_to_its_own(tmp_path):
 
 
 def run_file(file):
-    write_run(file, ["q"], Hits(np.zeros((1, 1), int), np.ones((1, 1), np.float32)), ["d"])
-    return file.read_text() == "q\td\t1\t1.000000\n"
+    write_run(file, {"q": [Hit("d", 1.0, None, 0)]}, "stanford")
+    return file.read_text() == "q\td\t1\t1.0\n"
 
 
 def torch_file(file):
@@ -175,7 +174,7 @@ def test_locks(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from colbert_jax import files
+from colbert_jax import Hit, files
 held = files.lock_file(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
