@@ -1,6 +1,7 @@
 """The commands, run in this process as a person would type them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,22 @@ def test_ids_for_a_run_file_are_checked_before_the_search(capsys, files, model, 
     assert "document id 'a b' has white space" in fails(capsys, *command, *wrong)
     run(capsys, *command, "--format", "stanford")
     assert "q1\ta b\t" in (tmp_path / "run").read_text()
+
+
+def test_output_goes_where_it_is_named(capsys, built, files, tmp_path):
+    """Through a link and into a pipe; what can't be written is named before the model is loaded."""
+    command = ["search", built, "--queries", files / "queries.tsv", "-k", 1, "--output"]
+    message = fails(capsys, *command, tmp_path / "no" / "run", "--checkpoint", tmp_path)
+    assert "there is no folder" in message
+    assert "is a folder" in fails(capsys, *command, tmp_path, "--checkpoint", tmp_path)
+    (tmp_path / "link").symlink_to("target")
+    run(capsys, *command, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    assert run(capsys, *command, tmp_path / "pipe") == ""  # it may be our own output
+    assert reader.communicate()[0] == (tmp_path / "target").read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"link", "target", "pipe"}
 
 
 def test_evaluate(capsys, built, files, texts):
