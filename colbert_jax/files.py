@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 _OURS = ".colbert_jax"
 _DIGITS = 8  # of a draft's name
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def read_json(file: Path) -> Any:
@@ -139,12 +140,9 @@ def writing(path: str | os.PathLike) -> Iterator[IO[str]]:
             with replacing(place) as stream:
                 yield stream
     except OSError as error:
-        if error.filename is None and error.errno in _NO_ROOM:
+        if error.filename is None and error.errno in NO_ROOM:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def output_place(path: str | os.PathLike) -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -21,7 +21,9 @@ from colbert_jax.data.documents import Documents
 from colbert_jax.explanation import Explanation
 from colbert_jax.files import resolved
 from colbert_jax.index import Index
-from colbert_jax.index.folder import check_free
+from colbert_jax.index.columns import DuplicateIdError
+from colbert_jax.index.folder import METADATA, check_free
+from colbert_jax.index.format import IndexFormatError
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, check_k
 from colbert_jax.text import as_queries
@@ -111,22 +113,27 @@ class Retriever:
         """
         path = resolved(path)
         check_free(path, overwrite)
-        documents = Documents(documents)
+        listed: Any = Documents(documents)
         model = _load(model, pretrained)
-        index = Index.build(
-            path,
-            model,
-            documents,
-            nbits=nbits,
-            kmeans_niters=kmeans_niters,
-            num_centroids=num_centroids,
-            buckets=buckets,
-            seed=seed,
-            store_texts=store_texts,
-            overwrite=overwrite,
-            progress=progress,
-            mesh=mesh,
-        )
+        try:
+            index = Index.build(
+                path,
+                model,
+                listed,
+                nbits=nbits,
+                kmeans_niters=kmeans_niters,
+                num_centroids=num_centroids,
+                buckets=buckets,
+                seed=seed,
+                store_texts=store_texts,
+                overwrite=overwrite,
+                progress=progress,
+                mesh=mesh,
+            )
+        except DuplicateIdError as error:
+            if isinstance(documents, str | os.PathLike):
+                raise DuplicateIdError(f"{documents}: {error}") from None
+            raise
         return cls(model, index)
 
     @classmethod
@@ -418,7 +425,7 @@ def _model_of(
     index: Index, name_or_path: str | os.PathLike | None, pretrained: dict[str, Any]
 ) -> ColBERT:
     """Load the model that an index remembers; `name_or_path` if it has moved."""
-    known = index.metadata.model
+    known = remembered_model(index)
     if known is None:
         if name_or_path is None:
             raise ValueError(
@@ -435,6 +442,32 @@ def _model_of(
         raise FileNotFoundError(
             f"{error}. The index {index.path} was built with it; name its place if it moved"
         ) from None
+    except TypeError as error:
+        if pretrained:
+            raise
+        raise IndexFormatError(
+            f"{index.path / METADATA}: field 'model' is damaged: {error}"
+        ) from None
+
+
+def remembered_model(index: Index) -> Mapping[str, Any] | None:
+    """What an index says of its model: `load`, with a `name_or_path`, and `fingerprint`; None for
+    one of ready embeddings.
+
+    Raises:
+      ValueError: that field of its metadata is damaged.
+    """
+    known = index.metadata.model
+    if known is None:
+        return None
+    load = known.get("load")
+    named = isinstance(load, dict) and isinstance(load.get("name_or_path"), str)
+    if not named or not isinstance(known.get("fingerprint"), str):
+        raise IndexFormatError(
+            f"{index.path / METADATA}: field 'model' is damaged: it does not say which checkpoint "
+            "the index was built with; copy the index anew, or build it again"
+        )
+    return known
 
 
 def _check_together(model: ColBERT, index: Index) -> None:
@@ -443,7 +476,7 @@ def _check_together(model: ColBERT, index: Index) -> None:
             f"{index.path}: indexed token embeddings have {index.dim} dimensions, those of "
             f"{model.load['name_or_path']} have {model.dim}: it was built with another model"
         )
-    known = index.metadata.model
+    known = remembered_model(index)
     if known is not None and model.fingerprint() != known["fingerprint"]:
         raise ValueError(
             f"{model.load['name_or_path']}: not the checkpoint, or not the document settings, that "

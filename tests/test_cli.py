@@ -1,15 +1,22 @@
 """The commands, run in this process as a person would type them."""
 
+import errno
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import pytest
 import support
+from safetensors import SafetensorError
 
 from colbert_jax import Index, Retriever
 from colbert_jax.cli import main
+from colbert_jax.index.index import UnknownIdError
+from colbert_jax.progress import LOGGER
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +232,125 @@ def test_interruption_says_what_is_kept(capsys, monkeypatch, command, expected):
 def test_traceback_on_request(built):
     with pytest.raises(ValueError, match="one of the two"):
         main(["search", str(built), "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FloatingPointError("at step 3, the loss is nan"), "error: at step 3, the loss is nan\n"),
+        (OverflowError("int too large"), "error: OverflowError: int too large; if nothing"),
+        (KeyError("load"), "error: KeyError: 'load'; if nothing explains it, --traceback shows"),
+        (UnknownIdError("i: no document has the id 'x'"), "error: i: no document has the id 'x'\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "error: UnicodeDecodeError: 'utf-8'"),
+        (zipfile.BadZipFile("no zip"), "error: BadZipFile: no zip; if nothing"),
+        (SafetensorError("HeaderTooLarge"), "error: SafetensorError: HeaderTooLarge"),
+        (MemoryError(), "error: not enough memory: ask for less at a time, or free some\n"),
+        (RecursionError("too deep"), "error: nested too deeply (too deep): is a JSON file damaged"),
+        (AssertionError(), "error: AssertionError: ; if nothing explains it"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left: the.index; make room, and run"),
+        (OSError(errno.ENOSPC, "No space left", "a/file"), "No space left: 'a/file'\n"),
+    ],
+)
+def test_every_error_is_one_message(capsys, monkeypatch, error, expected):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(Index, "open", fail)
+    assert expected in fails(capsys, "info", "the.index")
+    with pytest.raises(type(error)):
+        main(["info", "the.index", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("message", "command", "expected"),
+    [
+        (
+            "pass overwrite=True to replace it",
+            "index c.tsv i --checkpoint m",
+            "pass --overwrite to",
+        ),
+        ("no hub id; pass base=", "convert a b --to native", "no hub id; pass --base\n"),
+        ("no hub id; pass base=", "search i query", "no hub id; pass base=\n"),
+        ("(it was built with store_texts=False)", "search i query", "built with --no-texts)"),
+        ('mode="exact" scores every', "search i query", "--mode exact scores every"),
+        ("shard it, Index.open(path, mesh=...)", "search i query", "Index.open(path, mesh=...)"),
+        ("/data/k=3/dim=4: exists", "search i query", "/data/k=3/dim=4: exists"),
+        ("pass overwrite=True", "train colbertv1 --folder r", "pass --overwrite\n"),
+    ],
+)
+def test_messages_name_flags(capsys, monkeypatch, message, command, expected):
+    def fail(*arguments, **settings):
+        raise ValueError(message)
+
+    for place, name in ((Retriever, "build"), (Index, "open")):
+        monkeypatch.setattr(place, name, fail)
+    monkeypatch.setattr("colbert_jax.cli.convert_checkpoint", fail)
+    monkeypatch.setattr("colbert_jax.cli.make", fail)
+    assert expected in fails(capsys, *command.split())
+
+
+def test_warnings_are_one_line(capsys, monkeypatch, built):
+    def warn(args):
+        warnings.warn("two\n  lines", stacklevel=1)
+
+    monkeypatch.setattr(Index, "open", warn)
+    monkeypatch.setattr("colbert_jax.cli._summary", lambda opened: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        message = fails(capsys, "info", built)
+        assert warnings.showwarning is shown
+    assert message.splitlines()[0] == "colbert-jax: warning: two lines"
+
+
+@pytest.mark.parametrize(("flags", "level"), [([], logging.INFO), (["--quiet"], logging.WARNING)])
+def test_log_lines_are_shown_unless_it_is_to_be_quiet(capsys, built, flags, level):
+    run(capsys, "info", built, *flags)
+    assert LOGGER.level == level
+    run(capsys, *flags, "info", built)
+    assert LOGGER.level == level
+
+
+def test_what_the_terminal_can_not_show_is_escaped(built, tmp_path):
+    (tmp_path / "c.tsv").write_text("d\u00e9\tcaf\u00e9\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "colbert_jax.cli", "search", str(built), "caf\u00e9", "-k", "1"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"caf\\xe9\n")
+
+
+def test_duplicate_ids_are_named_with_their_file(capsys, stanford_folder, tmp_path):
+    file = tmp_path / "twice.tsv"
+    file.write_text("a\tx\na\ty\n")
+    message = fails(capsys, "index", file, tmp_path / "i", "--checkpoint", stanford_folder)
+    assert f"{file}: duplicate document id 'a': documents 1 and 2" in message
+
+
+def test_a_damaged_model_field_is_named(capsys, files, stanford_folder, tmp_path):
+    path = tmp_path / "i"
+    checkpoint = ["--checkpoint", stanford_folder]
+    run(capsys, "index", files / "passages.tsv", path, *checkpoint)
+    metadata = json.loads((path / "metadata.json").read_text())
+    for damage in ({}, {"load": {}}, {"load": {"name_or_path": 3}}, {"load": {"x": 1}}):
+        whole = metadata["model"]
+        broken = metadata | {"model": {k: v for k, v in whole.items() if k != "load"} | damage}
+        (path / "metadata.json").write_text(json.dumps(broken))
+        for command in (["info", path], ["search", path, "heat"]):
+            assert "metadata.json: field 'model' is damaged" in fails(capsys, *command)
+    load = metadata["model"]["load"] | {"no_such_setting": 1}
+    broken = metadata | {"model": metadata["model"] | {"load": load}}
+    (path / "metadata.json").write_text(json.dumps(broken))
+    assert "field 'model' is damaged" in fails(capsys, "search", path, "heat")
+
+
+def test_inputs_may_be_pipes(capsys, built, files, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    source = subprocess.Popen(["cp", str(files / "queries.tsv"), str(tmp_path / "pipe")])
+    out = run(capsys, "search", built, "--queries", tmp_path / "pipe", "-k", 1)
+    assert source.wait() == 0 and len(out.splitlines()) == 24
 
 
 def test_compiled_programs_may_have_no_place(capsys, built, monkeypatch, tmp_path):

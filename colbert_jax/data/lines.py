@@ -100,6 +100,8 @@ def _open(path: Path) -> Any:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged: {error}") from None
     with path.open("rb") as stream:
+        if not path.is_file():  # but a pipe
+            return stream.read()
         if not path.stat().st_size:  # can't be mapped
             return b""
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

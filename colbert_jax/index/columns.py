@@ -23,6 +23,10 @@ _HASHED = 1 << 16  # ids hashed at a time
 # --- Writing --------------------------------------------------------------------------------
 
 
+class DuplicateIdError(ValueError):
+    """Two documents have one id."""
+
+
 class WrittenIds(NamedTuple):
     """The documents' own ids on disk: bytes (None: they are 0..N-1) and a hash of them."""
 
@@ -136,7 +140,7 @@ class IdWriter:
         for at in same:
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
-                raise ValueError(
+                raise DuplicateIdError(
                     f"duplicate document id {ids[first]!r}: documents {first + 1} and "
                     f"{second + 1} (counted from 1)"
                 )
