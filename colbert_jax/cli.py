@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
@@ -22,11 +26,20 @@ from colbert_jax.evaluation import (
     read_queries,
     write_run,
 )
-from colbert_jax.evaluation.metrics import DEPTH, require_ir_measures
+from colbert_jax.evaluation.metrics import (
+    DEPTH,
+    check_judged,
+    no_query_judged,
+    require_ir_measures,
+)
+from colbert_jax.evaluation.runs import FORMATS, check_run_ids
+from colbert_jax.files import NO_ROOM, output_place
 from colbert_jax.index import Index
 from colbert_jax.index.format import FORMAT_VERSION
+from colbert_jax.index.index import UnknownIdError
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
-from colbert_jax.retriever import Hit, Retriever, rank_documents
+from colbert_jax.progress import log_to_stderr, tqdm
+from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_model
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.settings import add_arguments, given, make, merge, read_settings
 from colbert_jax.training.recipes import RECIPES
@@ -36,28 +49,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-      the exit status: 0; 2 for bad input, named on stderr; 130 after Ctrl-C.
+      the exit status: 0; 2 for an error, named on stderr; 130 after Ctrl-C.
     """
     args = _parser().parse_args(arguments)
+    log_to_stderr(logging.WARNING if args.quiet else logging.INFO)
+    _print_anything()
     try:
-        enable_compilation_cache()
-    except OSError as error:
-        print(f"colbert-jax: compiled programs are not kept: {error}", file=sys.stderr)
-    try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                enable_compilation_cache()
+            except OSError as error:
+                _warn(f"compiled programs are not kept: {error}")
+            args.run(args)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except KeyboardInterrupt:
         print(f"colbert-jax: interrupted{args.resumes}", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if args.traceback:
             raise
-        message = str(error).replace("overwrite=True", "--overwrite")  # what to type here
-        print(f"colbert-jax: error: {message}", file=sys.stderr)
+        print(f"colbert-jax: error: {_as_typed(_message(error, args), args)}", file=sys.stderr)
         return 2
     return 0
+
+
+# What is raised for what a person gave, and says so; all else is named with its type.
+_EXPLAINED: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, ImportError)
+_EXPLAINED += (RuntimeError, FloatingPointError, UnknownIdError, UserWarning)
+_ELSE = "if nothing explains it, --traceback shows where it came from"
+
+
+def _message(error: Exception, args: argparse.Namespace) -> str:
+    """What went wrong, on what, and what to do."""
+    kind, text = type(error).__name__, str(error)
+    written = [getattr(args, name, None) for name in ("output", "index", "folder")]
+    if isinstance(error, MemoryError):
+        text = (
+            f"not enough memory{f' ({text})' if text else ''}: ask for less at a time, or free some"
+        )
+    elif isinstance(error, RecursionError):
+        text = f"nested too deeply ({text}): is a JSON file damaged? {_ELSE}"
+    elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+        place = next(filter(None, written), None)
+        text = f"{text}{f': {place}' if place else ''}; make room, and run the command again"
+    elif not isinstance(error, _EXPLAINED) or isinstance(error, UnicodeError) or not text:
+        text = f"{kind}: {text}; {_ELSE}"
+    return "\n".join([text, *getattr(error, "__notes__", ())])
+
+
+def _as_typed(message: str, args: argparse.Namespace) -> str:
+    """A message that names arguments of Python, with the flags to type in their place."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if (name, value) == ("store_texts", "False"):
+            return "--no-texts"
+        if name not in vars(args) or value == "False":
+            return match.group()
+        value = "" if value == "True" else value.strip("\"'")
+        return f"--{name.replace('_', '-')} {value}".strip()
+
+    return re.sub(
+        r"(?<![\w/.='\"-])([a-z_]+)=(True|False|\"\w*\"|'\w*'|(?![^\s,;:)]))", flag, message
+    )
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`."""
+    _warn(str(message))
+
+
+def _warn(message: str) -> None:
+    """One line, above the bars."""
+    tqdm.write(f"colbert-jax: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _print_anything() -> None:
+    """Let texts and names be printed that the terminal's encoding does not have, escaped."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # not of a notebook's
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 def index(args: argparse.Namespace) -> None:
@@ -84,16 +159,26 @@ def search(args: argparse.Namespace) -> None:
         queries = read_queries(args.queries)
     else:
         queries = {f"q{n}": text for n, text in enumerate(args.query, 1)}
-    retriever = Retriever.open(args.index, args.checkpoint)
-    found = _search(retriever, queries, args.k, args, texts=not args.output)
     if args.output:
-        write_run(args.output, found)
-        results = sum(map(len, found.values()))
-        print(f"{len(found)} queries, {results} results: {args.output}")
+        output_place(args.output)
+        check_run_ids(queries, "query", args.format)
+    place: str | Index = args.index
+    if args.output:
+        place = Index.open(args.index)
+        check_run_ids(place.ids, "document", args.format)
+    retriever = Retriever.open(place, args.checkpoint)
+    if not args.output:
+        for qid, hits in _search(retriever, queries, args.k, args, texts=True):
+            print(queries[qid])
+            _print_hits(hits)
         return
-    for qid, hits in found.items():
-        print(queries[qid])
-        _print_hits(hits)
+    found = _search(retriever, queries, args.k, args, texts=False)
+    results = write_run(args.output, found, args.format)
+    whole = output_place(args.output) is not None  # not a pipe, which may be our own output
+    print(
+        f"{len(queries)} queries, {results} results: {args.output}",
+        file=sys.stdout if whole else sys.stderr,
+    )
 
 
 def rank(args: argparse.Namespace) -> None:
@@ -107,17 +192,31 @@ def evaluate(args: argparse.Namespace) -> None:
     given, judged = read_queries(args.queries), read_qrels(args.qrels)
     queries = {qid: text for qid, text in given.items() if qid in judged}
     if not queries:
-        raise ValueError(f"no query of {args.queries} has a judgement in {args.qrels}")
+        raise no_query_judged(args.queries, given, args.qrels, judged)
     qrels = {qid: judged[qid] for qid in queries}
     for name, number in (
         ("without a judgement", len(given)),
         ("judged but not given", len(judged)),
     ):
         if number > len(queries):
-            print(f"{number - len(queries)} queries {name}: left out", file=sys.stderr)
-    retriever = Retriever.open(args.index, args.checkpoint)
-    found = _search(retriever, queries, DEPTH, args, texts=False)
-    values = evaluate_ranking({qid: [hit.id for hit in hits] for qid, hits in found.items()}, qrels)
+            _warn(f"{number - len(queries)} queries {name}: left out")
+    opened = Index.open(args.index)
+    known = opened.ids
+    message = check_judged(
+        qrels, lambda pid: known.position(pid) is not None, known[0], f"the index {args.index}"
+    )
+    if message is not None:
+        _warn(message)
+    retriever = Retriever.open(opened, args.checkpoint)
+    found = _search(retriever, queries, DEPTH + args.ignore_self, args, texts=False)
+    ranking = {qid: [hit.id for hit in hits] for qid, hits in found}
+    values = evaluate_ranking(ranking, qrels, ignore_self=args.ignore_self)
+    own = sum(qid in pids[:1] for qid, pids in ranking.items())
+    if not args.ignore_self and own > len(queries) / 2:
+        _warn(
+            f"{own} of {len(queries)} queries find the document of their own id first: if the "
+            "queries are documents themselves, leave these out with --ignore-self"
+        )
     if args.json:
         about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
         print(json.dumps(about | values))
@@ -134,8 +233,8 @@ def info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(opened.metadata.to_json()))
         return
+    model = remembered_model(opened)
     print(_summary(opened))
-    model = opened.metadata.model
     print(f"model        {model['load']['name_or_path'] if model else 'none: ready embeddings'}")
     print(f"format       {FORMAT_VERSION}")
     print(f"settings     {json.dumps(opened.metadata.settings)}")
@@ -192,18 +291,20 @@ def demo(args: argparse.Namespace) -> None:
 
 def _search(
     retriever: Retriever, queries: Mapping[str, str], k: int, args: argparse.Namespace, texts: bool
-) -> dict[str, list[Hit]]:
-    hits = retriever.search(
-        list(queries.values()),
+) -> Iterator[tuple[str, list[Hit]]]:
+    """Query ids and hits, in the order of the queries."""
+    hits = retriever.search_many(
+        queries.values(),
         k,
         mode=args.mode,
         ncells=args.ncells,
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
         texts=texts,
-        progress=None,
+        # A bar among results on the same terminal would hide them.
+        progress=False if texts and sys.stdout.isatty() else None,
     )
-    return dict(zip(queries, hits, strict=True))
+    return zip(queries, hits, strict=True)
 
 
 def _print_hits(hits: Sequence[Hit]) -> None:
@@ -233,19 +334,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="colbert-jax", description="Late-interaction retrieval: index documents, search them."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    _general(parser, default=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(run, summary: str, resumes: str = "") -> argparse.ArgumentParser:
         name = run.__name__.strip("_").replace("_", "-")
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run, resumes=resumes)
-        sub.add_argument(
-            "--traceback",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show where an error comes from",
-        )
+        _general(sub)
         return sub
 
     sub = command(
@@ -268,8 +364,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("index")
     sub.add_argument("query", nargs="*")
     sub.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
-    sub.add_argument("--queries", help="TSV of qid, text")
-    sub.add_argument("--output", help="write a run file: qid, pid, rank, score")
+    sub.add_argument("--queries", help="TSV of qid, text, or JSONL")
+    sub.add_argument("--output", help="write a run file, into a file or a pipe")
+    sub.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="trec",
+        help="of the run file: qid Q0 pid rank score tag (trec, the default), or qid, pid, rank, "
+        "score with tabs between (stanford)",
+    )
     _search_settings(sub)
 
     sub = command(rank, "order the documents of a file for one query, without an index")
@@ -280,9 +383,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(evaluate, "measure an index against relevance judgements")
     sub.add_argument("index")
-    sub.add_argument("--queries", required=True, help="TSV of qid, text")
+    sub.add_argument("--queries", required=True, help="TSV of qid, text, or JSONL")
     sub.add_argument("--qrels", required=True, help="lines of qid, 0, pid, gain")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument(
+        "--ignore-self",
+        action="store_true",
+        help="leave out the document whose id is the query's (ArguAna, Quora, SciDocs)",
+    )
     _search_settings(sub)
 
     sub = command(info, "show what an index holds")
@@ -315,12 +423,23 @@ def _parser() -> argparse.ArgumentParser:
         one = recipes.add_parser(name, help=run.__doc__, description=kind.__doc__)
         one.add_argument("--settings", help="JSON file with settings; flags override single ones")
         one.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
+        _general(one)
         add_arguments(one, kind)
 
     sub = command(demo, "index the documentation of Python's standard library, ask five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")
     sub.add_argument("--checkpoint", help="default: the packaged all-MiniLM-L6-v2")
     return parser
+
+
+def _general(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """Flags that may stand before a command's name and behind it, where a default would undo the
+    one before."""
+    for flag, help in (
+        ("--traceback", "show where an error comes from"),
+        ("--quiet", "no progress bars and no log lines, only warnings and errors"),
+    ):
+        parser.add_argument(flag, action="store_true", default=default, help=help)
 
 
 def _search_settings(sub: argparse.ArgumentParser) -> None:

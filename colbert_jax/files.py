@@ -7,9 +7,11 @@ chosen are never taken over.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -26,6 +28,7 @@ except ImportError:  # Windows
 
 _OURS = ".colbert_jax"
 _DIGITS = 8  # of a draft's name
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def read_json(file: Path) -> Any:
@@ -115,6 +118,69 @@ def replacing(file: Path, mode: str = "w") -> Iterator[IO[Any]]:
         draft.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[IO[str]]:
+    """A stream of text into a place that a user has named.
+
+    A file is whole or not there (`replacing`), and if the place is a link, it is the link's target.
+    A pipe, a device, or an open descriptor such as /dev/stdout is written to at once.
+
+    Raises:
+      OSError: see `output_place`; or no room, naming the place.
+    """
+    place = output_place(path)
+    try:
+        if place is None:
+            # "w" would empty a file that is behind a descriptor
+            with open(path, "a", encoding="utf-8", newline="\n") as stream:
+                yield stream
+        else:
+            with replacing(place) as stream:
+                yield stream
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        raise
+
+
+def output_place(path: str | os.PathLike) -> Path | None:
+    """Where the file lies that a user has named to be written, behind links; None for a pipe, a
+    device or an open descriptor.
+
+    Raises:
+      OSError: nothing can be written there, with what to do.
+    """
+    path = Path(path)
+    if _is_descriptor(path):
+        return None
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: is there and may not be written; name another file")
+    if path.exists() and not path.is_file():
+        return None
+    place = Path(os.path.realpath(path))
+    if place.is_symlink():
+        raise OSError(f"{path}: a link that leads back to itself; remove it")
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {place.parent}; make it first")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: no permission to write in {place.parent}; name another")
+    return place
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether a path is, or links to, an open file of this process."""
+    name = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        if re.fullmatch(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/[^/]+/fd/\d+", name):
+            return True
+        if not os.path.islink(name):
+            return False
+        name = os.path.abspath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return False
 
 
 def write_json(file: Path, value: Any) -> None:

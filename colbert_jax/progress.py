@@ -48,10 +48,12 @@ def progress_bar(
     Args:
       total: the units of work. If None, they are not known.
       show: True for a bar, False for silence. If None, a bar on a terminal or in a notebook, and
-        lines in the log elsewhere.
+        lines in the log elsewhere; silence where a program has set the log to warnings only.
       initial: the units that an earlier run did; the rate leaves them out.
       pace: of the lines. If None, `PACE`.
     """
+    if show is None and LOGGER.level > logging.INFO:
+        show = False
     if show is None and not (sys.stderr.isatty() or _in_notebook()):
         return LogLines(total, description, unit, initial, PACE if pace is None else pace)
     return tqdm(

@@ -6,23 +6,32 @@ Below it are `ColBERT` (texts to token embeddings) and `Index` (token embeddings
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 from jax.sharding import Mesh
 
+from colbert_jax.batching import ladder_length
 from colbert_jax.colbert import ColBERT
 from colbert_jax.data.documents import Documents
 from colbert_jax.explanation import Explanation
 from colbert_jax.files import resolved
 from colbert_jax.index import Index
-from colbert_jax.index.folder import check_free
+from colbert_jax.index.columns import DuplicateIdError
+from colbert_jax.index.folder import METADATA, check_free
+from colbert_jax.index.format import IndexFormatError
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, check_k
 from colbert_jax.text import as_queries
 
+_READ = 4096  # queries that are sorted by length at a time, and whose hits are in memory
+_HITS = 1 << 18  # hits in memory: fewer queries at a time where each has many
 _ENCODED = 256  # queries whose token embeddings are in memory at a time
+_TOKENS = 1 << 15  # tokens of these, padding included
 _SEARCHED = 32  # queries of one call of the index
 _PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
 
@@ -104,22 +113,27 @@ class Retriever:
         """
         path = resolved(path)
         check_free(path, overwrite)
-        documents = Documents(documents)
+        listed: Any = Documents(documents)
         model = _load(model, pretrained)
-        index = Index.build(
-            path,
-            model,
-            documents,
-            nbits=nbits,
-            kmeans_niters=kmeans_niters,
-            num_centroids=num_centroids,
-            buckets=buckets,
-            seed=seed,
-            store_texts=store_texts,
-            overwrite=overwrite,
-            progress=progress,
-            mesh=mesh,
-        )
+        try:
+            index = Index.build(
+                path,
+                model,
+                listed,
+                nbits=nbits,
+                kmeans_niters=kmeans_niters,
+                num_centroids=num_centroids,
+                buckets=buckets,
+                seed=seed,
+                store_texts=store_texts,
+                overwrite=overwrite,
+                progress=progress,
+                mesh=mesh,
+            )
+        except DuplicateIdError as error:
+            if isinstance(documents, str | os.PathLike):
+                raise DuplicateIdError(f"{documents}: {error}") from None
+            raise
         return cls(model, index)
 
     @classmethod
@@ -202,7 +216,7 @@ class Retriever:
         """Find the k best documents of a query, or of each of several.
 
         Args:
-          queries: one query, or a list of them.
+          queries: one query, or a list of them; for very many see `search_many`.
           k: results per query; fewer come only where fewer documents have a token.
           mode: "accurate", "fast" (PLAID at Stanford's settings) or "exact", see `Index.search`.
           ncells, centroid_score_threshold, ndocs: single settings of PLAID, see `Index.search`.
@@ -216,22 +230,101 @@ class Retriever:
         Raises:
           ValueError, TypeError: an empty or blank query, by its place in the list; a bad setting.
         """
+        listed = as_queries(queries)
+        found = list(
+            self.search_many(
+                listed,
+                k,
+                mode=mode,
+                ncells=ncells,
+                centroid_score_threshold=centroid_score_threshold,
+                ndocs=ndocs,
+                texts=texts,
+                progress=progress,
+            )
+        )
+        return found[0] if isinstance(queries, str) else found
+
+    def search_many(
+        self,
+        queries: Iterable[str],
+        k: int = 10,
+        *,
+        mode: str = "accurate",
+        ncells: int | None = None,
+        centroid_score_threshold: float | None = None,
+        ndocs: int | None = None,
+        texts: bool = True,
+        progress: bool | None = False,
+    ) -> Iterator[list[Hit]]:
+        """Yield the k best documents of each of many queries, in their order.
+
+        Up to 4,096 queries are taken at a time, sorted by length, and searched in blocks of about
+        equal lengths, so memory is bounded however many there are and however long one is.
+
+        Args:
+          queries: an iterable, read as the results are taken.
+          k, ...: as of `search`.
+
+        Raises:
+          ValueError, TypeError: a bad setting, at once; an empty or blank query, by its number,
+            when it is read.
+        """
+        if isinstance(queries, str):
+            raise TypeError("search_many takes several queries; search takes one")
         settings: dict[str, Any] = dict(
             mode=mode,
             ncells=ncells,
             centroid_score_threshold=centroid_score_threshold,
             ndocs=ndocs,
         )
-        found: list[list[Hit]] = []
-        listed = as_queries(queries)
-        with progress_bar(len(listed), "searching", "query", progress) as bar:
-            for start in range(0, len(listed), _ENCODED):
-                encoded = self.model.encode_queries(listed[start : start + _ENCODED])
-                for at in range(0, len(encoded), _SEARCHED):
-                    part = encoded[at : at + _SEARCHED]
-                    found += self._hits(self.index.search(part, k, **settings), texts)
-                    bar.update(len(part))
-        return found[0] if isinstance(queries, str) else found
+        self.index.search(np.zeros((0, 1, self.index.dim), np.float32), k, **settings)
+        return self._search_many(queries, k, settings, texts, progress)
+
+    def _search_many(
+        self,
+        queries: Iterable[str],
+        k: int,
+        settings: dict[str, Any],
+        texts: bool,
+        progress: bool | None,
+    ) -> Iterator[list[Hit]]:
+        total = operator.length_hint(queries) or None
+        queries = iter(queries)
+        share = min(_READ, _HITS // max(min(k, len(self)), 1))
+        size, done = max(share // _SEARCHED, 1) * _SEARCHED, 0
+        with progress_bar(total, "searching", "query", progress) as bar:
+            while block := list(itertools.islice(queries, size)):
+                listed = as_queries(block, first=done)
+                done += len(listed)
+                found: list[list[Hit]] = [[]] * len(listed)
+                for places, encoded in self._encoded(listed):
+                    hits = self._hits(self.index.search(encoded, k, **settings), texts)
+                    for place, row in zip(places.tolist(), hits, strict=True):
+                        found[place] = row
+                    bar.update(len(hits))
+                yield from found
+
+    def _encoded(self, queries: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Places of queries and their token embeddings [B, Lq, D], the longest first."""
+        fixed = self.model.config.text.fixed_query_length
+        if fixed is not None:
+            lengths = np.full(len(queries), fixed)
+        else:
+            lengths = np.array([len(ids) for ids in self.model.tokenizer.queries(queries).ids])
+        order = np.argsort(-lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            room = min(_TOKENS // int(lengths[order[start]]), _ENCODED)
+            places = order[start : start + max(room // _SEARCHED, 1) * _SEARCHED]
+            encoded = self.model.encode_queries([queries[place] for place in places])
+            for at in range(0, len(places), _SEARCHED):
+                part = places[at : at + _SEARCHED]
+                width = encoded.shape[1]
+                if fixed is None:
+                    width = min(width, ladder_length(int(lengths[part[0]])))
+                yield part, np.ascontiguousarray(encoded[at : at + _SEARCHED, :width])
+            start += len(places)
 
     @overload
     def rank(self, queries: str, documents: Any, k: int | None = None) -> list[Hit]: ...
@@ -332,7 +425,7 @@ def _model_of(
     index: Index, name_or_path: str | os.PathLike | None, pretrained: dict[str, Any]
 ) -> ColBERT:
     """Load the model that an index remembers; `name_or_path` if it has moved."""
-    known = index.metadata.model
+    known = remembered_model(index)
     if known is None:
         if name_or_path is None:
             raise ValueError(
@@ -349,6 +442,32 @@ def _model_of(
         raise FileNotFoundError(
             f"{error}. The index {index.path} was built with it; name its place if it moved"
         ) from None
+    except TypeError as error:
+        if pretrained:
+            raise
+        raise IndexFormatError(
+            f"{index.path / METADATA}: field 'model' is damaged: {error}"
+        ) from None
+
+
+def remembered_model(index: Index) -> Mapping[str, Any] | None:
+    """What an index says of its model: `load`, with a `name_or_path`, and `fingerprint`; None for
+    one of ready embeddings.
+
+    Raises:
+      ValueError: that field of its metadata is damaged.
+    """
+    known = index.metadata.model
+    if known is None:
+        return None
+    load = known.get("load")
+    named = isinstance(load, dict) and isinstance(load.get("name_or_path"), str)
+    if not named or not isinstance(known.get("fingerprint"), str):
+        raise IndexFormatError(
+            f"{index.path / METADATA}: field 'model' is damaged: it does not say which checkpoint "
+            "the index was built with; copy the index anew, or build it again"
+        )
+    return known
 
 
 def _check_together(model: ColBERT, index: Index) -> None:
@@ -357,7 +476,7 @@ def _check_together(model: ColBERT, index: Index) -> None:
             f"{index.path}: indexed token embeddings have {index.dim} dimensions, those of "
             f"{model.load['name_or_path']} have {model.dim}: it was built with another model"
         )
-    known = index.metadata.model
+    known = remembered_model(index)
     if known is not None and model.fingerprint() != known["fingerprint"]:
         raise ValueError(
             f"{model.load['name_or_path']}: not the checkpoint, or not the document settings, that "

@@ -322,39 +322,49 @@ def outside_instruction(ids: Any, end_token: int) -> Any:
     return (end < place) | (place < 2)
 
 
-def as_texts(texts: str | Sequence[str], kind: str) -> list[str]:
+def as_texts(texts: str | Sequence[str], kind: str, first: int = 0) -> list[str]:
     """Turn a caller's texts into a list of strings; a single string becomes a list of one.
 
     Args:
-      kind: what they are, for error messages.
+      kind, first: what they are and the number of the first, for error messages.
 
     Raises:
       TypeError, ValueError: an item is not a string, or not valid Unicode.
     """
-    if isinstance(texts, str):
-        return [texts]
-    texts = list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise _bad_text(texts, kind)
-    return texts
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(listed, first):
+        if not isinstance(text, str) or not (text.isascii() or _is_unicode(text)):
+            raise _bad_text([text], kind, i)
+    return listed
 
 
-def as_queries(queries: str | Sequence[str]) -> list[str]:
+def as_queries(queries: str | Sequence[str], first: int = 0) -> list[str]:
     """A list of queries from one or several.
+
+    Args:
+      first: the number of the first, for error messages.
 
     Raises:
       TypeError: a query that is not a string.
       ValueError: an empty or blank query: it asks nothing, so every document would fit it alike.
     """
-    texts = as_texts(queries, "query")
-    for i, text in enumerate(texts):
+    texts = as_texts(queries, "query", first)
+    for i, text in enumerate(texts, first):
         if not text.strip():
             raise ValueError(f"query {i} is empty or blank: leave it out")
     return texts
 
 
-def _bad_text(texts: Sequence[Any], kind: str) -> Exception:
-    for i, text in enumerate(texts):
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bad_text(texts: Sequence[Any], kind: str, first: int = 0) -> Exception:
+    for i, text in enumerate(texts, first):
         if not isinstance(text, str):
             return TypeError(f"{kind} {i} must be a string, got {type(text).__name__}")
         try:

@@ -1,14 +1,22 @@
 """The commands, run in this process as a person would type them."""
 
+import errno
 import json
+import logging
+import os
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import pytest
 import support
+from safetensors import SafetensorError
 
 from colbert_jax import Index, Retriever
 from colbert_jax.cli import main
+from colbert_jax.index.index import UnknownIdError
+from colbert_jax.progress import LOGGER
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +67,49 @@ def test_search(capsys, built, texts):
 
 
 def test_search_file_to_run(capsys, built, files):
-    output = files / "run.tsv"
-    run(capsys, "search", built, "--queries", files / "queries.tsv", "--output", output, "-k", 7)
-    rows = [line.split("\t") for line in output.read_text().splitlines()]
+    """In TREC's six columns, and in Stanford's four."""
+    output = files / "run.txt"
+    command = ["search", built, "--queries", files / "queries.tsv", "--output", output, "-k", 7]
+    assert "12 queries, 84 results" in run(capsys, *command)
+    rows = [line.split(" ") for line in output.read_text().splitlines()]
     assert len(rows) == 12 * 7
-    assert {row[0] for row in rows[:7]} == {"q0"}
-    assert [row[2] for row in rows[:7]] == [str(n) for n in range(1, 8)]
-    scores = [float(row[3]) for row in rows[:7]]
-    assert scores == sorted(scores, reverse=True)
+    assert {(row[0], row[1], row[5]) for row in rows[:7]} == {("q0", "Q0", "colbert_jax")}
+    assert [row[3] for row in rows[:7]] == [str(n) for n in range(1, 8)]
+    scores = [float(row[4]) for row in rows[:7]]
+    assert scores == sorted(set(scores), reverse=True)
+    run(capsys, *command, "--format", "stanford")
+    tabbed = [line.split("\t") for line in output.read_text().splitlines()]
+    assert tabbed == [[row[0], *row[2:5]] for row in rows]
+
+
+def test_ids_for_a_run_file_are_checked_before_the_search(capsys, files, model, tmp_path):
+    """Before the model is loaded: its checkpoint is named wrongly here."""
+    path = Retriever.build(tmp_path / "i", model, [("a b", "heat"), ("c", "flow")]).index.path
+    queries = tmp_path / "q.tsv"
+    queries.write_text("q 1\theat\n")
+    command = ["search", path, "--queries", queries, "--output", tmp_path / "run"]
+    wrong = ["--checkpoint", tmp_path]
+    assert "query id 'q 1' has white space" in fails(capsys, *command, *wrong)
+    queries.write_text("q1\theat\n")
+    assert "document id 'a b' has white space" in fails(capsys, *command, *wrong)
+    run(capsys, *command, "--format", "stanford")
+    assert "q1\ta b\t" in (tmp_path / "run").read_text()
+
+
+def test_output_goes_where_it_is_named(capsys, built, files, tmp_path):
+    """Through a link and into a pipe; what can't be written is named before the model is loaded."""
+    command = ["search", built, "--queries", files / "queries.tsv", "-k", 1, "--output"]
+    message = fails(capsys, *command, tmp_path / "no" / "run", "--checkpoint", tmp_path)
+    assert "there is no folder" in message
+    assert "is a folder" in fails(capsys, *command, tmp_path, "--checkpoint", tmp_path)
+    (tmp_path / "link").symlink_to("target")
+    run(capsys, *command, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    assert run(capsys, *command, tmp_path / "pipe") == ""  # it may be our own output
+    assert reader.communicate()[0] == (tmp_path / "target").read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"link", "target", "pipe"}
 
 
 def test_evaluate(capsys, built, files, texts):
@@ -89,6 +132,36 @@ def test_evaluate(capsys, built, files, texts):
     out = run(capsys, "evaluate", built, *judged)
     assert "mode: accurate" in out
     assert all(f"\n{m} " in out for m in ("nDCG@10", "MRR@10", "Recall@100"))
+
+
+def test_evaluate_says_which_judged_documents_are_not_there(capsys, built, files, tmp_path):
+    """Before the model is loaded: its checkpoint is named wrongly here."""
+    qrels = tmp_path / "qrels"
+    judged = ["--queries", files / "queries.tsv", "--qrels", qrels]
+    qrels.write_text("q0 0 MED-1 1\nq1 0 MED-2 1\n")
+    message = fails(capsys, "evaluate", built, *judged, "--checkpoint", tmp_path)
+    assert "2 of 2 judged documents are not in the index" in message
+    assert "'MED-1'" in message and "'d0'" in message
+    qrels.write_text("q0 0 d0 1\nq1 0 MED-2 1\n")
+    assert main(["evaluate", str(built), *map(str, judged)]) == 0
+    assert "1 of 2 judged documents are not in the index" in capsys.readouterr().err
+    qrels.write_text("q0 0 d0 1\nq0 0 d0 0\n")
+    assert "qrels, line 2: document 'd0' of query 'q0'" in fails(capsys, "evaluate", built, *judged)
+
+
+def test_evaluate_without_the_queries_own_passages(capsys, built, texts, tmp_path):
+    queries, qrels = tmp_path / "queries.tsv", tmp_path / "qrels"
+    queries.write_text("".join(f"d{n}\t{texts[n]}\n" for n in range(4)))
+    qrels.write_text("".join(f"d{n} 0 d{n} 1\nd{n} 0 d{n + 1} 1\n" for n in range(4)))
+    command = ["evaluate", str(built), "--queries", str(queries), "--qrels", str(qrels), "--json"]
+    assert main([*command, "--mode", "exact"]) == 0
+    captured = capsys.readouterr()
+    with_self = json.loads(captured.out)
+    assert "4 of 4 queries find the document of their own id first" in captured.err
+    assert main([*command, "--mode", "exact", "--ignore-self"]) == 0
+    captured = capsys.readouterr()
+    assert "own id" not in captured.err
+    assert json.loads(captured.out)["MRR@10"] < with_self["MRR@10"] == 1
 
 
 def test_rank(capsys, files, stanford_folder, texts):
@@ -159,6 +232,125 @@ def test_interruption_says_what_is_kept(capsys, monkeypatch, command, expected):
 def test_traceback_on_request(built):
     with pytest.raises(ValueError, match="one of the two"):
         main(["search", str(built), "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FloatingPointError("at step 3, the loss is nan"), "error: at step 3, the loss is nan\n"),
+        (OverflowError("int too large"), "error: OverflowError: int too large; if nothing"),
+        (KeyError("load"), "error: KeyError: 'load'; if nothing explains it, --traceback shows"),
+        (UnknownIdError("i: no document has the id 'x'"), "error: i: no document has the id 'x'\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "error: UnicodeDecodeError: 'utf-8'"),
+        (zipfile.BadZipFile("no zip"), "error: BadZipFile: no zip; if nothing"),
+        (SafetensorError("HeaderTooLarge"), "error: SafetensorError: HeaderTooLarge"),
+        (MemoryError(), "error: not enough memory: ask for less at a time, or free some\n"),
+        (RecursionError("too deep"), "error: nested too deeply (too deep): is a JSON file damaged"),
+        (AssertionError(), "error: AssertionError: ; if nothing explains it"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left: the.index; make room, and run"),
+        (OSError(errno.ENOSPC, "No space left", "a/file"), "No space left: 'a/file'\n"),
+    ],
+)
+def test_every_error_is_one_message(capsys, monkeypatch, error, expected):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(Index, "open", fail)
+    assert expected in fails(capsys, "info", "the.index")
+    with pytest.raises(type(error)):
+        main(["info", "the.index", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("message", "command", "expected"),
+    [
+        (
+            "pass overwrite=True to replace it",
+            "index c.tsv i --checkpoint m",
+            "pass --overwrite to",
+        ),
+        ("no hub id; pass base=", "convert a b --to native", "no hub id; pass --base\n"),
+        ("no hub id; pass base=", "search i query", "no hub id; pass base=\n"),
+        ("(it was built with store_texts=False)", "search i query", "built with --no-texts)"),
+        ('mode="exact" scores every', "search i query", "--mode exact scores every"),
+        ("shard it, Index.open(path, mesh=...)", "search i query", "Index.open(path, mesh=...)"),
+        ("/data/k=3/dim=4: exists", "search i query", "/data/k=3/dim=4: exists"),
+        ("pass overwrite=True", "train colbertv1 --folder r", "pass --overwrite\n"),
+    ],
+)
+def test_messages_name_flags(capsys, monkeypatch, message, command, expected):
+    def fail(*arguments, **settings):
+        raise ValueError(message)
+
+    for place, name in ((Retriever, "build"), (Index, "open")):
+        monkeypatch.setattr(place, name, fail)
+    monkeypatch.setattr("colbert_jax.cli.convert_checkpoint", fail)
+    monkeypatch.setattr("colbert_jax.cli.make", fail)
+    assert expected in fails(capsys, *command.split())
+
+
+def test_warnings_are_one_line(capsys, monkeypatch, built):
+    def warn(args):
+        warnings.warn("two\n  lines", stacklevel=1)
+
+    monkeypatch.setattr(Index, "open", warn)
+    monkeypatch.setattr("colbert_jax.cli._summary", lambda opened: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        message = fails(capsys, "info", built)
+        assert warnings.showwarning is shown
+    assert message.splitlines()[0] == "colbert-jax: warning: two lines"
+
+
+@pytest.mark.parametrize(("flags", "level"), [([], logging.INFO), (["--quiet"], logging.WARNING)])
+def test_log_lines_are_shown_unless_it_is_to_be_quiet(capsys, built, flags, level):
+    run(capsys, "info", built, *flags)
+    assert LOGGER.level == level
+    run(capsys, *flags, "info", built)
+    assert LOGGER.level == level
+
+
+def test_what_the_terminal_can_not_show_is_escaped(built, tmp_path):
+    (tmp_path / "c.tsv").write_text("d\u00e9\tcaf\u00e9\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "colbert_jax.cli", "search", str(built), "caf\u00e9", "-k", "1"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"caf\\xe9\n")
+
+
+def test_duplicate_ids_are_named_with_their_file(capsys, stanford_folder, tmp_path):
+    file = tmp_path / "twice.tsv"
+    file.write_text("a\tx\na\ty\n")
+    message = fails(capsys, "index", file, tmp_path / "i", "--checkpoint", stanford_folder)
+    assert f"{file}: duplicate document id 'a': documents 1 and 2" in message
+
+
+def test_a_damaged_model_field_is_named(capsys, files, stanford_folder, tmp_path):
+    path = tmp_path / "i"
+    checkpoint = ["--checkpoint", stanford_folder]
+    run(capsys, "index", files / "passages.tsv", path, *checkpoint)
+    metadata = json.loads((path / "metadata.json").read_text())
+    for damage in ({}, {"load": {}}, {"load": {"name_or_path": 3}}, {"load": {"x": 1}}):
+        whole = metadata["model"]
+        broken = metadata | {"model": {k: v for k, v in whole.items() if k != "load"} | damage}
+        (path / "metadata.json").write_text(json.dumps(broken))
+        for command in (["info", path], ["search", path, "heat"]):
+            assert "metadata.json: field 'model' is damaged" in fails(capsys, *command)
+    load = metadata["model"]["load"] | {"no_such_setting": 1}
+    broken = metadata | {"model": metadata["model"] | {"load": load}}
+    (path / "metadata.json").write_text(json.dumps(broken))
+    assert "field 'model' is damaged" in fails(capsys, "search", path, "heat")
+
+
+def test_inputs_may_be_pipes(capsys, built, files, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    source = subprocess.Popen(["cp", str(files / "queries.tsv"), str(tmp_path / "pipe")])
+    out = run(capsys, "search", built, "--queries", tmp_path / "pipe", "-k", 1)
+    assert source.wait() == 0 and len(out.splitlines()) == 24
 
 
 def test_compiled_programs_may_have_no_place(capsys, built, monkeypatch, tmp_path):

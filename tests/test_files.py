@@ -9,9 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from colbert_jax import files
+from colbert_jax import Hit, files
 from colbert_jax.evaluation import write_run
-from colbert_jax.search.arrays import Hits
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 
 
@@ -137,8 +136,8 @@ def test_recover_keeps_to_its_own(tmp_path):
 
 
 def run_file(file):
-    write_run(file, ["q"], Hits(np.zeros((1, 1), int), np.ones((1, 1), np.float32)), ["d"])
-    return file.read_text() == "q\td\t1\t1.000000\n"
+    write_run(file, {"q": [Hit("d", 1.0, None, 0)]}, "stanford")
+    return file.read_text() == "q\td\t1\t1.0\n"
 
 
 def torch_file(file):
@@ -162,6 +161,101 @@ def test_files_of_similar_names_stay(tmp_path, write):
     assert {(tmp_path / name).read_text() for name in names} == {"mine"}
 
 
+posix = pytest.mark.skipif(os.name != "posix", reason="no such files")
+
+
+def test_writing_a_file_that_a_user_has_named(tmp_path):
+    file = tmp_path / "run"
+    with files.writing(file) as stream:
+        stream.write("new")
+        assert not file.exists()
+    assert file.read_text() == "new" and files.output_place(file) == file
+    with pytest.raises(Killed), files.writing(str(file)) as stream:
+        stream.write("half")
+        raise Killed
+    assert tree(tmp_path) == {"run": "new"}
+
+
+@posix
+@pytest.mark.parametrize("there", [True, False])
+def test_writing_behind_a_link(tmp_path, there):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "run", tmp_path / "link"
+    if there:
+        target.write_text("old")
+    (tmp_path / "between").symlink_to(target)
+    link.symlink_to("between")
+    with files.writing(link) as stream:
+        stream.write("new")
+    assert link.is_symlink() and not target.is_symlink() and target.read_text() == "new"
+
+
+@posix
+def test_writing_into_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    with files.writing(pipe) as stream:
+        stream.write("new")
+    assert reader.communicate()[0] == "new" and pipe.is_fifo()
+
+
+TO_STDOUT = """
+import sys
+from colbert_jax import files
+print("before", flush=True)
+with files.writing(sys.argv[1]) as stream:
+    stream.write("new\\n")
+print("after")
+"""
+
+
+@posix
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_writing_into_our_own_output(tmp_path, name):
+    """A pipe, and a file that the shell appends to: nothing before it is lost."""
+    if name == "link":
+        name = str(tmp_path / "link")
+        os.symlink("/dev/stdout", name)
+    elif not os.path.exists(name):
+        pytest.skip(f"no {name}")
+    command = [sys.executable, "-c", TO_STDOUT, name]
+    piped = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert piped.stdout == "before\nnew\nafter\n"
+    out = tmp_path / "out"
+    out.write_text("mine\n")
+    with out.open("a") as stream:
+        subprocess.run(command, stdout=stream, check=True)
+    assert out.read_text() == "mine\nbefore\nnew\nafter\n"
+
+
+@posix
+def test_places_that_can_not_be_written(tmp_path, monkeypatch):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        files.output_place(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
+        files.output_place(tmp_path / "nowhere" / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*file; make it first"):
+        files.output_place(tmp_path / "file" / "run")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="leads back to itself"):
+        files.output_place(tmp_path / "circle")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "file")
+    with pytest.raises(PermissionError, match="is there and may not be written"):
+        files.output_place(tmp_path / "file")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=f"no permission to write in {tmp_path}"):
+        files.output_place(tmp_path / "new")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_no_room_is_named():
+    full = pytest.raises(OSError, match="No space left on device: '/dev/full'")
+    with full, files.writing("/dev/full") as stream:
+        stream.write("new")
+
+
 @pytest.mark.skipif(files.fcntl is None, reason="no locks")
 def test_locks(tmp_path):
     file = tmp_path / "lock"
@@ -179,7 +273,7 @@ def test_locks(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from colbert_jax import files
+from colbert_jax import Hit, files
 held = files.lock_file(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -55,6 +55,14 @@ def test_short_work_is_silent(clock, lines):
     assert lines() == []
 
 
+def test_a_program_that_logs_warnings_only_has_no_bars_either(clean_logger, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    log_to_stderr(logging.WARNING)
+    assert progress_bar(100, "encoding", "doc").disable
+    log_to_stderr(logging.INFO)
+    assert not progress_bar(100, "encoding", "doc").disable
+
+
 def test_long_work_logs_now_and_then_and_its_end(clock, lines):
     """Ten seconds after it began, then every thirty, each with the rate since the last."""
     with progress_bar(10_000, "encoding", "doc", pace=Pace(clock=clock)) as bar:

@@ -49,6 +49,74 @@ def test_more_queries_than_are_in_memory(retriever, texts, monkeypatch):
     assert [[hit.id for hit in row] for row in parts] == [[hit.id for hit in row] for row in whole]
 
 
+@pytest.fixture(scope="module")
+def ragged(plain_folder, named, tmp_path_factory) -> Retriever:
+    """Of a model without query expansion, whose queries are as long as they are."""
+    path = tmp_path_factory.mktemp("ragged") / "i"
+    return Retriever.build(path, plain_folder, named, query_maxlen=64, doc_maxlen=64)
+
+
+def test_queries_are_searched_by_length_and_answered_in_order(ragged, texts, monkeypatch):
+    """One long query makes its own block wide, and no other."""
+    monkeypatch.setattr("colbert_jax.retriever._ENCODED", 8)
+    monkeypatch.setattr("colbert_jax.retriever._SEARCHED", 4)
+    monkeypatch.setattr("colbert_jax.retriever._READ", 16)
+    rng = np.random.default_rng(0)
+    queries = [" ".join(support.WORDS[n : n + rng.integers(1, 6)]) for n in range(39)]
+    queries.insert(5, " ".join(support.WORDS[:50]))
+    shapes, search = [], ragged.index.search
+
+    def spy(encoded, *arguments, **settings):
+        shapes.append(encoded.shape)
+        return search(encoded, *arguments, **settings)
+
+    monkeypatch.setattr(ragged.index, "search", spy)
+    found = ragged.search(queries, k=3, mode="exact")
+    assert sum(shape[0] for shape in shapes) == 40 and max(shape[0] for shape in shapes) == 4
+    assert sorted(shape[1] for shape in shapes)[-2:] == [16, 64]
+    for query, hits in zip(queries, found, strict=True):
+        alone = ragged.search(query, k=3, mode="exact")
+        assert [hit.id for hit in hits] == [hit.id for hit in alone]
+        np.testing.assert_allclose(
+            [hit.score for hit in hits], [hit.score for hit in alone], rtol=1e-5
+        )
+
+
+def test_queries_are_read_as_their_results_are_taken(retriever, monkeypatch):
+    monkeypatch.setattr("colbert_jax.retriever._READ", 32)
+    read = []
+
+    def queries():
+        for n in range(100):
+            read.append(n)
+            yield QUERIES[n % 3]
+
+    expected = [[hit.id for hit in hits] for hits in retriever.search(QUERIES, k=2)]
+    found = retriever.search_many(queries(), k=2)
+    assert read == []
+    assert [hit.id for hit in next(found)] == expected[0] and len(read) == 32
+    assert [[hit.id for hit in hits] for hits in found] == [expected[n % 3] for n in range(1, 100)]
+
+
+def test_many_hits_of_a_query_mean_few_queries_at_a_time(retriever, monkeypatch):
+    monkeypatch.setattr("colbert_jax.retriever._HITS", 120 * 40)
+    read = []
+    next(retriever.search_many((read.append(n) or "heat" for n in range(100)), k=500))
+    assert len(read) == 32
+
+
+def test_what_is_wrong_with_many_queries(retriever, monkeypatch):
+    monkeypatch.setattr("colbert_jax.retriever._READ", 32)
+    for settings in (dict(k=0), dict(mode="best"), dict(mode="exact", ncells=2)):
+        with pytest.raises(ValueError):
+            retriever.search_many(iter(()), **settings)
+    with pytest.raises(TypeError, match="several queries"):
+        retriever.search_many("heat")
+    for bad, match in ((" ", "query 41 is empty"), ("a\ud800", "query 41 is not valid Unicode")):
+        with pytest.raises(ValueError, match=match):
+            list(retriever.search_many(["heat"] * 41 + [bad], k=1))
+
+
 def test_hits_are_plain_values(retriever):
     hits = retriever.search(QUERIES, k=2)
     assert json.loads(json.dumps(hits)) == [[list(hit) for hit in row] for row in hits]

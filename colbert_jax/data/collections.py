@@ -1,78 +1,240 @@
 """Readers of the field's files. Each streams, and names file and line of what it can't read.
 
-Collections: TSV `pid, text[, title]` (Stanford ColBERT; a title is joined as "title | text"), JSONL
-with an id and a text (BEIR's `_id`, `title`, `text` among others), or plain text, a passage a line.
-Any file may be gzipped, its name then ending in .gz.
+Collections: TSV `pid, text[, title]` (Stanford ColBERT; a title is joined as "title | text") or
+`id, url, title, body` (MS MARCO's documents), JSONL with an id and a text (BEIR's `_id`, `title`,
+`text` among others), or plain text, a passage a line. Queries: TSV `qid, text`, or JSONL. A TSV's
+first line may name its columns, in any order. Any file may be gzipped, its name then ending in .gz.
+
+No field is dropped unless its column is a URL: a tab inside a text is an error, not its end.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_ID_KEYS = ("_id", "id", "pid", "docid", "doc_id")
-_TEXT_KEYS = ("text", "contents", "passage", "body")
-_HEADERS = ("id", "pid", "docid", "doc_id", "_id")
+_ID_KEYS = (
+    *("_id", "id", "pid", "docid", "doc_id", "docno", "document_id", "passage_id", "corpus_id"),
+)
+_TEXT_KEYS = ("text", "contents", "passage", "body", "content", "document")
+_QUERY_IDS = ("qid", "_id", "id", "query_id", "question_id", "topic_id")
+_QUERY_TEXTS = ("question", "text", "query")
+_TITLE, _URL = "title", "url"
+_SUFFIXES = (".tsv", ".jsonl", ".txt", "")
+_GAIN = re.compile(r"[+-]?[0-9]{1,9}")
+
+
+class Columns(NamedTuple):
+    """Which field of a TSV's line is what.
+
+    names: of the fields, from the left. id, text, title: their places; title None where there is
+    none. needed: how many fields a line has at least.
+    """
+
+    names: tuple[str, ...]
+    id: int
+    text: int
+    title: int | None
+    needed: int
+
+    def parse(self, line: str) -> tuple[str, str]:
+        """Id and text of a line. Raises ValueError, without the place."""
+        fields = line.split("\t")
+        count, most = len(fields), len(self.names)
+        if tuple(fields) == self.names:
+            raise ValueError("a header below the first line: take it out")
+        if count < self.needed:
+            needed = "<TAB>".join(self.names[: self.needed])
+            raise ValueError(f"expected '{needed}', got {line[:80]!r}")
+        if count > most and any(map(str.strip, fields[most:])):
+            raise ValueError(
+                f"{count} fields, expected {self._expected()}: put a space for a tab inside a "
+                "text, or name the columns on the first line, as in 'id<TAB>title<TAB>text'"
+            )
+        if not fields[self.id].strip():
+            raise ValueError(f"the id is empty: {line[:80]!r}")
+        title = "" if self.title is None or self.title >= count else fields[self.title]
+        return fields[self.id], _join(title, fields[self.text])
+
+    def _expected(self) -> str:
+        more = "".join(f"[, {name}]" for name in self.names[self.needed :])
+        return ", ".join(self.names[: self.needed]) + more
+
+
+class Layout(NamedTuple):
+    """How a file is read.
+
+    parse: gives id and text of a line; raises ValueError, without the place. None where the line is
+      the text and its number the id.
+    tabbed: the id comes first on the line, then a tab. header: the first line names the columns.
+    """
+
+    parse: Callable[[str], tuple[str, str]] | None
+    tabbed: bool = False
+    header: bool = False
+
+
+class Kind(NamedTuple):
+    """What a file holds: its word in errors, the names of its columns, how they lie unnamed."""
+
+    word: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    columns: Columns
+
+
+PASSAGES = Kind(
+    "document", _ID_KEYS, _TEXT_KEYS, Columns(("pid", "text", _TITLE), 0, 1, title=2, needed=2)
+)
+QUERIES = Kind("query", _QUERY_IDS, _QUERY_TEXTS, Columns(("qid", "text"), 0, 1, None, needed=2))
+_DOCUMENTS = Columns(("docid", _URL, _TITLE, "body"), 0, 3, title=2, needed=4)  # MS MARCO's
+
+
+def columns_of(first: str, kind: Kind) -> tuple[Columns, bool]:
+    """The columns of a TSV by its first line, and whether that line is a header.
+
+    Raises ValueError, without the place, for a line that may be a header and may be none.
+    """
+    fields = [field.strip() for field in first.split("\t")]
+    names = [_column_name(field) for field in fields]
+    ids = [at for at, name in enumerate(names) if name in kind.ids]
+    texts = [at for at, name in enumerate(names) if name in kind.texts]
+    titles = [at for at, name in enumerate(names) if name == _TITLE and kind is PASSAGES]
+    known = len(ids) + len(texts) + len(titles) + names.count(_URL)
+    if len(ids) == len(texts) == 1 and len(titles) <= 1 and known == len(fields):
+        if '"' not in first:
+            title = titles[0] if titles else None
+            return Columns(tuple(fields), ids[0], texts[0], title, max(ids[0], texts[0]) + 1), True
+    elif len(fields) == 1 or not (
+        0 in ids or (ids and texts) or (any(texts) and not any(map(str.isdigit, fields[0])))
+    ):
+        is_url = len(fields) == 4 and re.fullmatch(r"https?://\S+", fields[1])
+        return (_DOCUMENTS if is_url and kind is PASSAGES else kind.columns), False
+    raise ValueError(
+        f"this looks like a header with the columns {', '.join(fields)[:80]}, but a header names, "
+        f"without quotes, one id ({', '.join(kind.ids)}), one text ({', '.join(kind.texts)})"
+        + (", perhaps a title, perhaps a url" if kind is PASSAGES else "")
+        + f", and nothing else: rename or cut the columns; if it is a {kind.word}, put the header "
+        f"'{kind.columns.names[0]}<TAB>text' above it"
+    )
+
+
+def _column_name(field: str) -> str:
+    return re.sub(r"[-\s]+", "_", field.strip(' "').lower())
 
 
 def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (pid, text) of every passage. The file's name tells the format: .tsv, .jsonl, or text.
 
+    Passages of plain text are numbered from 0; a blank line is no passage and takes no number.
+
     Raises:
       ValueError: a line that can't be read, with its number; an empty collection.
     """
     path = Path(path)
-    parse = passage_parser(path)
-    count = 0
+    suffix, layout, warned, count = passage_suffix(path), None, False, 0
     for number, line in _lines(path):
-        if number == 1 and parse is parse_tsv and is_header(line):
-            continue
-        if parse is None:
-            yield str(count), line
-        else:
-            try:
-                passage = parse(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            yield passage
+        try:
+            if layout is None:
+                layout = passage_layout(suffix, line)
+                if layout.header:
+                    continue
+            parse = layout.parse
+            pid, text = (str(count), line) if parse is None else parse(line)
+            _check_unicode(pid, text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if parse is None and number != count + 1 and not warned:
+            warned = True
+            warn_of_gap(path)
+        yield pid, text
         count += 1
     if not count:
         raise ValueError(f"{path}: the collection is empty")
 
 
-def passage_parser(path: Path) -> Callable[[str], tuple[str, str]] | None:
-    """The function that reads (pid, text) from a line of a collection; None where the line is the
-    text.
+def passage_suffix(path: Path) -> str:
+    """The end of a collection's name, which tells its format.
 
     Raises:
-      ValueError: the file's name does not tell the format.
+      ValueError: it does not.
     """
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
-    if suffix not in _PARSERS:
+    if suffix not in _SUFFIXES:
         raise ValueError(
-            f"{path}: a collection's name ends in one of {', '.join(filter(None, _PARSERS))}"
+            f"{path}: a collection's name ends in one of {', '.join(filter(None, _SUFFIXES))}"
         )
-    return _PARSERS[suffix]
+    return suffix
+
+
+def passage_layout(suffix: str, first: str) -> Layout:
+    """How a collection is read, by the end of its name and its first line.
+
+    Raises ValueError, without the place, for a line that contradicts the name.
+    """
+    if suffix == ".jsonl":
+        return Layout(parse_json)
+    if suffix == ".tsv":
+        return _tsv_layout(first, PASSAGES)
+    if not suffix and ("\t" in first or first.lstrip().startswith("{")):
+        raise ValueError(
+            "the file's name tells no format, and this is not plain text: give the file a name "
+            "that ends in .tsv or .jsonl, or in .txt if every line is a document"
+        )
+    return Layout(None)
+
+
+def warn_of_gap(path: Path) -> None:
+    """Say that positions in a file of plain text are not its lines' numbers."""
+    warnings.warn(
+        f"{path}: has blank lines, which are no documents: a document's id is its number among "
+        "the documents, from 0, and not that of its line",
+        stacklevel=3,
+    )
+
+
+def query_layout(first: str) -> Layout:
+    """How a file of queries is read, by its first line. Raises ValueError, without the place."""
+    if first.lstrip().startswith("{"):
+        return Layout(parse_json_query)
+    return _tsv_layout(first, QUERIES)
+
+
+def _tsv_layout(first: str, kind: Kind) -> Layout:
+    columns, header = columns_of(first, kind)
+    return Layout(columns.parse, tabbed=columns.id == 0, header=header)
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
-    """Read queries by id from a TSV of `qid, text`.
+    """Read queries by id from a TSV of `qid, text`, or JSONL with an id and a text.
 
     Raises:
-      ValueError: a line without a tab, an empty query, an id twice, an empty file.
+      ValueError: a line that can't be read, an empty query, an id twice, an empty file.
     """
     queries: dict[str, str] = {}
+    layout: Layout | None = None
     for number, line in _lines(Path(path)):
-        qid, tab, text = line.partition("\t")
-        if not tab or not text.strip():
-            raise ValueError(f"{path}, line {number}: expected 'qid<TAB>text', got {line[:80]!r}")
-        if qid in queries:
-            raise ValueError(f"{path}, line {number}: query id {qid!r} appears twice")
-        queries[qid] = text.split("\t")[0]
+        try:
+            if layout is None:
+                layout = query_layout(line)
+                if layout.header:
+                    continue
+            assert layout.parse is not None
+            qid, text = layout.parse(line)
+            if not text.strip():
+                raise ValueError(f"expected 'qid<TAB>text', but query {qid!r} is empty")
+            _check_unicode(qid, text)
+            if qid in queries:
+                raise ValueError(f"query id {qid!r} appears twice")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        queries[qid] = text
     if not queries:
         raise ValueError(f"{path}: no queries")
     return queries
@@ -81,37 +243,43 @@ def read_queries(path: str | Path) -> dict[str, str]:
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """Read judgements, qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
 
+    A header may name the columns; BEIR's `query-id corpus-id score` has three.
+
     Raises:
-      ValueError: a line of another form, an empty file.
+      ValueError: a line of another form, two gains of one document, an empty file.
     """
     qrels: dict[str, dict[str, int]] = {}
+    form: list[str] | None = None
     for number, line in _lines(Path(path)):
-        fields = line.split()
-        try:
-            qid, _, pid, gain = fields
-            qrels.setdefault(qid, {})[pid] = int(gain)
-        except ValueError:
+        if form is None:
+            form, is_header = _qrels_form(line)
+            if is_header:
+                continue
+        tabs = line.count("\t") == len(form) - 1  # then ids may have spaces
+        fields = list(map(str.strip, line.split("\t"))) if tabs else line.split()
+        if len(fields) != len(form) or not _GAIN.fullmatch(fields[-1]):
             raise ValueError(
-                f"{path}, line {number}: expected 'qid 0 pid gain', got {line[:80]!r}"
-            ) from None
+                f"{path}, line {number}: expected '{' '.join(form)}', got {line[:80]!r}"
+            )
+        qid, pid, gain = fields[0], fields[-2], int(fields[-1])
+        before = qrels.setdefault(qid, {}).setdefault(pid, gain)
+        if before != gain:
+            raise ValueError(
+                f"{path}, line {number}: document {pid!r} of query {qid!r} has the gain {gain} "
+                f"here and {before} above: keep one of the two"
+            )
     if not qrels:
         raise ValueError(f"{path}: no judgements")
     return qrels
 
 
-def is_header(line: str) -> bool:
-    """Whether the first line of a TSV collection names its columns."""
-    pid, tab, _ = line.partition("\t")
-    return bool(tab) and pid.lower() in _HEADERS
-
-
-def parse_tsv(line: str) -> tuple[str, str]:
-    """pid and text of `pid, text[, title]`. Raises ValueError, without the place."""
-    fields = line.split("\t", 3)
-    if len(fields) < 2:
-        raise ValueError(f"expected 'pid<TAB>text', got {line[:80]!r}")
-    pid, text, *rest = fields
-    return pid, _join(rest[0] if rest else "", text)
+def _qrels_form(first: str) -> tuple[list[str], bool]:
+    """The names of the columns, and whether the first line gives them."""
+    names = first.split()
+    plain = list(map(_column_name, names))
+    if len(names) in (3, 4) and plain[0] in _QUERY_IDS and plain[-2] in _ID_KEYS:
+        return names, True
+    return ["qid", "0", "pid", "gain"], False
 
 
 def parse_json(line: str) -> tuple[str, str]:
@@ -119,8 +287,17 @@ def parse_json(line: str) -> tuple[str, str]:
     record = json_object(line)
     pid, text = parse_record(record)
     if pid is None:
-        raise _incomplete(record)
+        raise _incomplete(record, PASSAGES)
     return pid, text
+
+
+def parse_json_query(line: str) -> tuple[str, str]:
+    """Id and text of a query, a JSON object. Raises ValueError, without the place."""
+    record = json_object(line)
+    identity, text = _first_of(record, _QUERY_IDS), _first_of(record, _QUERY_TEXTS)
+    if identity is None or not isinstance(text, str):
+        raise _incomplete(record, QUERIES)
+    return as_id(identity), text
 
 
 def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -128,17 +305,32 @@ def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
 
     Raises ValueError, without the place.
     """
-    text = next((record[key] for key in _TEXT_KEYS if key in record), None)
-    pid = next((record[key] for key in _ID_KEYS if key in record), None)
+    text, title = _first_of(record, _TEXT_KEYS), record.get(_TITLE)
     if not isinstance(text, str):
-        raise _incomplete(record)
-    return None if pid is None else str(pid), _join(str(record.get("title") or ""), text)
+        raise _incomplete(record, PASSAGES)
+    if title is not None and not isinstance(title, str | int | float):
+        raise ValueError(f"a title must be a string, got {title!r:.60}")
+    identity = _first_of(record, _ID_KEYS)
+    return None if identity is None else as_id(identity), _join(str(title or ""), text)
 
 
-def _incomplete(record: Mapping[str, Any]) -> ValueError:
+def as_id(identity: Any) -> str:
+    """An id as a string. Raises ValueError for one that is empty, or no id."""
+    if isinstance(identity, bool | float | bytes | list | tuple | dict):
+        raise ValueError(f"an id must be a string or a whole number, got {identity!r:.60}")
+    if not str(identity).strip():
+        raise ValueError("the id is empty")
+    return str(identity)
+
+
+def _first_of(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((record[key] for key in keys if key in record), None)
+
+
+def _incomplete(record: Mapping[str, Any], kind: Kind) -> ValueError:
     return ValueError(
-        f"expected an id ({', '.join(_ID_KEYS)}) and a text "
-        f"({', '.join(_TEXT_KEYS)}), got the fields {', '.join(map(str, record)) or 'none'}"
+        f"expected an id ({', '.join(kind.ids)}) and a text "
+        f"({', '.join(kind.texts)}), got the fields {', '.join(map(str, record)) or 'none'}"
     )
 
 
@@ -158,11 +350,23 @@ def json_value(line: str) -> Any:
         raise ValueError(f"not valid JSON: {error}") from None
 
 
-_PARSERS = {".tsv": parse_tsv, ".jsonl": parse_json, ".txt": None, "": None}
-
-
 def _join(title: str, text: str) -> str:
-    return f"{title} | {text}" if title.strip() else text
+    if not title.strip():
+        return text
+    return f"{title} | {text}" if text.strip() else title
+
+
+def _check_unicode(identity: str, text: str) -> None:
+    """Raises ValueError for a lone surrogate, which only an escape in JSON can be."""
+    for what, string in (("id", identity), ("text", text)):
+        if not string.isascii():
+            try:
+                string.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the {what} is not valid Unicode: character {error.start} is a lone "
+                    "surrogate, one half of a \\u escape; write the file anew"
+                ) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -186,12 +390,18 @@ def decode(raw: bytes, *, first: bool = False) -> str:
     """A line's text without its end; `first`: without the byte-order mark too.
 
     Raises:
-      ValueError: not UTF-8; without the place.
+      ValueError: not UTF-8, or several lines with the line ends of old Macs; without the place.
     """
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+        line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"not UTF-8 (byte {error.start + 1} of the line, "
             f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
         ) from None
+    if "\r" in line:
+        raise ValueError(
+            f"a carriage return inside the line, after {line.partition(chr(13))[0][-40:]!r}: if it "
+            "ends a line, convert the file with tr '\\r' '\\n'; else put a space for it"
+        )
+    return line

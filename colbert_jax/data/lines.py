@@ -74,12 +74,15 @@ class Lines:
 
     def where(self, i: int) -> str:
         """File and number of line i, counted as editors do: from 1, blank lines included."""
-        number = i
-        if not self._numbered:
-            before = self.data[: self.starts[i]]
-            cuts = range(0, len(before), _SCAN)
-            number = sum(int((before[cut : cut + _SCAN] == _FEED).sum()) for cut in cuts)
-        return f"{self.path}, line {number + 1}"
+        return f"{self.path}, line {self.number(i)}"
+
+    def number(self, i: int) -> int:
+        """The number of line i, counted from 1, blank lines included."""
+        if self._numbered:
+            return i + 1
+        before = self.data[: self.starts[i]]
+        cuts = range(0, len(before), _SCAN)
+        return 1 + sum(int((before[cut : cut + _SCAN] == _FEED).sum()) for cut in cuts)
 
     def drop_first(self) -> None:
         """Leave out line 0, which was a header."""
@@ -97,6 +100,8 @@ def _open(path: Path) -> Any:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged: {error}") from None
     with path.open("rb") as stream:
+        if not path.is_file():  # but a pipe
+            return stream.read()
         if not path.stat().st_size:  # can't be mapped
             return b""
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

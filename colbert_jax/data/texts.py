@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from colbert_jax.data.collections import (
-    is_header,
-    json_object,
-    parse_json,
-    parse_tsv,
-    passage_parser,
+    Layout,
+    passage_layout,
+    passage_suffix,
+    query_layout,
+    warn_of_gap,
 )
 from colbert_jax.data.lines import Lines
 
-_QUERY_IDS, _QUERY_TEXTS = ("qid", "_id", "id", "query_id"), ("question", "text", "query")
 _MARK = "\ufeff".encode()
 _ROWS = 1 << 18  # lines whose ids are compared with their numbers at a time
 
@@ -64,17 +63,15 @@ class Texts:
     def queries(cls, path: str | Path) -> Texts:
         """Open a TSV of `qid, text`, or JSONL with an id and a text (`qid` and `question`)."""
         lines = Lines(path)
-        is_json = lines.raw(0).removeprefix(_MARK).lstrip().startswith(b"{")
-        return cls(lines, _QUERIES_JSON if is_json else _QUERIES_TSV, "query")
+        return cls(lines, _opened(lines, lines.read(0, query_layout)), "query")
 
     @classmethod
     def passages(cls, path: str | Path) -> Texts:
         """Open a file that `read_collection` reads."""
-        form = _PASSAGES[passage_parser(Path(path))]
+        suffix = passage_suffix(Path(path))
         lines = Lines(path)
-        if form.tabbed and is_header(lines[0]):
-            lines.drop_first()
-        return cls(lines, form, "passage")
+        layout = lines.read(0, lambda line: passage_layout(suffix, line))
+        return cls(lines, _opened(lines, layout), "passage")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -182,31 +179,17 @@ def _tsv_id(line: str) -> str:
     return key
 
 
-def _tsv_query(line: str) -> str:
-    return line.split("\t", 2)[1]
-
-
-def _json_query(line: str) -> tuple[str, str]:
-    record = json_object(line)
-    key = next((record[name] for name in _QUERY_IDS if name in record), None)
-    text = next((record[name] for name in _QUERY_TEXTS if name in record), None)
-    if key is None or not isinstance(text, str):
-        raise ValueError(
-            f"expected an id ({', '.join(_QUERY_IDS)}) and a text ({', '.join(_QUERY_TEXTS)}), "
-            f"got the fields {', '.join(record) or 'none'}"
-        )
-    return str(key), text
-
-
-_QUERIES_TSV = _Format(_tsv_id, _tsv_query, lambda s: (_tsv_id(s), _tsv_query(s)), True)
-_QUERIES_JSON = _Format(
-    lambda s: _json_query(s)[0], lambda s: _json_query(s)[1], _json_query, False
-)
-_PASSAGES: dict[Callable[[str], tuple[str, str]] | None, _Format] = {
-    parse_tsv: _Format(_tsv_id, lambda s: parse_tsv(s)[1], parse_tsv, True),
-    parse_json: _Format(lambda s: parse_json(s)[0], lambda s: parse_json(s)[1], parse_json, False),
-    None: _Format(None, lambda s: s, None, False),
-}
+def _opened(lines: Lines, layout: Layout) -> _Format:
+    """The format of lines that are read as `layout` says, their header left out."""
+    if layout.header:
+        lines.drop_first()
+    parse = layout.parse
+    if parse is None:
+        if lines.number(len(lines) - 1) != len(lines):
+            warn_of_gap(lines.path)
+        return _Format(None, lambda s: s, None, False)
+    key = _tsv_id if layout.tabbed else lambda s: parse(s)[0]
+    return _Format(key, lambda s: parse(s)[1], parse, layout.tabbed)
 
 
 def whole_number(text: str) -> int | None:

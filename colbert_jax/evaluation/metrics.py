@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 # Name in reports -> measure of ir-measures. nDCG has linear gains, as trec_eval's.
 MEASURES = {
@@ -25,20 +26,71 @@ def require_ir_measures():
     return ir_measures
 
 
+def no_query_judged(
+    queries: Any, given: Mapping[str, Any], qrels: Any, judged: Mapping[str, Any]
+) -> ValueError:
+    """The error for files of queries and judgements that have no query's id in common."""
+    return ValueError(
+        f"no query of {queries} has a judgement in {qrels}: a query's id is "
+        f"{next(iter(given))!r:.60}, for example, and a judged one is {next(iter(judged))!r:.60}"
+    )
+
+
+def check_judged(
+    qrels: Mapping[str, Mapping[str, int]],
+    is_known: Callable[[str], bool],
+    example: str,
+    where: str,
+) -> str | None:
+    """Whether the judged documents are there to be found.
+
+    Args:
+      is_known: whether a document has an id.
+      example: the id of a document.
+      where: what holds the documents, for messages.
+
+    Returns:
+      what to say if some are not, with their number; None if all are.
+
+    Raises:
+      ValueError: none is.
+    """
+    judged = dict.fromkeys(pid for gains in qrels.values() for pid in gains)
+    missing = [pid for pid in judged if not is_known(pid)]
+    if not missing:
+        return None
+    message = (
+        f"{len(missing)} of {len(judged)} judged documents are not in {where}: judged is "
+        f"{missing[0]!r:.60}, for example, and there is {example!r:.60}"
+    )
+    if len(missing) == len(judged):
+        raise ValueError(f"{message}; give the judgements of these documents")
+    return f"{message}; they count as not found"
+
+
 def evaluate_ranking(
-    ranking: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, int]]
+    ranking: Mapping[str, Sequence[str]],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    ignore_self: bool = False,
 ) -> dict[str, float]:
     """The measures of `MEASURES`, averaged over all judged queries.
 
     Args:
       ranking: qid -> pids, best first. A judged query that is not in it counts as 0.
       qrels: qid -> pid -> gain.
+      ignore_self: leave out the document whose id is the query's, from ranking and judgements: of
+        collections whose queries are documents themselves (BEIR's ArguAna, Quora, SciDocs).
 
     Raises:
       ImportError: ir-measures is not installed.
       ValueError: no judged query is in the ranking.
     """
     ir_measures = require_ir_measures()
+    if ignore_self:
+        ranking = {qid: [pid for pid in pids if pid != qid] for qid, pids in ranking.items()}
+        others = {q: {p: g for p, g in gains.items() if p != q} for q, gains in qrels.items()}
+        qrels = {qid: gains for qid, gains in others.items() if gains}
     if not ranking.keys() & qrels.keys():
         raise ValueError(
             "none of the queries has a judgement: do the ids of queries and qrels match?"

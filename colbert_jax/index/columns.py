@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ _HASHED = 1 << 16  # ids hashed at a time
 
 
 # --- Writing --------------------------------------------------------------------------------
+
+
+class DuplicateIdError(ValueError):
+    """Two documents have one id."""
 
 
 class WrittenIds(NamedTuple):
@@ -135,7 +140,7 @@ class IdWriter:
         for at in same:
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
-                raise ValueError(
+                raise DuplicateIdError(
                     f"duplicate document id {ids[first]!r}: documents {first + 1} and "
                     f"{second + 1} (counted from 1)"
                 )
@@ -239,6 +244,11 @@ class Column:
         """Where a string is; None if it is nowhere. Safe to call from several threads."""
         raise NotImplementedError
 
+    def find(self, pattern: re.Pattern[str]) -> int | None:
+        """Where the first string is in which a pattern of one character, or of the empty string,
+        is found; None if there is none."""
+        raise NotImplementedError
+
 
 class Positions(Column):
     """The ids of a collection without ids of its own: "0", "1", ..."""
@@ -251,6 +261,10 @@ class Positions(Column):
             return None
         i = int(string)
         return i if i < self._n and str(i) == string else None
+
+    def find(self, pattern: re.Pattern[str]) -> int | None:
+        # Digits are in all of them that are long enough to have them.
+        return next((i for i in range(min(self._n, 10)) if pattern.search(str(i))), None)
 
 
 class Strings(Column):
@@ -277,6 +291,16 @@ class Strings(Column):
             if self.one(order[at]) == string:
                 return int(order[at])
             at += 1
+        return None
+
+    def find(self, pattern: re.Pattern[str]) -> int | None:
+        for start in range(0, self._n, _HASHED):
+            offsets = self._offsets[start : start + _HASHED + 1]
+            block = self._data[offsets[0] : offsets[-1]].tobytes().decode("utf-8")
+            if pattern.search(block) or (np.diff(offsets) == 0).any():
+                for i in range(start, start + len(offsets) - 1):
+                    if pattern.search(self.one(i)):
+                        return i
         return None
 
     def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:

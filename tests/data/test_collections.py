@@ -30,7 +30,52 @@ def test_jsonl(tmp_path):
 
 def test_plain_text(tmp_path):
     file = write(tmp_path / "c.txt", "first\n\nsecond\twith tab\n")
-    assert list(read_collection(file)) == [("0", "first"), ("1", "second\twith tab")]
+    with pytest.warns(UserWarning, match=r"c\.txt: has blank lines, .* not that of its line"):
+        assert list(read_collection(file)) == [("0", "first"), ("1", "second\twith tab")]
+    file = write(tmp_path / "c", "first\nsecond\n\n")
+    assert list(read_collection(file)) == [("0", "first"), ("1", "second")]
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("docno\ttext", "7\ta"),
+        ("Doc ID\tPassage", "7\ta"),
+        ("corpus-id\tcontents\turl", "7\ta\thttp://x"),
+        ("url\tbody\tid", "http://x\ta\t7"),
+    ],
+)
+def test_columns_named_by_a_header(tmp_path, header, line):
+    file = write(tmp_path / "c.tsv", f"{header}\n{line}\n")
+    assert list(read_collection(file)) == [("7", "a")]
+
+
+def test_title_and_text_in_any_order(tmp_path):
+    file = write(tmp_path / "c.tsv", "id\turl\ttitle\ttext\n7\thttp://x\tT\ta\n8\t\t\tb\n")
+    assert list(read_collection(file)) == [("7", "T | a"), ("8", "b")]
+    file = write(tmp_path / "c.tsv", "title\ttext\tid\nT\ta\t7\n")
+    assert list(read_collection(file)) == [("7", "T | a")]
+
+
+def test_msmarco_documents(tmp_path):
+    """`docid, url, title, body`, known by the address in the second of four fields."""
+    rows = "D1\thttps://x.org/a\tT\tbody that matters\nD2\thttp://y\tU\t\n"
+    file = write(tmp_path / "c.tsv", rows)
+    assert list(read_collection(file)) == [("D1", "T | body that matters"), ("D2", "U")]
+    with pytest.raises(ValueError, match=r"line 3: expected 'docid<TAB>url<TAB>title<TAB>body'"):
+        list(read_collection(write(tmp_path / "c.tsv", rows + "D3\thttp://z\tV\n")))
+
+
+def test_a_title_without_a_text_is_the_text(tmp_path):
+    file = write(tmp_path / "c.tsv", "1\t\tT\n2\ta\tU\n")
+    assert list(read_collection(file)) == [("1", "T"), ("2", "U | a")]
+    file = write(tmp_path / "c.jsonl", json.dumps({"_id": "a", "title": "t", "text": ""}))
+    assert list(read_collection(file)) == [("a", "t")]
+
+
+def test_empty_fields_at_the_end_are_no_text(tmp_path):
+    assert list(read_collection(write(tmp_path / "c.tsv", "1\ta\tT\t\t\n"))) == [("1", "T | a")]
+    assert read_queries(write(tmp_path / "q.tsv", "1\ta\t\n")) == {"1": "a"}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +88,28 @@ def test_plain_text(tmp_path):
         ("c.csv", "1,a\n", r"c\.csv: a collection's name ends in one of \.tsv"),
         ("c.jsonl", "{", r"line 1: not valid JSON"),
         ("c.jsonl", "[1]", r"line 1: expected a JSON object"),
+        ("c.tsv", "0\ta\n1\tb\tc\td\n", r"line 2: 4 fields, expected pid, text\[, title\]: put"),
+        ("c.tsv", "id\ttext\n1\ta\tb\n", r"line 2: 3 fields, expected id, text: put a space"),
+        ("c.tsv", "0\ta\r1\tb\r", r"line 1: a carriage return inside the line, after '0.ta'"),
+        ("c.txt", "first\rsecond", r"line 1: a carriage return inside the line"),
+        ("c.tsv", "\ta\n", r"line 1: the id is empty"),
+        (
+            "c.tsv",
+            "id\tyear\n1\ta\n",
+            r"line 1: this looks like a header with the columns id, year",
+        ),
+        ("c.tsv", "text\tid\tyear\nb\t1\t2\n", r"line 1: this looks like a header"),
+        ("c.tsv", "name\ttext\nx\ta\n", r"line 1: this looks like a header"),
+        ("c.tsv", '"id"\t"text"\n"1"\t"a"\n', r"line 1: .* a header names, without quotes"),
+        ("c.tsv", "id\tpid\ttext\n1\t1\ta\n", r"line 1: this looks like a header"),
+        ("c.tsv", "id\ttext\n1\ta\nid\ttext\n", r"line 3: a header below the first line"),
+        ("c", "0\ta\n", r"c, line 1: the file's name tells no format"),
+        ("c", '{"id": 1, "text": "a"}', r"c, line 1: the file's name tells no format"),
+        ("c.jsonl", r'{"id": "1", "text": "\ud800"}', r"line 1: the text is not valid Unicode"),
+        ("c.jsonl", r'{"id": "\udfff", "text": "a"}', r"line 1: the id is not valid Unicode"),
+        ("c.jsonl", '{"id": 1.0, "text": "a"}', r"line 1: an id must be a string or a whole"),
+        ("c.jsonl", '{"id": "", "text": "a"}', r"line 1: the id is empty"),
+        ("c.jsonl", '{"id": 1, "text": "a", "title": ["b"]}', r"line 1: a title must be a string"),
         ("c.jsonl", '{"id": 1, "body_html": "x"}', r"got the fields id, body_html"),
     ],
 )
@@ -52,8 +119,22 @@ def test_unreadable_collections(tmp_path, name, data, message):
 
 
 def test_queries(tmp_path):
-    file = write(tmp_path / "q.tsv", "1\twhat is it\nq2\tand that\textra\n")
+    file = write(tmp_path / "q.tsv", "1\twhat is it\nq2\tand that\n")
     assert read_queries(file) == {"1": "what is it", "q2": "and that"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "qid\ttext\n1\ta\n",
+        "query_id\tquery\n1\ta\n",
+        "Question\tID\na\t1\n",
+        '{"_id": "1", "text": "a", "metadata": {}}\n',
+        '\ufeff{"qid": 1,\t"question": "a"}\n',
+    ],
+)
+def test_queries_with_a_header_or_as_json(tmp_path, data):
+    assert read_queries(write(tmp_path / "q.tsv", data)) == {"1": "a"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +143,13 @@ def test_queries(tmp_path):
         ("1\ta\n1\tb\n", r"line 2: query id '1' appears twice"),
         ("1\n", r"line 1: expected 'qid<TAB>text'"),
         ("1\t \n", r"line 1: expected 'qid<TAB>text'"),
+        ("1\ta\n2\tb\tc\n", r"line 2: 3 fields, expected qid, text: put a space"),
+        ("1\t\tb\n", r"line 1: 3 fields, expected qid, text"),
+        ("1\t \t\n", r"line 1: expected 'qid<TAB>text', but query '1' is empty"),
+        ("1\ta\r2\tb\r", r"line 1: a carriage return inside the line"),
+        ("qid\ttext\tsplit\n1\ta\ttest\n", r"line 1: this looks like a header"),
+        ('{"qid": 1, "question": "\\ud800"}', r"line 1: the text is not valid Unicode"),
+        ('{"qid": 1}', r"line 1: expected an id .* got the fields qid"),
         ("", "no queries"),
     ],
 )
@@ -76,3 +164,29 @@ def test_qrels(tmp_path):
     for data, message in [("1\t0\td1\n", "line 1"), ("1 0 d1 high\n", "line 1"), ("", "no judge")]:
         with pytest.raises(ValueError, match=message):
             read_qrels(write(tmp_path / "bad.tsv", data))
+
+
+def test_qrels_with_a_header(tmp_path):
+    for header, line in (
+        ("query-id\tcorpus-id\tscore", "q 1\td 1\t2"),
+        ("qid iteration docno relevance", "q1 0 d1 2"),
+    ):
+        (found,) = read_qrels(write(tmp_path / "r.tsv", f"{header}\n{line}\n")).values()
+        assert list(found.values()) == [2]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("1 0 a 1\n1 0 b 1\n1 0 a 0\n", r"line 3: document 'a' of query '1' has the gain 0 here"),
+        ("1 0 a 1_0\n", r"line 1: expected 'qid 0 pid gain'"),
+        ("1 0 a 1000000000000\n", r"line 1: expected 'qid 0 pid gain'"),
+    ],
+)
+def test_contradicting_or_unreadable_judgements(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        read_qrels(write(tmp_path / "r.tsv", data))
+
+
+def test_a_judgement_may_be_given_twice(tmp_path):
+    assert read_qrels(write(tmp_path / "r.tsv", "1 0 a 1\n1 0 a 1\n")) == {"1": {"a": 1}}

@@ -1,5 +1,6 @@
 """Sources of training examples, over files written here in the formats of their documentation."""
 
+import contextlib
 import gzip
 import json
 import sys
@@ -38,7 +39,7 @@ def files(tmp_path):
     """Queries and a collection; `make` adds the examples and opens all three."""
 
     class Files:
-        queries = write(tmp_path / "queries.tsv", "7\twhat\n300\twho\t an extra column\nx\twhy\n")
+        queries = write(tmp_path / "queries.tsv", "7\twhat\n300\twho\nx\twhy\n")
         collection = write(
             tmp_path / "collection.tsv", "".join(f"{i}\t{t}\n" for i, t in enumerate(PASSAGES))
         )
@@ -94,6 +95,12 @@ def test_scores_left_out(files):
     assert source[1] == Example("what", ("one", "two"), None)
 
 
+def test_queries_below_a_header(files):
+    write(files.queries, "query\tquery-id\nwhat\t7\nwhy\tx\n")
+    source = files.make('[7, 1, 2]\n["x", 1, 2]\n')
+    assert [source[0].query, source[1].query] == ["what", "why"]
+
+
 def test_queries_in_stanfords_json(files, tmp_path):
     files.queries = write(
         tmp_path / "queries.json", jsonl({"qid": 7, "question": "what"}, {"_id": "b", "text": "c"})
@@ -113,12 +120,21 @@ def test_queries_in_stanfords_json(files, tmp_path):
         ("c.tsv.gz", "0\ta\n1\tb"),
         ("c.jsonl", jsonl({"_id": "d1", "title": "T", "text": "a"}, {"id": 2, "contents": "b"})),
         ("c.txt", "first\n\nsecond\twith tab\n"),
+        ("c.txt", "first\nsecond\n\n"),
+        ("c.tsv", "title\ttext\tdocno\nT\ta\t7\n\tb\t8\n"),
+        ("c.tsv", "D1\thttps://x.org\tT\tbody\nD2\thttp://y\t\tb\n"),
+        ("c.tsv", "\nid\ttext\n7\ta\n"),
+        ("c.tsv", "a\t\tT\nb\tc\t\t\n"),
     ],
 )
 def test_passages_are_those_that_the_collections_reader_gives(tmp_path, name, data):
     file = write(tmp_path / name, data)
-    expected = list(read_collection(file))
-    passages = Texts.passages(file)
+    gap = pytest.warns(UserWarning, match="blank lines, which are no documents")
+    has_gap = name == "c.txt" and "\n\n" in data.strip()
+    with gap if has_gap else contextlib.nullcontext():
+        expected = list(read_collection(file))
+    with gap if has_gap else contextlib.nullcontext():
+        passages = Texts.passages(file)
     assert len(passages) == len(expected)
     for row, (pid, text) in enumerate(expected):
         assert passages.row(pid) == row and passages.text(row) == text
@@ -219,6 +235,11 @@ def test_nway_that_no_line_has(files):
         ("collection", "a\tx\nb\ty\na\tz\n", r"line 3: passage id 'a' appears twice, first .* 1"),
         ("collection", "1\tx\n2\t\t \n", r"line 1: \S*collection\.tsv, line 2: passage '2' is emp"),
         ("collection", "a\tx\nno tab\n", r"collection\.tsv, line 2: expected an id, a tab"),
+        ("queries", "7\twhat\tis\n", r"queries\.tsv, line 1: .*3 fields, expected qid, text:"),
+        ("queries", "7\twhat\r8\tis\n", r"queries\.tsv, line 1: a carriage return inside"),
+        ("collection", "1\ta\tb\tc\n2\td\n", r"line 1: 4 fields, expected pid, text\[, title\]"),
+        ("collection", "1\ta\r2\tb\r", r"collection\.tsv, line 1: a carriage return inside"),
+        ("collection", "id\tyear\n1\tx\n", r"collection\.tsv, line 1: this looks like a header"),
         ("collection", "id\ttext\n", r"collection\.tsv: nothing below the header"),
         ("collection", "", r"collection\.tsv: the file is empty"),
     ],

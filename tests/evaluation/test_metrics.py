@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from colbert_jax import Hit
 from colbert_jax.evaluation import evaluate_ranking, write_run
+from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.evaluation.metrics import check_judged
+from colbert_jax.evaluation.runs import check_run_ids
+from colbert_jax.index.columns import ID, Positions, Strings, StringWriter
+from colbert_jax.index.format import string_arrays
+from colbert_jax.retriever import rank_documents
 
 pytest.importorskip("ir_measures", reason="ir-measures (the extra eval) is not installed")
 
@@ -38,7 +45,125 @@ def test_nothing_judged():
         evaluate_ranking({"1": ["a"]}, {"2": {"a": 1}})
 
 
-def test_run_file(tmp_path):
-    hits = [Hit("one", 2.5, None, 1), Hit("zero", 1.0, None, 0)]
-    write_run(tmp_path / "run.tsv", {"q": hits})
-    assert (tmp_path / "run.tsv").read_text() == "q\tone\t1\t2.500000\nq\tzero\t2\t1.000000\n"
+def test_a_querys_own_passage_may_be_left_out():
+    """As BEIR does for ArguAna: the query is a document, finds itself, and is no answer."""
+    ranking = {"a": ["a", "b", "c"], "b": ["c", "b", "a"]}
+    qrels = {"a": {"b": 1}, "b": {"a": 1, "b": 1}, "own": {"own": 1}}
+    assert evaluate_ranking(ranking, qrels)["MRR@10"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    values = evaluate_ranking(ranking, qrels, ignore_self=True)
+    assert values["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert values["Recall@100"] == 1
+
+
+def test_judged_documents_that_are_not_there():
+    qrels = {"1": {"a": 1, "MED-1": 0}, "2": {"a": 0, "b": 1}}
+    assert check_judged(qrels, {"a", "b", "MED-1"}.__contains__, "a", "x") is None
+    message = check_judged(qrels, {"a", "b"}.__contains__, "a", "the index x")
+    assert message.startswith("1 of 3 judged documents are not in the index x")
+    assert "'MED-1'" in message and "'a'" in message
+    with pytest.raises(ValueError, match=r"3 of 3 judged documents are not in the index x"):
+        check_judged(qrels, {"0"}.__contains__, "0", "the index x")
+
+
+def test_a_dev_collection_says_what_it_can_not_find():
+    passages, queries = {"a": "one", "b": "two"}, {"1": "what"}
+    with pytest.warns(UserWarning, match="1 of 2 judged documents are not in the dev collection"):
+        DevCollection(passages, queries, {"1": {"a": 1, "z": 1}, "not asked": {"y": 1}})
+    with pytest.raises(ValueError, match="2 of 2 judged documents are not in the dev collection"):
+        DevCollection(passages, queries, {"1": {"y": 1, "z": 1}})
+    with pytest.raises(ValueError, match="no query with a judgement"):
+        DevCollection(passages, queries, {"2": {"a": 1}})
+
+
+def test_a_dev_collection_from_files(tmp_path):
+    collection, queries, qrels = (tmp_path / name for name in ("c.tsv", "q.tsv", "qrels"))
+    collection.write_text("a\tone\na\ttwo\n")
+    queries.write_text("1\twhat\n")
+    qrels.write_text("2 0 a 1\n")
+    with pytest.raises(ValueError, match=r"id is '1', for example, and a judged one is '2'"):
+        DevCollection.read(collection, queries, qrels)
+    qrels.write_text("1 0 a 1\n")
+    with pytest.raises(ValueError, match=r"c\.tsv: passage id 'a' appears twice"):
+        DevCollection.read(collection, queries, qrels)
+
+
+def test_a_dev_collection_of_its_own_queries(model, texts):
+    passages = {str(n): text for n, text in enumerate(texts[:8])}
+    qrels = {"3": {"3": 1, "4": 1}}
+    values = DevCollection(passages, {"3": texts[3]}, qrels).evaluate(model)
+    assert values["MRR@10"] == values["Recall@100"] == 1
+    values = DevCollection(passages, {"3": texts[3]}, qrels, ignore_self=True).evaluate(model)
+    order = [hit.id for hit in rank_documents(model, texts[3], passages) if hit.id != "3"]
+    assert values["MRR@10"] == pytest.approx(1 / (1 + order.index("4")))
+    assert values["Recall@100"] == 1
+
+
+HITS = [Hit("one", 2.5, None, 1), Hit("zero", 1.0, None, 0)]
+
+
+def test_run_files(tmp_path):
+    assert write_run(tmp_path / "run", {"q": HITS}) == 2
+    lines = "q Q0 one 1 2.5 colbert_jax\nq Q0 zero 2 1.0 colbert_jax\n"
+    assert (tmp_path / "run").read_text() == lines
+    write_run(tmp_path / "run", iter([("q", HITS)]), "stanford")
+    assert (tmp_path / "run").read_text() == "q\tone\t1\t2.5\nq\tzero\t2\t1.0\n"
+    with pytest.raises(ValueError, match="format must be one of"):
+        write_run(tmp_path / "run", {"q": HITS}, "json")
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1.0] * 50,  # tied
+        [20 - n * 1e-8 for n in range(50)],  # apart in double precision only
+        [20.0, 20.0, 20.0 - 1e-6, 20.0 - 1e-6, 0.0, 0.0, -1e-3],
+        [0.0] * 20 + [-3.5] * 20,
+    ],
+)
+def test_tools_read_our_order_from_a_run_file(tmp_path, scores):
+    """trec_eval's kin sort by single-precision scores, and equal ones by id, largest first."""
+    ir_measures = pytest.importorskip("ir_measures")
+    ids = [f"d{(n * 37) % 101:03}" for n in range(len(scores))]
+    write_run(tmp_path / "run", {"q": list(map(Hit, ids, scores, ids, range(len(ids))))})
+    fields = [line.split() for line in (tmp_path / "run").read_text().splitlines()]
+    written = np.array([float(row[4]) for row in fields], np.float32)
+    assert [row[2] for row in fields] == ids and (np.diff(written) < 0).all()
+    np.testing.assert_allclose(written, scores, rtol=1e-5, atol=1e-30)
+    qrels = {"q": {pid: 1 + n % 3 for n, pid in enumerate(ids[:9])}}
+    measure = ir_measures.nDCG @ 10
+    run = list(ir_measures.read_trec_run(str(tmp_path / "run")))
+    theirs = ir_measures.calc_aggregate([measure], qrels, run)[measure]
+    assert theirs == pytest.approx(evaluate_ranking({"q": ids}, qrels)["nDCG@10"])
+
+
+@pytest.mark.parametrize(
+    ("qid", "pid", "format", "message"),
+    [
+        ("q 1", "d", "trec", "query id 'q 1' has white space in it.* format stanford has tabs"),
+        ("q", "d\u00a01", "trec", "document id 'd.xa01' has white space in it"),
+        ("q", "d\t1", "trec", "document id 'd.t1' has white space in it, .* a line$"),
+        ("q", "d\t1", "stanford", "document id 'd.t1' has a tab or a line end in it"),
+        ("", "d", "stanford", "a query has an empty id"),
+    ],
+)
+def test_ids_that_a_run_file_has_no_place_for(tmp_path, qid, pid, format, message):
+    with pytest.raises(ValueError, match=message):
+        write_run(tmp_path / "run", {qid: [Hit(pid, 1.0, None, 0)]}, format)
+    assert list(tmp_path.iterdir()) == []
+    write_run(tmp_path / "run", {"q 1": [Hit("d 1", 1.0, None, 0)]}, "stanford")
+
+
+def test_ids_of_an_index_are_searched_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("colbert_jax.index.columns._HASHED", 3)
+    ids = [f"d{n}" for n in range(10)]
+    for bad in (None, 0, 5, 9):
+        with StringWriter(tmp_path, ID) as writer:
+            own = [f"d {n}" if n == bad else pid for n, pid in enumerate(ids)]
+            writer.extend([pid.encode() for pid in own])
+        column = Strings(*(np.load(tmp_path / f"{name}.npy") for name in string_arrays(ID)))
+        if bad is None:
+            check_run_ids(column, "document", "trec")
+        else:
+            with pytest.raises(ValueError, match=f"document id 'd {bad}'"):
+                check_run_ids(column, "document", "trec")
+    check_run_ids(Positions(12), "document", "trec")
