@@ -22,7 +22,7 @@ from colbert_jax.checkpoints import (
     stanford,
 )
 from colbert_jax.checkpoints.common import Checkpoint
-from colbert_jax.files import check_free, publishing
+from colbert_jax.files import check_free, present_folder, publishing
 
 __all__ = [
     "LAYOUTS",
@@ -86,7 +86,7 @@ def detect_layout(path: Path) -> str:
         raise ValueError(
             f"{path}: a file; a checkpoint is a folder, or a ColBERTv1 {colbertv1.SUFFIX} file"
         )
-    if not path.is_file() and not path.is_dir():
+    if not path.is_file() and not present_folder(path):
         raise FileNotFoundError(f"{path}: no such folder")
     for name, layout in _REGISTER.items():
         if layout.detect(path):

@@ -18,6 +18,7 @@ from colbert_jax.checkpoints.common import (
     write_base,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.files import present
 from colbert_jax.models.backbones import architecture
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 from colbert_jax.tensors.weights import WEIGHT_FILES, Tensors, state_dict
@@ -40,9 +41,9 @@ def detect(path: Path) -> bool:
     """
     if path.is_file():
         return True
-    if not (path / "config.json").is_file():
+    if not present(path / "config.json"):
         return False
-    weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    weights = any(present(path / name) for name in WEIGHT_FILES)
     return not weights and len(list(path.glob(f"*{SUFFIX}"))) == 1
 
 

@@ -30,7 +30,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.files import check_types, present, present_folder, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
@@ -86,9 +86,9 @@ _TEXT_FIELDS = (
 def detect(folder: Path) -> bool:
     """Whether the two tokenizer folders are there, or config.json has FLMR's model type."""
     file = folder / "config.json"
-    if not file.is_file():
+    if not present(file):
         return False
-    if all((folder / name).is_dir() for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)):
+    if all([present_folder(folder / name) for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]):
         return True
     return read_object(file).get("model_type") == MODEL_TYPE
 
@@ -156,7 +156,7 @@ def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
 def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -> TextConfig:
     """Read text settings: lengths from the tokenizers' configurations, others from config.json."""
     query, context = (
-        read_object(file) if (file := folder / name / "tokenizer_config.json").is_file() else {}
+        read_object(file) if present(file := folder / name / "tokenizer_config.json") else {}
         for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
     )
     check_types(folder / QUERY_TOKENIZER / "tokenizer_config.json", query, _TOKENIZER_TYPES)
@@ -183,7 +183,7 @@ def instruction_token(fields: Mapping[str, Any], tokenizer: ModelTokenizer) -> s
 def read_tokenizers(folder: Path) -> ModelTokenizer:
     """Read the tokenizer of both sides. Raises ValueError if they differ."""
     places = [folder / name for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]
-    places = [place for place in places if place.is_dir()] or [folder]
+    places = [place for place in places if present_folder(place)] or [folder]
     models = [read_tokenizer(place) for place in places]
     if len({model.tokenizer.to_str() for model in models}) > 1:
         raise ValueError(f"{folder}: {QUERY_TOKENIZER} and {CONTEXT_TOKENIZER} are different")

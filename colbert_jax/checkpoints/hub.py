@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from colbert_jax.checkpoints import colbertv1, flmr
+from colbert_jax.files import present, present_folder
 from colbert_jax.tensors.weights import WEIGHT_FILES
 
 # Files beside weights that are read, in the root and in the folders of modules and tokenizers.
@@ -65,7 +66,7 @@ def resolve_checkpoint(
             raise ValueError(f"{name_or_path}: base is for a {colbertv1.SUFFIX} file only")
         return resolve(name_or_path, revision=revision, token=token), None
     if base is None:
-        beside = (path.parent / "config.json").is_file()
+        beside = present(path.parent / "config.json")
         base = path.parent if beside else colbertv1.base_name(path)
     return path, resolve(base, revision=revision, token=token, weights=False)
 
@@ -88,13 +89,13 @@ def resolve(
       FileNotFoundError: not a local folder and not reachable on the hub.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
     name = str(name_or_path)
-    if path.exists():
+    if path.is_file():
         raise FileNotFoundError(
             f"{name}: a file; a checkpoint is a folder, or a ColBERTv1 {colbertv1.SUFFIX} file"
         )
+    if present_folder(path):
+        return path
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such checkpoint folder")
     return fetch(name, revision=revision, token=token, weights=weights)

@@ -24,7 +24,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import check_types, read_json, read_object, write_json
+from colbert_jax.files import check_types, present, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
@@ -75,6 +75,8 @@ class Module(NamedTuple):
 def read_modules(folder: Path) -> list[Module]:
     """Read the list of modules. Raises ValueError for a path that leads out of the folder."""
     file = folder / MODULES
+    if not present(file):
+        raise FileNotFoundError(f"{folder}: {MODULES} is missing")
     entries = read_json(file)
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("path"), str) and isinstance(e.get("type"), str)
@@ -92,7 +94,7 @@ def read_modules(folder: Path) -> list[Module]:
 
 def has_modules(folder: Path) -> bool:
     """Whether a folder has a `modules.json`."""
-    return (folder / MODULES).is_file()
+    return present(folder / MODULES)
 
 
 def has_dense(folder: Path) -> bool:
@@ -103,7 +105,7 @@ def has_dense(folder: Path) -> bool:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read `config_sentence_transformers.json`; {} if there is none."""
     file = folder / SETTINGS
-    fields = read_object(file) if file.is_file() else {}
+    fields = read_object(file) if present(file) else {}
     check_types(file, fields, _SETTINGS_TYPES)
     for name, text in (fields.get("prompts") or {}).items():
         check_types(file, {f"prompt {name!r}": text}, {f"prompt {name!r}": str})
@@ -113,7 +115,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def transformer_settings(module: Module) -> dict[str, Any]:
     """Read the settings of a Transformer module; {} if there are none."""
     for name in _TRANSFORMER_SETTINGS:
-        if (module.folder / name).is_file():
+        if present(module.folder / name):
             fields = read_object(module.folder / name)
             check_types(module.folder / name, fields, _TRANSFORMER_TYPES)
             return fields

@@ -14,7 +14,7 @@ import numpy as np
 
 from colbert_jax.checkpoints.common import Checkpoint, save_tensors, set_path
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
 from colbert_jax.tensors.weights import SAFETENSORS, Tensors, open_tensors
@@ -27,7 +27,7 @@ _QUERY = "query_encoder."
 
 def detect(folder: Path) -> bool:
     """Whether `colbert_jax.json` is there."""
-    return (folder / FILE).is_file()
+    return present(folder / FILE)
 
 
 def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
@@ -58,7 +58,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         raise ValueError(f"{file}: {error}") from None
     if dim is not None and dim != encoder.dim:
         raise ValueError(f"{folder}: dim was given as {dim}, but the head gives {encoder.dim}")
-    if not (folder / SAFETENSORS).is_file():
+    if not present(folder / SAFETENSORS):
         raise FileNotFoundError(f"{folder}: {SAFETENSORS} is missing")
     tensors = open_tensors(folder / SAFETENSORS)
     names = {path: _name(path) for path in param_shapes(encoder)}

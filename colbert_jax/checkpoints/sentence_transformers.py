@@ -29,7 +29,7 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.config import TextConfig
-from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
@@ -170,7 +170,7 @@ def longest_text(
     positions = checkpoint.encoder.backbone.max_length
     given = transformer.get("max_seq_length")
     file = modules[0].folder / "tokenizer_config.json"
-    if given is None and file.is_file():
+    if given is None and present(file):
         fields = read_object(file)
         check_types(file, fields, {"model_max_length": (int, float)})
         given = fields.get("model_max_length")

@@ -27,7 +27,7 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.modules import has_dense
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
@@ -61,11 +61,11 @@ def detect(folder: Path) -> bool:
 
     A folder with a list of modules is Stanford's only if none of them is a Dense module.
     """
-    if not (folder / "config.json").is_file() or has_dense(folder):
+    if not present(folder / "config.json") or has_dense(folder):
         return False
-    if (folder / METADATA).is_file():
+    if present(folder / METADATA):
         return True
-    found = any((folder / name).is_file() for name in WEIGHT_FILES)
+    found = any(present(folder / name) for name in WEIGHT_FILES)
     return found and PROJECTION in find_tensors(folder)
 
 
@@ -77,7 +77,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA
-    config, width = read_config(file) if file.is_file() else (ColBERTConfig(), None)
+    config, width = read_config(file) if present(file) else (ColBERTConfig(), None)
     return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, width, dim)
 
 

@@ -13,11 +13,19 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers
 
-from colbert_jax.files import read_json, read_object, write_json
+from colbert_jax.files import present, read_json, read_object, write_json
 from colbert_jax.text import ROLES, ModelTokenizer, without_padding
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
-_OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+_OTHER_FILES = (
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+# What transformers reads beside one of these.
+_BESIDE = ("merges.txt", "added_tokens.json", "config.json")
 # Tokenizer classes whose vocab.txt is WordPiece with BERT's special tokens.
 _WORDPIECE = ("Bert", "DistilBert", "Electra", "FLMR")
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -33,7 +41,7 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
     settings: dict[str, Any] = {}
     for name in _SETTINGS:
         file = folder / name
-        if file.is_file():
+        if present(file):
             settings |= read_object(file)
     tokenizer = without_padding(_read(folder, settings))
     side = settings.get("truncation_side") or "right"
@@ -88,11 +96,11 @@ def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
 def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     try:
-        if file.is_file():
+        if present(file):
             return _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
         file = folder / "vocab.txt"
         family = str(settings.get("tokenizer_class") or "")
-        if file.is_file() and (not family or family.startswith(_WORDPIECE)):
+        if present(file) and (not family or family.startswith(_WORDPIECE)):
             return _add_tokens(_wordpiece(file, settings), folder, settings)
     except ValueError:
         raise
@@ -143,7 +151,7 @@ def _add_tokens(
         added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
     except (ValueError, AttributeError):
         raise ValueError(f"{folder}: added_tokens_decoder must map ids to tokens") from None
-    if (folder / "added_tokens.json").is_file():
+    if present(folder / "added_tokens.json"):
         for content, i in read_json(folder / "added_tokens.json").items():
             added.setdefault(int(i), {"content": content, "special": True})
     for i, token in sorted(added.items()):
@@ -162,7 +170,8 @@ def _add_tokens(
 
 
 def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
-    if not any((folder / name).is_file() for name in (*_OTHER_FILES, "vocab.txt")):
+    found = [name for name in (*_OTHER_FILES, *_BESIDE) if present(folder / name)]
+    if not any(name in _OTHER_FILES for name in found):
         raise ValueError(f"{folder}: no tokenizer: tokenizer.json and vocab.txt are missing")
     from transformers import AutoTokenizer
 

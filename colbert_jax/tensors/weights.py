@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from colbert_jax.files import read_json
+from colbert_jax.files import present, read_json
 from colbert_jax.tensors.stored import Stored
 from colbert_jax.tensors.torch_file import read_torch_file
 
@@ -147,7 +147,7 @@ def find_tensors(folder: Path) -> Tensors:
     """
     for name in WEIGHT_FILES:
         file = folder / name
-        if file.is_file():
+        if present(file):
             return open_tensors(file)
     raise FileNotFoundError(
         f"{folder}: missing weight file: expected one of {', '.join(WEIGHT_FILES)}"
@@ -200,7 +200,7 @@ def _sharded(file: Path) -> dict[str, Stored]:
                 f"{file}: tensor {name!r} is in {shard!r}; a shard must be a file of this folder"
             )
         if shard not in shards:
-            if not (file.parent / shard).is_file():
+            if not present(file.parent / shard):
                 raise FileNotFoundError(f"{file}: shard {shard} is missing in {file.parent}")
             shards[shard] = _stored(file.parent / shard)
         if name not in shards[shard]:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import support
 from safetensors.numpy import load_file, save_file
 
+from colbert_jax import ColBERT
 from colbert_jax.checkpoints import (
     LAYOUTS,
     convert_checkpoint,
@@ -606,3 +610,67 @@ def test_damaged_safetensors(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find_tensors(tmp_path)
+
+
+UNREADABLE = {
+    "a broken link": lambda file: file.symlink_to(file.parent / "blobs" / "pruned"),
+    "a circle of links": lambda file: file.symlink_to(file),
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": lambda file: os.mkfifo(file),
+}
+# Files that tell a layout, or settings that may be left out; absent ones count as absent.
+OPTIONAL = ["colbert_jax.json", "modules.json", "config.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "huggingface"])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_not_absent(folders, plain_folder, tmp_path, layout, kind):
+    source = plain_folder if layout == "huggingface" else folders / layout
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    unread = {"3_Normalize/config.json"}
+    if layout != "huggingface":  # the vocabulary is in tokenizer.json too
+        unread |= {str(file) for file in files if file.name == "vocab.txt"}
+    for i, name in enumerate(dict.fromkeys(map(str, [*files, *OPTIONAL]))):
+        if layout == "native" and name not in map(str, files):
+            continue  # whose file tells it before all others are looked at
+        if layout in ("flmr", "colbertv1") and name == "tokenizer_config.json":
+            continue
+        folder = shutil.copytree(source, tmp_path / str(i))
+        (folder / name).unlink(missing_ok=True)
+        UNREADABLE[kind](folder / name)
+        if name in unread:
+            read_checkpoint(folder)
+            continue
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["a broken link", "a circle of links", "a pipe"])
+@pytest.mark.parametrize("name", ["checkpoint", "colbert.dnn"])
+def test_a_checkpoint_that_cannot_be_read_is_not_looked_for_on_the_hub(tmp_path, kind, name):
+    UNREADABLE[kind](tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        ColBERT.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["query_tokenizer", "context_tokenizer"])
+def test_a_folder_of_a_tokenizer_that_cannot_be_read(copy, name):
+    folder = copy("flmr")
+    shutil.rmtree(folder / name)
+    (folder / name).symlink_to("pruned")
+    with pytest.raises(ValueError, match=f"{name}: a link to pruned, which is not there"):
+        read_checkpoint(folder)
+
+
+def test_files_that_may_not_be_read(copy, monkeypatch):
+    folder = copy("stanford")
+    opened = Path.open
+
+    def refuse(file, *args, **kwargs):
+        if file.name == "artifact.metadata":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"artifact\.metadata: cannot be read: Permission denied"):
+        read_checkpoint(folder)
