@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
@@ -39,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
       the exit status: 0; 2 for bad input, named on stderr; 130 after Ctrl-C.
     """
     args = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        return _run(args)
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the place in the code, which says nothing here."""
+    print(f"colbert-jax: warning: {message}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         enable_compilation_cache()
     except OSError as error:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import string
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +76,14 @@ class Checkpoint:
                 f"{vocabulary}"
             )
         return tokenizer
+
+
+def warn(message: str) -> None:
+    """Warn whoever called into this library, from however deep in it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def fingerprint(known: list[Any], params: dict) -> str:

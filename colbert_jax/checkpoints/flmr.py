@@ -1,7 +1,7 @@
 """FLMR folders (`LinWeizheDragon/ColBERT-v2` and the PreFLMR family), their text part.
 
 Queries and documents share a BERT or have one each; tokenizers are in `query_tokenizer/` and
-`context_tokenizer/`. Vision tensors are not read.
+`context_tokenizer/`. Vision tensors are not read, with a warning.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from colbert_jax.checkpoints.common import (
     refuse_text,
     refuse_unknown,
     save_tensors,
+    warn,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
@@ -119,6 +120,12 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     names = {side: _side_names(encoder, side) for side in found}
     known = {name for side in names.values() for name in side.values()}
     refuse_unknown(tensors, backbone, known, _VISION)
+    vision = [name for name in tensors.names() if any(part in f".{name}" for part in _VISION)]
+    if vision or fields.get("use_vision_encoder"):
+        warn(
+            f"{file}: a model of texts and images: only its text part is read, without "
+            f"{len(vision)} tensors of the vision encoder; images need the original library"
+        )
     params = {
         side: fill_params(encoder, [(tensors, names[side])])
         for side in (found if separate else found[:1])
@@ -260,6 +267,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             backbone.max_length,
             settings,
         )
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: the layout has those of texts."""
+    return ColBERTConfig(text=config.text)
 
 
 def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from colbert_jax.checkpoints.common import (
     tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
-from colbert_jax.config import ColBERTConfig
+from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
@@ -112,6 +112,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def _other_prompts(prompts: Any) -> dict[str, Any]:
+    """The prompts that this library does not use, as metadata."""
+    prompts = prompts if isinstance(prompts, dict) else {}
+    others = {name: text for name, text in prompts.items() if name not in ("query", "document")}
+    return {"prompts": others} if others else {}
+
+
+def prompts_of(text: TextConfig, config: ColBERTConfig) -> dict[str, str]:
+    """Return the prompts to write: those of `text`, and those that the checkpoint brought."""
+    others = kept_settings(config).metadata.get("prompts", {})
+    return {**others, "query": text.query_prompt, "document": text.doc_prompt}
+
+
+def kept_settings(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: those of texts, and prompts."""
+    metadata = _other_prompts(config.metadata.get("prompts"))
+    return ColBERTConfig(text=config.text, metadata=metadata)
+
+
 def transformer_settings(module: Module) -> dict[str, Any]:
     """Read the settings of a Transformer module; {} if there are none."""
     for name in _TRANSFORMER_SETTINGS:
@@ -176,9 +195,9 @@ def read_encoder(
         sources.append((head, names))
     params = fill_params(encoder, sources)
     pooler = read_pooler(tensors, prefix)
-    checkpoint = Checkpoint(
-        folder, encoder, ColBERTConfig(), _read_tokenizer(root, backbone), params, pooler=pooler
-    )
+    config = ColBERTConfig(metadata=_other_prompts(read_settings(folder).get("prompts")))
+    tokenizer = _read_tokenizer(root, backbone)
+    checkpoint = Checkpoint(folder, encoder, config, tokenizer, params, pooler=pooler)
     return checkpoint, transformer_settings(transformers[0])
 
 

@@ -116,6 +116,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(folder / FILE, fields)
 
 
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: all of them."""
+    return config
+
+
 def _flat(tree: dict, path: tuple = ()):
     for key, value in tree.items():
         if isinstance(value, dict):

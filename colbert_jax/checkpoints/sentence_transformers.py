@@ -22,6 +22,8 @@ from colbert_jax.checkpoints.modules import (
     SETTINGS,
     Module,
     has_modules,
+    kept_settings,
+    prompts_of,
     read_encoder,
     read_modules,
     read_settings,
@@ -186,6 +188,9 @@ def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+kept = kept_settings
+
+
 def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder that sentence-transformers 6 loads as a MultiVectorEncoder.
 
@@ -250,15 +255,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         }
     settings["query_length"] = text.query_maxlen
     write_json(folder / "sentence_bert_config.json", settings)
-    prompted_text = prompted.config.text
     write_json(
         folder / SETTINGS,
         {
             "model_type": "MultiVectorEncoder",
-            "prompts": {
-                "query": prompted_text.query_prompt,
-                "document": prompted_text.doc_prompt,
-            },
+            "prompts": prompts_of(prompted.config.text, checkpoint.config),
             "default_prompt_name": None,
             "similarity_fn_name": "maxsim",
         },

@@ -46,6 +46,7 @@ TEXT_FIELDS = (
     "mask_punctuation",
     "attend_to_mask_tokens",
 )
+_INDEX_FIELDS = ("nbits", "kmeans_niters")
 # Settings that would change the embeddings or scores and are not implemented, with the value that
 # means "not used".
 _UNSUPPORTED = {
@@ -215,13 +216,19 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     fields = {name: getattr(text, name) for name in TEXT_FIELDS}
     fields["mask_punctuation"] = masks_punctuation(checkpoint, layout)
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
-    known = {"nbits", "kmeans_niters", *_fields(SearchConfig)}
+    known = {*_INDEX_FIELDS, *_fields(SearchConfig)}
     return (
         {key: value for key, value in config.metadata.items() if _is_plain(value)}
         | {key: value for key, value in rest.items() if key in known}
         | fields
         | {"similarity": config.similarity}
     )
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: all but some of an index's."""
+    index = IndexConfig(**{name: getattr(config.index, name) for name in _INDEX_FIELDS})
+    return dataclasses.replace(config, index=index)
 
 
 def _is_plain(value: Any) -> bool:

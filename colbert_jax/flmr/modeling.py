@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from colbert_jax import runtime
-from colbert_jax.checkpoints import flmr, hub, read_checkpoint
+from colbert_jax.checkpoints import carried, flmr, hub, read_checkpoint
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
@@ -156,7 +156,9 @@ class FLMRModelForRetrieval:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint and both tokenizers; files of the same names are replaced."""
         with replacing_files(Path(folder)) as draft:
-            flmr.write(self.checkpoint(), draft)
+            checkpoint = self.checkpoint()
+            flmr.write(checkpoint, draft)
+            carried.write(checkpoint.config, flmr.kept(checkpoint.config), draft)
             fields = self.config.to_diff_dict() | {
                 "architectures": ["FLMRModelForRetrieval"],
                 "separate_query_and_context_text_encoder": "query" in self.params,

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 _INDEX = ".index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + _INDEX, TORCH, TORCH + _INDEX)
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.dnn")
+# Weights of the same model in other forms, and the states of a training run.
+_KNOWN = (
+    *WEIGHT_FILES,
+    *("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"),
+    *("model.*.safetensors", "pytorch_model.*.bin", "openvino_*.bin"),
+    *("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
+)
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -136,6 +146,23 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def other_weights(names: Iterable[str]) -> list[str]:
+    """Choose the files that may hold more of a model than its own weight file does.
+
+    Args:
+      names: the files of one folder.
+
+    Returns:
+      those that are named like weights, but not like the model's weights in any form.
+    """
+    return sorted(
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in _WEIGHTS)
+        and not any(fnmatch(name, pattern) for pattern in _KNOWN)
+    )
 
 
 def find_tensors(folder: Path) -> Tensors:

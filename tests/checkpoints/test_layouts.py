@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ from colbert_jax.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from colbert_jax.cli import main
+from colbert_jax.config import IndexConfig
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig
 from colbert_jax.tensors.torch_file import write_torch_file
 from colbert_jax.tensors.weights import find_tensors
@@ -287,7 +290,33 @@ def test_preflmr_gives_its_text_part(tmp_path):
         "transformer_mapping_input_linear.bias": np.ones(4, "f4"),
     }
     edit_tensors(folder / "model.safetensors", lambda t: t.update(vision))
-    assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
+    said = r"config\.json: a model of texts and images: only its text part is read, without 3 "
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
+    assert [w.filename for w in warned] == [__file__]  # whose line it is
+    with pytest.warns(UserWarning, match=said):
+        convert_checkpoint(folder, tmp_path / "text", "flmr")
+    read_checkpoint(tmp_path / "text")
+
+
+def test_the_command_line_warns_in_one_line(copy, tmp_path, capsys):
+    folder = copy("pylate")
+    (folder / "head.pt").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "native"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"colbert-jax: warning: {folder}: read as pylate, without the weights in"
+    )
+
+
+def test_vision_tensors_that_the_configuration_does_not_mention(copy):
+    folder = copy("flmr")
+    vision = {"context_vision_projection.model.0.weight": np.ones((4, 4), "f4")}
+    edit_tensors(folder / "model.safetensors", lambda t: t.update(vision))
+    with pytest.warns(UserWarning, match="without 1 tensors of the vision encoder"):
+        read_checkpoint(folder)
 
 
 def test_overriding_text_settings(folders):
@@ -673,4 +702,90 @@ def test_files_that_may_not_be_read(copy, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=r"artifact\.metadata: cannot be read: Permission denied"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("single-vector", ["colbert_linear.pt", "sparse_linear.pt"]),
+        ("huggingface", ["colbert.dnn"]),
+        ("huggingface", ["adapter_model.safetensors"]),
+        ("stanford", ["2_Dense/model.safetensors"]),
+        ("pylate", ["2_Dense/pytorch_model.bin", "projection.pth"]),
+        ("native", ["head.bin"]),
+    ],
+)
+def test_weights_that_the_layout_does_not_read_are_named(
+    folders, plain_folder, tmp_path, layout, names
+):
+    if layout == "single-vector":
+        folder = single_vector(plain_folder, tmp_path)
+    else:
+        place = plain_folder if layout == "huggingface" else folders / layout
+        folder = shutil.copytree(place, tmp_path / "copy")
+    for name in (*names, "training_args.bin", "optimizer.pt", "model.fp16.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as warned:
+        read_checkpoint(folder)
+    (message,) = [str(w.message) for w in warned]
+    assert f"without the weights in {', '.join(sorted(names))}: " in message
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_settings_survive_every_layout(tmp_path, layout):
+    """Those of Stanford's metadata that other libraries' layouts have no place for."""
+    given = dict(nbits=4, kmeans_niters=7, ncells=3, ndocs=512, similarity="l2")
+    source = support.write_stanford(tmp_path / "source", **given)
+    convert_checkpoint(source, tmp_path / layout, layout)
+    assert read_checkpoint(tmp_path / layout).config.index.nbits == 4
+    convert_checkpoint(tmp_path / layout, tmp_path / "back", "stanford")
+    before, after = (
+        json.loads((folder / "artifact.metadata").read_text())
+        for folder in (source, tmp_path / "back")
+    )
+    assert {name: after[name] for name in before} == before
+    assert after["checkpoint"] == "somewhere/else" and after["query_token"] == "[Q]"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_settings_of_ours_survive_every_layout(source, tmp_path, layout):
+    read = read_checkpoint(source)
+    config = dataclasses.replace(
+        read.config,
+        index=IndexConfig(nbits=8, buckets="quantile", seed=5, num_centroids=64),
+        metadata={**read.config.metadata, "prompts": {"other": "o: "}, "training": {"steps": 3}},
+    )
+    write_checkpoint(dataclasses.replace(read, config=config), tmp_path / layout, layout)
+    again = read_checkpoint(tmp_path / layout).config
+    assert (again.index, again.search) == (config.index, config.search)
+    assert again.metadata == config.metadata
+
+
+def test_prompts_that_are_not_used_are_carried(copy, tmp_path):
+    folder = copy("pylate")
+    prompts = {"query": "", "document": "", "clustering": "cluster: "}
+    edit_json(folder / "config_sentence_transformers.json", prompts=prompts)
+    for layout in ("native", "sentence-transformers", "pylate"):
+        convert_checkpoint(folder, tmp_path / "converted" / layout, layout)
+        folder = tmp_path / "converted" / layout
+    fields = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert fields["prompts"] == prompts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": {"nbits": 3}}, "nbits must be one of"),
+        ({"index": {"bits": 3}}, "bits"),
+        ({"search": []}, "search must be dict"),
+        ({"similarity": "dot"}, "similarity must be"),
+        ({"metadata": "x"}, "metadata must be dict"),
+    ],
+)
+def test_damaged_carried_settings(copy, changes, message):
+    folder = copy("pylate")
+    (folder / "colbert_jax_settings.json").write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=rf"colbert_jax_settings\.json: .*{message}"):
         read_checkpoint(folder)
