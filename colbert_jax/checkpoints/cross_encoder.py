@@ -74,7 +74,10 @@ def read(folder: Path) -> Checkpoint:
         paths["head", i, "linear", "bias"] = f"{name}.bias"
     refuse_unknown(tensors, backbone, paths.values())
     params = fill_params(encoder, [(tensors, paths)])
-    checkpoint = Checkpoint(folder, encoder, ColBERTConfig(), read_tokenizer(folder), params)
+    tokenizer = read_tokenizer(folder)
+    checkpoint = Checkpoint(
+        folder, encoder, ColBERTConfig(), tokenizer, params, weights=tensors.file
+    )
     longest = longest_text(checkpoint, [Module("", "Transformer", folder)], {})
     text = TextConfig.untrained(query_maxlen=longest, doc_maxlen=longest)
     return checkpoint.with_text_config(text)

@@ -139,6 +139,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         params[found[0]],
         query_params=params[QUERY] if separate else None,
         pooler=read_pooler(tensors, f"{found[0]}_text_encoder.bert_model."),
+        weights=tensors.file,
     )
 
 

@@ -49,6 +49,7 @@ def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Ch
         read_tokenizer(folder),
         params,
         pooler=read_pooler(tensors, prefix),
+        weights=tensors.file,
     )
 
 

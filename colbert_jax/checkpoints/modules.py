@@ -197,7 +197,9 @@ def read_encoder(
     pooler = read_pooler(tensors, prefix)
     config = ColBERTConfig(metadata=_other_prompts(read_settings(folder).get("prompts")))
     tokenizer = _read_tokenizer(root, backbone)
-    checkpoint = Checkpoint(folder, encoder, config, tokenizer, params, pooler=pooler)
+    checkpoint = Checkpoint(
+        folder, encoder, config, tokenizer, params, pooler=pooler, weights=tensors.file
+    )
     return checkpoint, transformer_settings(transformers[0])
 
 

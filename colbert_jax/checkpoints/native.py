@@ -51,7 +51,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
             search=SearchConfig(**fields["search"]),
             metadata=fields["metadata"],
         )
-        tokenizer = ModelTokenizer.from_json(fields["tokenizer"])
+        tokenizer = ModelTokenizer.from_json(fields["tokenizer"], file)
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -77,6 +77,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         _params(tensors, encoder, names, ""),
         query_params=_params(tensors, encoder, names, _QUERY) if separate else None,
         pooler={name: tensors.read(name) for name in poolers},
+        weights=tensors.file,
     )
 
 

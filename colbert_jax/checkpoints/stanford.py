@@ -117,7 +117,9 @@ def from_tensors(
     params = fill_params(encoder, [(tensors, names)])
     config = dataclasses.replace(config, text=known_markers(config.text, tokenizer))
     pooler = read_pooler(tensors, prefix)
-    return Checkpoint(folder, encoder, config, tokenizer, params, pooler=pooler)
+    return Checkpoint(
+        folder, encoder, config, tokenizer, params, pooler=pooler, weights=tensors.file
+    )
 
 
 def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:

@@ -43,11 +43,12 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
         file = folder / name
         if present(file):
             settings |= read_object(file)
-    tokenizer = without_padding(_read(folder, settings))
+    file, tokenizer = _read(folder, settings)
+    tokenizer = without_padding(tokenizer)
     side = settings.get("truncation_side") or "right"
     if side not in _SIDES:
         raise ValueError(f"{folder}: truncation_side of the tokenizer must be one of {_SIDES}")
-    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side)
+    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side, file)
 
 
 def write_tokenizer(
@@ -93,20 +94,21 @@ def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
     return True
 
 
-def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+def _read(folder: Path, settings: dict[str, Any]) -> tuple[Path, tokenizers.Tokenizer]:
+    """The file that was read, or the folder, and the tokenizer."""
     file = folder / "tokenizer.json"
     try:
         if present(file):
-            return _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
+            return file, _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
         file = folder / "vocab.txt"
         family = str(settings.get("tokenizer_class") or "")
         if present(file) and (not family or family.startswith(_WORDPIECE)):
-            return _add_tokens(_wordpiece(file, settings), folder, settings)
+            return file, _add_tokens(_wordpiece(file, settings), folder, settings)
     except ValueError:
         raise
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{file}: not a readable tokenizer file: {error}") from error
-    return _read_with_transformers(folder)
+    return folder, _read_with_transformers(folder)
 
 
 def _wordpiece(file: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:

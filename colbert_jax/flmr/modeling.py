@@ -39,7 +39,7 @@ from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
-from colbert_jax.text import TextTokenizer, outside_instruction
+from colbert_jax.text import outside_instruction
 
 _MASKED_SCORE = -9999.0  # of a document position that is no token, upstream's number
 
@@ -105,7 +105,7 @@ class FLMRModelForRetrieval:
         self._checkpoint = dataclasses.replace(
             checkpoint.with_text_config(text), params={}, query_params=None
         )
-        texts = TextTokenizer(self._checkpoint.tokenizer, text)
+        texts = self._checkpoint.text_tokenizer()
         # [V] True for the ids that give no embedding in documents.
         self._context_skip = texts.skiplist
         self._instruction = texts.special.instruction
