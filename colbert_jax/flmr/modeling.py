@@ -81,6 +81,7 @@ class FLMRModelForRetrieval:
         """
         if config.query_mask_input_ids_skip_list:
             raise ValueError("query_mask_input_ids_skip_list is not supported; leave it out")
+        runtime.check_process()
         self.config, self._dtype = config, dtype
         self.query_tokenizer, self.context_tokenizer = query_tokenizer, context_tokenizer
         if checkpoint is None:
@@ -397,6 +398,7 @@ class FLMRModelForRetrieval:
         return self
 
     def _ids(self, input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
+        runtime.check_process()
         vocab_size = self._checkpoint.encoder.backbone.vocab_size
         ids, mask = (
             x if isinstance(x, jax.Array) else np.asarray(x) for x in (input_ids, attention_mask)

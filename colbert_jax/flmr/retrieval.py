@@ -101,6 +101,10 @@ class Searcher:
         self._lock = threading.Lock()
         self._retriever: Retriever | None = None
 
+    def __reduce__(self) -> Any:
+        """Pickle the index's path, see `Index.__reduce__`."""
+        return Searcher, (self.index,)
+
     @property
     def retriever(self) -> Retriever:
         """Model and index as one object."""
