@@ -231,6 +231,10 @@ class Index:
         with fewer candidates than results is searched again with more probes and in the end
         exactly: min(k, documents with a token) always come back.
 
+        Only the width of the queries is compared with the index: arrays do not say which model they
+        come from, and those of another model of the same width are searched as they are, for
+        results that mean nothing. `Retriever` holds a model and an index that belong together.
+
         Args:
           queries: float[B, Lq, D], rows of zeros are padding.
           k: results per query.
