@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from colbert_jax.runtime import num_threads
+from colbert_jax.runtime import check_process, num_threads
 
 # Padding is a share of the work and every step a program to compile: steps of 16 where most
 # passages are, of about an eighth beyond.
@@ -117,6 +117,7 @@ class BatchRunner:
           devices: If None, all local devices.
           longest: the most tokens that a row may have.
         """
+        check_process()
         self.devices = list(devices or jax.local_devices())
         self._longest = longest
         self._mesh = jax.sharding.Mesh(
@@ -157,6 +158,7 @@ class BatchRunner:
 
     def run(self, program: Callable[..., jax.Array], params: dict, *batch: np.ndarray):
         """Run a program on one batch and fetch the result."""
+        check_process()
         shape = batch[0].shape
         arguments = jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
         if shape in self._compiled:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ class ColBERT:
             quantization.
         """
         check_quantization(quantization)
+        runtime.check_process()
         config, encoder = checkpoint.config, checkpoint.encoder
         positions = encoder.backbone.max_length
         for limit in ("query_maxlen", "doc_maxlen"):
@@ -90,6 +93,8 @@ class ColBERT:
                     f"{limit} is {getattr(config.text, limit)}, but the encoder of "
                     f"{checkpoint.folder} has {positions} positions"
                 )
+        self._chosen = None if devices is None else [device.id for device in devices]
+        self._trained = False
         self.load = load or {"name_or_path": str(checkpoint.folder.resolve())}
         self.config: ColBERTConfig = config
         self.tokenizer: TextTokenizer = checkpoint.text_tokenizer()
@@ -156,6 +161,7 @@ class ColBERT:
                 f"{', '.join(sorted(names))}"
             )
         check_quantization(quantization)
+        runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
         checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base)
         if text_settings:
@@ -200,6 +206,31 @@ class ColBERT:
         """
         here = jax.tree.leaves(self.params)[0].sharding
         self.params = self.query_params = jax.device_put(params, here)
+        self._trained = True
+
+    def __reduce__(self) -> Any:
+        """Pickle how to load the model, not its parameters.
+
+        The process that unpickles it loads it from the same folder or hub id, with the same
+        settings. It raises ValueError if that is another model by then.
+
+        Raises:
+          pickle.PicklingError: the parameters were replaced since it was loaded.
+        """
+        if self._trained:
+            raise pickle.PicklingError(
+                "a model is pickled as the name of its checkpoint, and the parameters of this one "
+                "were replaced since it was loaded: save_pretrained() it, load and pickle that"
+            )
+        reference = {
+            "load": self.load,
+            "text": vars(self.config.text),
+            "dtype": str(self._dtype),
+            "quantization": self._quantization,
+            "devices": self._chosen,
+            "fingerprint": self.fingerprint(),
+        }
+        return _load_again, (json.dumps(reference),)
 
     def save_pretrained(
         self,
@@ -257,6 +288,7 @@ class ColBERT:
         Raises:
           ValueError, TypeError: an empty or blank query, or one that is no string, by its place.
         """
+        runtime.check_process()
         listed = as_texts(queries, "query") if allow_blank else as_queries(queries)
         token_ids = self.tokenizer.queries(listed)
         with progress_bar(len(token_ids.ids), "queries", "query", progress) as bar:
@@ -290,6 +322,7 @@ class ColBERT:
         self, windows: Iterable[list[str]], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
         """Encode lists of documents in turn; the next list is tokenised meanwhile."""
+        runtime.check_process()
         for token_ids in one_ahead(self.tokenizer.documents, windows):
             yield self._encode(self.params, token_ids, self.tokenizer.kept, bar)
 
@@ -372,3 +405,28 @@ class ColBERT:
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)
+
+
+# The model that was unpickled last: a pool pickles it with every task.
+_again: dict[str, ColBERT] = {}
+
+
+def _load_again(reference: str) -> ColBERT:
+    """Load a model that `ColBERT.__reduce__` has pickled."""
+    model = _again.get(reference)
+    if model is not None and not model._trained:
+        return model
+    known = json.loads(reference)
+    here = {device.id: device for device in jax.local_devices()}
+    chosen = [here[i] for i in known["devices"] or () if i in here]
+    load = known["load"] | known["text"] | {"quantization": known["quantization"]}
+    model = ColBERT.from_pretrained(**load, dtype=jnp.dtype(known["dtype"]), devices=chosen or None)
+    if model.fingerprint() != known["fingerprint"]:
+        raise ValueError(
+            f"{known['load']['name_or_path']}: another checkpoint than the one that was pickled: "
+            "its files have changed since; load it again, and pickle that"
+        )
+    model.load = known["load"]
+    _again.clear()
+    _again[reference] = model
+    return model

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,58 @@ _DIGITS = 8  # of a draft's name
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
+def present(file: Path) -> bool:
+    """Whether a file is there, for files that may be left out.
+
+    What is there and cannot be read does not count as absent: without one of its settings files a
+    checkpoint would be read as another model.
+
+    Raises:
+      ValueError: there is a broken link, a folder, a pipe, or a file that may not be read.
+    """
+    kind = _kind(file)
+    if kind is None:
+        return False
+    if kind != stat.S_IFREG:
+        what = "a folder" if kind == stat.S_IFDIR else "a pipe or a device"
+        raise ValueError(f"{file}: {what} in place of a file; remove it, or put the file there")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+    return True
+
+
+def present_folder(folder: Path) -> bool:
+    """Whether a folder is there; errors as for `present`."""
+    kind = _kind(folder)
+    if kind not in (None, stat.S_IFDIR):
+        raise ValueError(f"{folder}: expected a folder, found a file")
+    return kind is not None
+
+
+def _kind(path: Path) -> int | None:
+    """The type of what is at a path, links followed; None where nothing is."""
+    if "\0" in str(path):
+        return None
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            target = os.readlink(path)
+            try:
+                mode = os.stat(path).st_mode
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{path}: a link to {target}, which is not there; fetch the file again, or "
+                    "remove the link"
+                ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # a circle of links, a folder that may not be searched
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return stat.S_IFMT(mode)
+
+
 def read_json(file: Path) -> Any:
     """Parse a JSON file; the error names the file and the place."""
     try:
@@ -43,7 +96,7 @@ def read_json(file: Path) -> Any:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
-    if not file.is_file():
+    if not present(file):
         raise FileNotFoundError(f"{file.parent}: {file.name} is missing")
     fields = read_json(file)
     if not isinstance(fields, dict):

@@ -74,6 +74,10 @@ class Retriever:
         _check_together(model, index)
         self.model, self.index = model, index
 
+    def __reduce__(self) -> Any:
+        """Pickle the names of model and index, see theirs."""
+        return Retriever, (self.model, self.index)
+
     @classmethod
     def build(
         cls,

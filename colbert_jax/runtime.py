@@ -39,8 +39,32 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
     return path
 
 
+_jax_process: int | None = None  # where this library first used JAX
+
+
+def _note_process() -> bool:
+    """Note where JAX is used first; whether that is this process."""
+    global _jax_process
+    _jax_process = _jax_process or os.getpid()
+    return _jax_process == os.getpid()
+
+
+def check_process() -> None:
+    """Raise RuntimeError in a process that was forked after this library had used JAX.
+
+    JAX's threads stay behind in the parent, and a program that waits for them waits for ever.
+    """
+    if not _note_process():
+        raise RuntimeError(
+            "this process was forked after JAX had been used, and JAX does not work in it: start "
+            'processes with multiprocessing.get_context("spawn") or "forkserver", or load models '
+            "in each process and none before the fork"
+        )
+
+
 def on_cpu() -> bool:
     """Whether JAX's default devices are CPUs."""
+    _note_process()
     return jax.default_backend() == "cpu"
 
 

@@ -11,8 +11,9 @@ import hashlib
 import json
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import tokenizers
 from colbert_jax.config import TextConfig
 
 ROLES = ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token")
+_STRANGE = "\ua66e \U00012000"  # letters that are in no vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,34 @@ class ModelTokenizer:
 
     special: role ("pad_token", ...) -> token, for the roles that the model has.
     truncation_side: "right" or "left", the end at which long texts are cut.
+    file: where it was read from, for errors.
     """
 
     tokenizer: tokenizers.Tokenizer
     special: dict[str, str]
     truncation_side: str = "right"
+    file: Path | None = field(default=None, compare=False)
+
+    @cached_property
+    def largest_id(self) -> tuple[int, str]:
+        """The largest id that a text can get, and its token.
+
+        It may be one that only the post-processor knows: it has ids of its own for what it adds.
+
+        Raises ValueError if there is no vocabulary, or a text cannot be encoded.
+        """
+        largest = max(
+            ((i, token) for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items()),
+            default=None,
+        )
+        if largest is None:
+            raise ValueError("the tokenizer's vocabulary is empty")
+        try:
+            encodings = self.tokenizer.encode(_STRANGE), self.tokenizer.encode("a", "b")
+        except Exception as error:  # such as an unknown token that is missing
+            raise ValueError(f"the tokenizer cannot encode every text: {error}") from None
+        added = [pair for e in encodings for pair in zip(e.ids, e.tokens, strict=True)]
+        return max([largest, *added])
 
     def has(self, token: str | None) -> bool:
         """Whether the vocabulary has a token."""
@@ -48,13 +73,14 @@ class ModelTokenizer:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ModelTokenizer:
+    def from_json(cls, fields: dict[str, Any], file: Path | None = None) -> ModelTokenizer:
         """Make a tokenizer from a JSON object. Raises KeyError or ValueError if it is damaged."""
         special = fields["special_tokens"]
         if not isinstance(special, dict) or not all(isinstance(t, str) for t in special.values()):
             raise ValueError(f"special_tokens must map roles to tokens, got {special!r:.80}")
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields["tokenizer"]))
-        return cls(without_padding(tokenizer), fields["special_tokens"], fields["truncation_side"])
+        side = fields["truncation_side"]
+        return cls(without_padding(tokenizer), fields["special_tokens"], side, file)
 
 
 def without_padding(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -109,8 +135,7 @@ class TextTokenizer:
         self.config = config
         self._tokenizer, self._side = model.tokenizer, model.truncation_side
         self._roles = model.special
-        vocabulary = model.tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        self.vocab_size = model.largest_id[0] + 1  # ids may have gaps
         self.special = SpecialTokens(
             pad=self._special(model, "pad_token"),
             expansion=self._expansion(model) if config.query_expansion else None,

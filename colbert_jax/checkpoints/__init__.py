@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colbert_jax.checkpoints import (
+    carried,
     colbertv1,
     flmr,
     hub,
@@ -21,8 +22,10 @@ from colbert_jax.checkpoints import (
     single_vector,
     stanford,
 )
-from colbert_jax.checkpoints.common import Checkpoint
-from colbert_jax.files import check_free, publishing
+from colbert_jax.checkpoints.common import Checkpoint, warn
+from colbert_jax.checkpoints.modules import has_modules, read_modules
+from colbert_jax.files import check_free, present_folder, publishing
+from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
 
 __all__ = [
     "LAYOUTS",
@@ -68,7 +71,31 @@ def read_checkpoint(
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
-    return _REGISTER[detect_layout(path)].read(Path(path), dim=dim, seed=seed, base=base)
+    return _read(Path(path), detect_layout(path), dim=dim, seed=seed, base=base)
+
+
+def _read(path: Path, layout: str, **arguments: Any) -> Checkpoint:
+    checkpoint = _REGISTER[layout].read(path, **arguments)
+    unread = _unread_weights(path, layout)
+    if unread:
+        warn(
+            f"{path}: read as {layout}, without the weights in {', '.join(unread)}: this library "
+            "does not read them, and embeddings are those of a model without them"
+        )
+    return carried.restore(checkpoint, path)
+
+
+def _unread_weights(path: Path, layout: str) -> list[str]:
+    """Weight files in a folder, or in folders of modules, that its layout does not read."""
+    if path.is_file():
+        return []
+    found = other_weights(file.name for file in path.iterdir())
+    if layout == "colbertv1":
+        found = [name for name in found if not name.endswith(colbertv1.SUFFIX)]
+    listed = [m.folder for m in read_modules(path)] if has_modules(path) else []
+    modules = (folder for folder in path.glob(hub.MODULE_FOLDER) if folder not in listed)
+    inside = [folder / name for folder in modules for name in WEIGHT_FILES]
+    return sorted(found + [str(file.relative_to(path)) for file in inside if file.exists()])
 
 
 def detect_layout(path: Path) -> str:
@@ -86,7 +113,7 @@ def detect_layout(path: Path) -> str:
         raise ValueError(
             f"{path}: a file; a checkpoint is a folder, or a ColBERTv1 {colbertv1.SUFFIX} file"
         )
-    if not path.is_file() and not path.is_dir():
+    if not path.is_file() and not present_folder(path):
         raise FileNotFoundError(f"{path}: no such folder")
     for name, layout in _REGISTER.items():
         if layout.detect(path):
@@ -109,6 +136,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native
     _check_layout(layout)
     with publishing(folder) as draft:
         LAYOUTS[layout](checkpoint, draft)
+        carried.write(checkpoint.config, _REGISTER[layout].kept(checkpoint.config), draft)
 
 
 def convert_checkpoint(
@@ -139,7 +167,8 @@ def convert_checkpoint(
     check_free(Path(folder))
     path, base = hub.resolve_checkpoint(source, base=base, revision=revision, token=token)
     found = detect_layout(path)
-    checkpoint = _REGISTER[found].read(path, base=base)
+    checkpoint = _read(path, found, base=base)
+    checkpoint.text_tokenizer()  # for its checks
     write_checkpoint(checkpoint, Path(folder), layout)
     return found, checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from colbert_jax.checkpoints.common import (
     write_base,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.config import ColBERTConfig
+from colbert_jax.files import present
 from colbert_jax.models.backbones import architecture
 from colbert_jax.tensors.torch_file import read_torch_file, write_torch_file
 from colbert_jax.tensors.weights import WEIGHT_FILES, Tensors, state_dict
@@ -40,9 +43,9 @@ def detect(path: Path) -> bool:
     """
     if path.is_file():
         return True
-    if not (path / "config.json").is_file():
+    if not present(path / "config.json"):
         return False
-    weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    weights = any(present(path / name) for name in WEIGHT_FILES)
     return not weights and len(list(path.glob(f"*{SUFFIX}"))) == 1
 
 
@@ -87,6 +90,12 @@ def read(path: Path, *, dim: int | None = None, base: Path | None = None, **_: A
         width,
         dim,
     )
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: those of texts, and the similarity."""
+    plain, _ = stanford.config_from_fields({}, Path())
+    return dataclasses.replace(plain, text=config.text, similarity=config.similarity)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import string
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,7 @@ class Checkpoint:
       queries and documents.
     pooler: BERT's pooler by tensor name. Token embeddings do not use it; some original libraries
       expect it in a checkpoint.
+    weights: the file that the parameters were read from, for errors.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class Checkpoint:
     params: dict
     query_params: dict | None = None
     pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: Path | None = None
 
     def with_text(self, **changes: Any) -> Checkpoint:
         """Return the checkpoint with some text settings changed."""
@@ -63,17 +67,27 @@ class Checkpoint:
 
     def text_tokenizer(self) -> TextTokenizer:
         """Make the tokenizer of texts. Raises ValueError if it does not fit the encoder."""
-        try:
-            tokenizer = TextTokenizer(self.tokenizer, self.config.text)
-        except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from None
+        file = self.tokenizer.file or self.folder
         vocabulary = self.encoder.backbone.vocab_size
-        if tokenizer.vocab_size > vocabulary:
-            raise ValueError(
-                f"{self.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the encoder only "
-                f"{vocabulary}"
-            )
-        return tokenizer
+        try:
+            largest, token = self.tokenizer.largest_id
+            if largest >= vocabulary:
+                raise ValueError(
+                    f"its token {token!r:.80} has the id {largest}, but the word embeddings in "
+                    f"{self.weights or self.folder} are of the ids 0 to {vocabulary - 1}: they are "
+                    "not of one model"
+                )
+            return TextTokenizer(self.tokenizer, self.config.text)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+
+def warn(message: str) -> None:
+    """Warn whoever called into this library, from however deep in it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def fingerprint(known: list[Any], params: dict) -> str:

@@ -15,7 +15,7 @@ from colbert_jax.checkpoints.modules import Module
 from colbert_jax.checkpoints.sentence_transformers import longest_text
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import read_object
+from colbert_jax.files import present, read_object
 from colbert_jax.models.backbones import architecture
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.cross_encoder import cross_encoder_config
@@ -33,7 +33,7 @@ def detect(folder: Path) -> bool:
 
 def _architectures(folder: Path) -> list[str]:
     file = folder / "config.json"
-    names = read_object(file).get("architectures") if file.is_file() else None
+    names = read_object(file).get("architectures") if present(file) else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
@@ -74,7 +74,10 @@ def read(folder: Path) -> Checkpoint:
         paths["head", i, "linear", "bias"] = f"{name}.bias"
     refuse_unknown(tensors, backbone, paths.values())
     params = fill_params(encoder, [(tensors, paths)])
-    checkpoint = Checkpoint(folder, encoder, ColBERTConfig(), read_tokenizer(folder), params)
+    tokenizer = read_tokenizer(folder)
+    checkpoint = Checkpoint(
+        folder, encoder, ColBERTConfig(), tokenizer, params, weights=tensors.file
+    )
     longest = longest_text(checkpoint, [Module("", "Transformer", folder)], {})
     text = TextConfig.untrained(query_maxlen=longest, doc_maxlen=longest)
     return checkpoint.with_text_config(text)

@@ -1,7 +1,7 @@
 """FLMR folders (`LinWeizheDragon/ColBERT-v2` and the PreFLMR family), their text part.
 
 Queries and documents share a BERT or have one each; tokenizers are in `query_tokenizer/` and
-`context_tokenizer/`. Vision tensors are not read.
+`context_tokenizer/`. Vision tensors are not read, with a warning.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from colbert_jax.checkpoints.common import (
     refuse_text,
     refuse_unknown,
     save_tensors,
+    warn,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
-from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.files import check_types, present, present_folder, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
@@ -86,9 +87,9 @@ _TEXT_FIELDS = (
 def detect(folder: Path) -> bool:
     """Whether the two tokenizer folders are there, or config.json has FLMR's model type."""
     file = folder / "config.json"
-    if not file.is_file():
+    if not present(file):
         return False
-    if all((folder / name).is_dir() for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)):
+    if all([present_folder(folder / name) for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]):
         return True
     return read_object(file).get("model_type") == MODEL_TYPE
 
@@ -119,6 +120,12 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     names = {side: _side_names(encoder, side) for side in found}
     known = {name for side in names.values() for name in side.values()}
     refuse_unknown(tensors, backbone, known, _VISION)
+    vision = [name for name in tensors.names() if any(part in f".{name}" for part in _VISION)]
+    if vision or fields.get("use_vision_encoder"):
+        warn(
+            f"{file}: a model of texts and images: only its text part is read, without "
+            f"{len(vision)} tensors of the vision encoder; images need the original library"
+        )
     params = {
         side: fill_params(encoder, [(tensors, names[side])])
         for side in (found if separate else found[:1])
@@ -132,6 +139,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         params[found[0]],
         query_params=params[QUERY] if separate else None,
         pooler=read_pooler(tensors, f"{found[0]}_text_encoder.bert_model."),
+        weights=tensors.file,
     )
 
 
@@ -156,7 +164,7 @@ def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
 def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -> TextConfig:
     """Read text settings: lengths from the tokenizers' configurations, others from config.json."""
     query, context = (
-        read_object(file) if (file := folder / name / "tokenizer_config.json").is_file() else {}
+        read_object(file) if present(file := folder / name / "tokenizer_config.json") else {}
         for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
     )
     check_types(folder / QUERY_TOKENIZER / "tokenizer_config.json", query, _TOKENIZER_TYPES)
@@ -183,7 +191,7 @@ def instruction_token(fields: Mapping[str, Any], tokenizer: ModelTokenizer) -> s
 def read_tokenizers(folder: Path) -> ModelTokenizer:
     """Read the tokenizer of both sides. Raises ValueError if they differ."""
     places = [folder / name for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)]
-    places = [place for place in places if place.is_dir()] or [folder]
+    places = [place for place in places if present_folder(place)] or [folder]
     models = [read_tokenizer(place) for place in places]
     if len({model.tokenizer.to_str() for model in models}) > 1:
         raise ValueError(f"{folder}: {QUERY_TOKENIZER} and {CONTEXT_TOKENIZER} are different")
@@ -260,6 +268,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             backbone.max_length,
             settings,
         )
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: the layout has those of texts."""
+    return ColBERTConfig(text=config.text)
 
 
 def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:

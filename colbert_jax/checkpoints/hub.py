@@ -9,9 +9,13 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from colbert_jax.checkpoints import colbertv1, flmr
-from colbert_jax.tensors.weights import WEIGHT_FILES
+from colbert_jax.checkpoints import carried, colbertv1, flmr
+from colbert_jax.checkpoints.common import warn
+from colbert_jax.files import present, present_folder
+from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
 
+HEADS = ("colbert_linear.pt", "sparse_linear.pt")  # of bge-m3
+MODULE_FOLDER = "[0-9]*_*"
 # Files beside weights that are read, in the root and in the folders of modules and tokenizers.
 _SETTINGS = (
     "config.json",
@@ -20,6 +24,7 @@ _SETTINGS = (
     "sentence_*_config.json",
     "artifact.metadata",
     "colbert_jax.json",
+    carried.FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,9 +33,10 @@ _SETTINGS = (
     "merges.txt",
     "*.model",
     f"*{colbertv1.SUFFIX}",
+    *HEADS,
 )
 # Folders of modules and of tokenizers. Others hold copies for other runtimes or training states.
-_FOLDERS = ("[0-9]*_*", flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)
+_FOLDERS = (MODULE_FOLDER, flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)
 # A cached copy that may be incomplete must hold one of these: another library may have left it
 # there without its settings, and it would be read as a plain encoder. No library opens the last
 # file; it comes with a download of everything.
@@ -65,7 +71,7 @@ def resolve_checkpoint(
             raise ValueError(f"{name_or_path}: base is for a {colbertv1.SUFFIX} file only")
         return resolve(name_or_path, revision=revision, token=token), None
     if base is None:
-        beside = (path.parent / "config.json").is_file()
+        beside = present(path.parent / "config.json")
         base = path.parent if beside else colbertv1.base_name(path)
     return path, resolve(base, revision=revision, token=token, weights=False)
 
@@ -88,13 +94,13 @@ def resolve(
       FileNotFoundError: not a local folder and not reachable on the hub.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
     name = str(name_or_path)
-    if path.exists():
+    if path.is_file():
         raise FileNotFoundError(
             f"{name}: a file; a checkpoint is a folder, or a ColBERTv1 {colbertv1.SUFFIX} file"
         )
+    if present_folder(path):
+        return path
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such checkpoint folder")
     return fetch(name, revision=revision, token=token, weights=weights)
@@ -142,6 +148,7 @@ def fetch(
                 )
                 needed = needed_files((f.rfilename for f in info.siblings or ()), weights)
                 if needed:
+                    _warn_left_out((f.rfilename for f in info.siblings or ()), where)
                     got = snapshot_download(
                         name, revision=revision, token=token, allow_patterns=needed
                     )
@@ -186,6 +193,17 @@ def fetch(
     if doubt is not None:
         raise missing(f"the Hugging Face hub did not provide it ({reason}); {doubt}", advice)
     return Path(cached)
+
+
+def _warn_left_out(names: Iterable[str], where: str) -> None:
+    """Name the weight files of a repository that are neither read nor fetched."""
+    left_out = set(other_weights(name for name in names if "/" not in name))
+    left_out = {name for name in left_out - {*HEADS} if not name.endswith(colbertv1.SUFFIX)}
+    if left_out:
+        warn(
+            f"{where}: weights in {', '.join(sorted(left_out))} are not read: embeddings are those "
+            "of a model without them"
+        )
 
 
 def _cached_listing(name: str, revision: str | None) -> list[str] | None:

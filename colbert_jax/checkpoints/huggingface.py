@@ -20,6 +20,7 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.files import present
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import find_tensors
@@ -27,7 +28,7 @@ from colbert_jax.tensors.weights import find_tensors
 
 def detect(folder: Path) -> bool:
     """Whether there is a `config.json`."""
-    return (folder / "config.json").is_file()
+    return present(folder / "config.json")
 
 
 def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Checkpoint:
@@ -48,6 +49,7 @@ def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Ch
         read_tokenizer(folder),
         params,
         pooler=read_pooler(tensors, prefix),
+        weights=tensors.file,
     )
 
 

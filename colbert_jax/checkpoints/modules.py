@@ -23,8 +23,8 @@ from colbert_jax.checkpoints.common import (
     tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
-from colbert_jax.config import ColBERTConfig
-from colbert_jax.files import check_types, read_json, read_object, write_json
+from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.files import check_types, present, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
@@ -75,6 +75,8 @@ class Module(NamedTuple):
 def read_modules(folder: Path) -> list[Module]:
     """Read the list of modules. Raises ValueError for a path that leads out of the folder."""
     file = folder / MODULES
+    if not present(file):
+        raise FileNotFoundError(f"{folder}: {MODULES} is missing")
     entries = read_json(file)
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("path"), str) and isinstance(e.get("type"), str)
@@ -92,7 +94,7 @@ def read_modules(folder: Path) -> list[Module]:
 
 def has_modules(folder: Path) -> bool:
     """Whether a folder has a `modules.json`."""
-    return (folder / MODULES).is_file()
+    return present(folder / MODULES)
 
 
 def has_dense(folder: Path) -> bool:
@@ -103,17 +105,36 @@ def has_dense(folder: Path) -> bool:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read `config_sentence_transformers.json`; {} if there is none."""
     file = folder / SETTINGS
-    fields = read_object(file) if file.is_file() else {}
+    fields = read_object(file) if present(file) else {}
     check_types(file, fields, _SETTINGS_TYPES)
     for name, text in (fields.get("prompts") or {}).items():
         check_types(file, {f"prompt {name!r}": text}, {f"prompt {name!r}": str})
     return fields
 
 
+def _other_prompts(prompts: Any) -> dict[str, Any]:
+    """The prompts that this library does not use, as metadata."""
+    prompts = prompts if isinstance(prompts, dict) else {}
+    others = {name: text for name, text in prompts.items() if name not in ("query", "document")}
+    return {"prompts": others} if others else {}
+
+
+def prompts_of(text: TextConfig, config: ColBERTConfig) -> dict[str, str]:
+    """Return the prompts to write: those of `text`, and those that the checkpoint brought."""
+    others = kept_settings(config).metadata.get("prompts", {})
+    return {**others, "query": text.query_prompt, "document": text.doc_prompt}
+
+
+def kept_settings(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: those of texts, and prompts."""
+    metadata = _other_prompts(config.metadata.get("prompts"))
+    return ColBERTConfig(text=config.text, metadata=metadata)
+
+
 def transformer_settings(module: Module) -> dict[str, Any]:
     """Read the settings of a Transformer module; {} if there are none."""
     for name in _TRANSFORMER_SETTINGS:
-        if (module.folder / name).is_file():
+        if present(module.folder / name):
             fields = read_object(module.folder / name)
             check_types(module.folder / name, fields, _TRANSFORMER_TYPES)
             return fields
@@ -174,8 +195,10 @@ def read_encoder(
         sources.append((head, names))
     params = fill_params(encoder, sources)
     pooler = read_pooler(tensors, prefix)
+    config = ColBERTConfig(metadata=_other_prompts(read_settings(folder).get("prompts")))
+    tokenizer = _read_tokenizer(root, backbone)
     checkpoint = Checkpoint(
-        folder, encoder, ColBERTConfig(), _read_tokenizer(root, backbone), params, pooler=pooler
+        folder, encoder, config, tokenizer, params, pooler=pooler, weights=tensors.file
     )
     return checkpoint, transformer_settings(transformers[0])
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from colbert_jax.checkpoints.common import Checkpoint, save_tensors, set_path
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
 from colbert_jax.tensors.weights import SAFETENSORS, Tensors, open_tensors
@@ -27,7 +27,7 @@ _QUERY = "query_encoder."
 
 def detect(folder: Path) -> bool:
     """Whether `colbert_jax.json` is there."""
-    return (folder / FILE).is_file()
+    return present(folder / FILE)
 
 
 def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
@@ -51,14 +51,14 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
             search=SearchConfig(**fields["search"]),
             metadata=fields["metadata"],
         )
-        tokenizer = ModelTokenizer.from_json(fields["tokenizer"])
+        tokenizer = ModelTokenizer.from_json(fields["tokenizer"], file)
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(f"{file}: {error}") from None
     if dim is not None and dim != encoder.dim:
         raise ValueError(f"{folder}: dim was given as {dim}, but the head gives {encoder.dim}")
-    if not (folder / SAFETENSORS).is_file():
+    if not present(folder / SAFETENSORS):
         raise FileNotFoundError(f"{folder}: {SAFETENSORS} is missing")
     tensors = open_tensors(folder / SAFETENSORS)
     names = {path: _name(path) for path in param_shapes(encoder)}
@@ -77,6 +77,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         _params(tensors, encoder, names, ""),
         query_params=_params(tensors, encoder, names, _QUERY) if separate else None,
         pooler={name: tensors.read(name) for name in poolers},
+        weights=tensors.file,
     )
 
 
@@ -114,6 +115,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             tensors |= {prefix + _name(path): array for path, array in _flat(params)}
     save_tensors(folder / SAFETENSORS, tensors)
     write_json(folder / FILE, fields)
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: all of them."""
+    return config
 
 
 def _flat(tree: dict, path: tuple = ()):

@@ -18,6 +18,8 @@ from colbert_jax.checkpoints.modules import (
     MODULES,
     SETTINGS,
     has_modules,
+    kept_settings,
+    prompts_of,
     read_encoder,
     read_modules,
     read_settings,
@@ -129,6 +131,9 @@ def prompt(settings: dict[str, Any], *names: str) -> str:
     return next(filter(None, found), "")
 
 
+kept = kept_settings
+
+
 def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder that PyLate loads.
 
@@ -160,7 +165,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         folder / SETTINGS,
         {
             "model_type": "ColBERT",
-            "prompts": {"query": text.query_prompt, "document": text.doc_prompt},
+            "prompts": prompts_of(text, checkpoint.config),
             "default_prompt_name": None,
             "similarity_fn_name": "MaxSim",
             "query_prefix": text.query_token_id or "",

@@ -22,6 +22,8 @@ from colbert_jax.checkpoints.modules import (
     SETTINGS,
     Module,
     has_modules,
+    kept_settings,
+    prompts_of,
     read_encoder,
     read_modules,
     read_settings,
@@ -29,7 +31,7 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.config import TextConfig
-from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
@@ -170,7 +172,7 @@ def longest_text(
     positions = checkpoint.encoder.backbone.max_length
     given = transformer.get("max_seq_length")
     file = modules[0].folder / "tokenizer_config.json"
-    if given is None and file.is_file():
+    if given is None and present(file):
         fields = read_object(file)
         check_types(file, fields, {"model_max_length": (int, float)})
         given = fields.get("model_max_length")
@@ -184,6 +186,9 @@ def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         steps.append(tokenizer.normalizer)
     tokenizer.normalizer = normalizers.Sequence(steps)
     return tokenizer
+
+
+kept = kept_settings
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -250,15 +255,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         }
     settings["query_length"] = text.query_maxlen
     write_json(folder / "sentence_bert_config.json", settings)
-    prompted_text = prompted.config.text
     write_json(
         folder / SETTINGS,
         {
             "model_type": "MultiVectorEncoder",
-            "prompts": {
-                "query": prompted_text.query_prompt,
-                "document": prompted_text.doc_prompt,
-            },
+            "prompts": prompts_of(prompted.config.text, checkpoint.config),
             "default_prompt_name": None,
             "similarity_fn_name": "maxsim",
         },

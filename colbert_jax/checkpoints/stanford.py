@@ -27,7 +27,7 @@ from colbert_jax.checkpoints.common import (
 from colbert_jax.checkpoints.modules import has_dense
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
@@ -46,6 +46,7 @@ TEXT_FIELDS = (
     "mask_punctuation",
     "attend_to_mask_tokens",
 )
+_INDEX_FIELDS = ("nbits", "kmeans_niters")
 # Settings that would change the embeddings or scores and are not implemented, with the value that
 # means "not used".
 _UNSUPPORTED = {
@@ -61,11 +62,11 @@ def detect(folder: Path) -> bool:
 
     A folder with a list of modules is Stanford's only if none of them is a Dense module.
     """
-    if not (folder / "config.json").is_file() or has_dense(folder):
+    if not present(folder / "config.json") or has_dense(folder):
         return False
-    if (folder / METADATA).is_file():
+    if present(folder / METADATA):
         return True
-    found = any((folder / name).is_file() for name in WEIGHT_FILES)
+    found = any(present(folder / name) for name in WEIGHT_FILES)
     return found and PROJECTION in find_tensors(folder)
 
 
@@ -77,7 +78,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA
-    config, width = read_config(file) if file.is_file() else (ColBERTConfig(), None)
+    config, width = read_config(file) if present(file) else (ColBERTConfig(), None)
     return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, width, dim)
 
 
@@ -116,7 +117,9 @@ def from_tensors(
     params = fill_params(encoder, [(tensors, names)])
     config = dataclasses.replace(config, text=known_markers(config.text, tokenizer))
     pooler = read_pooler(tensors, prefix)
-    return Checkpoint(folder, encoder, config, tokenizer, params, pooler=pooler)
+    return Checkpoint(
+        folder, encoder, config, tokenizer, params, pooler=pooler, weights=tensors.file
+    )
 
 
 def known_markers(text: TextConfig, tokenizer: ModelTokenizer) -> TextConfig:
@@ -215,13 +218,19 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     fields = {name: getattr(text, name) for name in TEXT_FIELDS}
     fields["mask_punctuation"] = masks_punctuation(checkpoint, layout)
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
-    known = {"nbits", "kmeans_niters", *_fields(SearchConfig)}
+    known = {*_INDEX_FIELDS, *_fields(SearchConfig)}
     return (
         {key: value for key, value in config.metadata.items() if _is_plain(value)}
         | {key: value for key, value in rest.items() if key in known}
         | fields
         | {"similarity": config.similarity}
     )
+
+
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: all but some of an index's."""
+    index = IndexConfig(**{name: getattr(config.index, name) for name in _INDEX_FIELDS})
+    return dataclasses.replace(config, index=index)
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,11 +13,19 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers
 
-from colbert_jax.files import read_json, read_object, write_json
+from colbert_jax.files import present, read_json, read_object, write_json
 from colbert_jax.text import ROLES, ModelTokenizer, without_padding
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
-_OTHER_FILES = ("vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+_OTHER_FILES = (
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+# What transformers reads beside one of these.
+_BESIDE = ("merges.txt", "added_tokens.json", "config.json")
 # Tokenizer classes whose vocab.txt is WordPiece with BERT's special tokens.
 _WORDPIECE = ("Bert", "DistilBert", "Electra", "FLMR")
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -33,13 +41,14 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
     settings: dict[str, Any] = {}
     for name in _SETTINGS:
         file = folder / name
-        if file.is_file():
+        if present(file):
             settings |= read_object(file)
-    tokenizer = without_padding(_read(folder, settings))
+    file, tokenizer = _read(folder, settings)
+    tokenizer = without_padding(tokenizer)
     side = settings.get("truncation_side") or "right"
     if side not in _SIDES:
         raise ValueError(f"{folder}: truncation_side of the tokenizer must be one of {_SIDES}")
-    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side)
+    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side, file)
 
 
 def write_tokenizer(
@@ -85,20 +94,21 @@ def write_vocabulary(folder: Path, model: ModelTokenizer) -> bool:
     return True
 
 
-def _read(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+def _read(folder: Path, settings: dict[str, Any]) -> tuple[Path, tokenizers.Tokenizer]:
+    """The file that was read, or the folder, and the tokenizer."""
     file = folder / "tokenizer.json"
     try:
-        if file.is_file():
-            return _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
+        if present(file):
+            return file, _follow_settings(tokenizers.Tokenizer.from_file(str(file)), settings)
         file = folder / "vocab.txt"
         family = str(settings.get("tokenizer_class") or "")
-        if file.is_file() and (not family or family.startswith(_WORDPIECE)):
-            return _add_tokens(_wordpiece(file, settings), folder, settings)
+        if present(file) and (not family or family.startswith(_WORDPIECE)):
+            return file, _add_tokens(_wordpiece(file, settings), folder, settings)
     except ValueError:
         raise
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{file}: not a readable tokenizer file: {error}") from error
-    return _read_with_transformers(folder)
+    return folder, _read_with_transformers(folder)
 
 
 def _wordpiece(file: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -143,7 +153,7 @@ def _add_tokens(
         added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
     except (ValueError, AttributeError):
         raise ValueError(f"{folder}: added_tokens_decoder must map ids to tokens") from None
-    if (folder / "added_tokens.json").is_file():
+    if present(folder / "added_tokens.json"):
         for content, i in read_json(folder / "added_tokens.json").items():
             added.setdefault(int(i), {"content": content, "special": True})
     for i, token in sorted(added.items()):
@@ -162,7 +172,8 @@ def _add_tokens(
 
 
 def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
-    if not any((folder / name).is_file() for name in (*_OTHER_FILES, "vocab.txt")):
+    found = [name for name in (*_OTHER_FILES, *_BESIDE) if present(folder / name)]
+    if not any(name in _OTHER_FILES for name in found):
         raise ValueError(f"{folder}: no tokenizer: tokenizer.json and vocab.txt are missing")
     from transformers import AutoTokenizer
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from colbert_jax import runtime
-from colbert_jax.checkpoints import flmr, hub, read_checkpoint
+from colbert_jax.checkpoints import carried, flmr, hub, read_checkpoint
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
@@ -39,7 +39,7 @@ from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
-from colbert_jax.text import TextTokenizer, outside_instruction
+from colbert_jax.text import outside_instruction
 
 _MASKED_SCORE = -9999.0  # of a document position that is no token, upstream's number
 
@@ -81,6 +81,7 @@ class FLMRModelForRetrieval:
         """
         if config.query_mask_input_ids_skip_list:
             raise ValueError("query_mask_input_ids_skip_list is not supported; leave it out")
+        runtime.check_process()
         self.config, self._dtype = config, dtype
         self.query_tokenizer, self.context_tokenizer = query_tokenizer, context_tokenizer
         if checkpoint is None:
@@ -105,7 +106,7 @@ class FLMRModelForRetrieval:
         self._checkpoint = dataclasses.replace(
             checkpoint.with_text_config(text), params={}, query_params=None
         )
-        texts = TextTokenizer(self._checkpoint.tokenizer, text)
+        texts = self._checkpoint.text_tokenizer()
         # [V] True for the ids that give no embedding in documents.
         self._context_skip = texts.skiplist
         self._instruction = texts.special.instruction
@@ -156,7 +157,9 @@ class FLMRModelForRetrieval:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint and both tokenizers; files of the same names are replaced."""
         with replacing_files(Path(folder)) as draft:
-            flmr.write(self.checkpoint(), draft)
+            checkpoint = self.checkpoint()
+            flmr.write(checkpoint, draft)
+            carried.write(checkpoint.config, flmr.kept(checkpoint.config), draft)
             fields = self.config.to_diff_dict() | {
                 "architectures": ["FLMRModelForRetrieval"],
                 "separate_query_and_context_text_encoder": "query" in self.params,
@@ -395,6 +398,7 @@ class FLMRModelForRetrieval:
         return self
 
     def _ids(self, input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
+        runtime.check_process()
         vocab_size = self._checkpoint.encoder.backbone.vocab_size
         ids, mask = (
             x if isinstance(x, jax.Array) else np.asarray(x) for x in (input_ids, attention_mask)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.colbert import ColBERT
+from colbert_jax.files import present_folder
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.index.index import Index
 from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import concatenate_hits
 
 _BATCH = 32  # queries searched in one call
+_COMPARED = 1024  # texts in memory at a time
 
 
 def index_custom_collection(
@@ -38,27 +40,57 @@ def index_custom_collection(
       custom_collection: strings, or tuples (text, None, None) as upstream's.
       model: a model, or the name of a checkpoint.
       nbits: bits per dimension of the residuals.
-      doc_maxlen: longest document in tokens.
-      overwrite: replace an existing index. If False, an existing one is left as it is.
+      doc_maxlen: longest document in tokens; a `ColBERT` goes by its own.
+      overwrite: replace an existing index. If False, an existing one of the same collection and
+        model is left as it is.
       use_gpu, indexing_batch_size, model_temp_folder, nranks: ignored: all local devices are used.
 
     Returns:
       the path of the index.
+
+    Raises:
+      FileExistsError: the index that is there is of another collection, model or `doc_maxlen`.
     """
     del use_gpu, indexing_batch_size, model_temp_folder, nranks
     path = _path(index_root_path, index_experiment_name, index_name, nbits)
-    if path.exists() and not overwrite:
-        return str(path)
     texts = [_text(i, item) for i, item in enumerate(custom_collection)]
+    known = None
+    if not overwrite and present_folder(path) and any(path.iterdir()):
+        known = Index.open(path)
+        _check_collection(known, texts)  # before the model is loaded
     if isinstance(model, FLMRModelForRetrieval):
         colbert = model.colbert(doc_maxlen=doc_maxlen)
     elif isinstance(model, ColBERT):
         colbert = model
     else:
         colbert = ColBERT.from_pretrained(model, doc_maxlen=doc_maxlen)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Index.build(path, colbert, texts, nbits=nbits, overwrite=overwrite)
+    if known is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Index.build(path, colbert, texts, nbits=nbits, overwrite=overwrite)
+    elif (known.metadata.model or {}).get("fingerprint") != colbert.fingerprint():
+        raise FileExistsError(f"{path}: built with another model or another doc_maxlen; {_ANOTHER}")
     return str(path)
+
+
+_ANOTHER = "pass overwrite=True to replace it, or another index_name"
+
+
+def _check_collection(index: Index, texts: Sequence[str]) -> None:
+    """Raise FileExistsError unless these are the documents of an index."""
+    where = f"{index.path}: an index of another collection:"
+    if len(index) != len(texts):
+        raise FileExistsError(f"{where} {len(index)} documents, not these {len(texts)}; {_ANOTHER}")
+    if index.texts is None:
+        raise FileExistsError(
+            f"{index.path}: keeps no texts, so nobody knows whether it is of this collection; "
+            f"{_ANOTHER}"
+        )
+    for start in range(0, len(texts), _COMPARED):
+        part = list(texts[start : start + _COMPARED])
+        stored = index.texts[list(range(start, start + len(part)))]
+        if stored != part:
+            i = next(i for i, (a, b) in enumerate(zip(stored, part, strict=True)) if a != b)
+            raise FileExistsError(f"{where} document {start + i} is another one; {_ANOTHER}")
 
 
 class Searcher:
@@ -68,6 +100,10 @@ class Searcher:
         self.index = index
         self._lock = threading.Lock()
         self._retriever: Retriever | None = None
+
+    def __reduce__(self) -> Any:
+        """Pickle the index's path, see `Index.__reduce__`."""
+        return Searcher, (self.index,)
 
     @property
     def retriever(self) -> Retriever:

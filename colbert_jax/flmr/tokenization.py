@@ -15,7 +15,7 @@ import numpy as np
 from colbert_jax.checkpoints import flmr, hub
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import TextConfig
-from colbert_jax.files import read_object
+from colbert_jax.files import present, present_folder, read_object
 from colbert_jax.flmr.configuration import FLMRTextConfig
 from colbert_jax.text import ModelTokenizer, TextTokenizer, as_texts
 
@@ -53,12 +53,12 @@ class _Tokenizer:
         """
         root = hub.resolve(name_or_path, revision=revision, token=token)
         folder = root / (subfolder or cls.subfolder)
-        if not folder.is_dir():
+        if not present_folder(folder):
             if subfolder:
                 raise FileNotFoundError(f"{root}: there is no folder {subfolder}")
             folder = root
         if text_config is None:
-            fields = read_object(root / "config.json") if (root / "config.json").is_file() else {}
+            fields = read_object(root / "config.json") if present(root / "config.json") else {}
             text_config = FLMRTextConfig(**(fields.get("text_config") or {}))
         base = text_config.text_encoder_base_model
         if base not in flmr.BASES:
@@ -67,7 +67,7 @@ class _Tokenizer:
                 f"{', '.join(flmr.BASES)}"
             )
         file = folder / "tokenizer_config.json"
-        found = read_object(file) if file.is_file() else {}
+        found = read_object(file) if present(file) else {}
         known = {name: found.get(name, default) for name, default in cls._defaults().items()}
         unknown = sorted(settings.keys() - known.keys())
         if unknown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from colbert_jax.index.build import build_index
 from colbert_jax.index.columns import ID, TEXT, Column, Positions, open_column
 from colbert_jax.index.folder import METADATA
 from colbert_jax.index.sources import DocumentEncoder, EmbeddingSource, TextSource
+from colbert_jax.runtime import check_process
 from colbert_jax.search.arrays import Hits, IndexArrays, check_k
-from colbert_jax.search.backend import Backend, choose_backend
+from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
 
 class UnknownIdError(KeyError):
@@ -176,6 +178,21 @@ class Index:
             check_mesh(mesh)
         return cls(*fmt.open_arrays(resolved(path)), mesh)
 
+    def __reduce__(self) -> Any:
+        """Pickle the path, not the arrays.
+
+        The process that unpickles it opens the folder. It raises ValueError if another index is
+        there by then.
+
+        Raises:
+          pickle.PicklingError: the index is spread over a mesh of devices.
+        """
+        if isinstance(self.backend, ShardedBackend):
+            raise pickle.PicklingError(
+                f"{self.path}: spread over a mesh of devices: open it in each process"
+            )
+        return _open_again, (str(self.path), self.metadata.build)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -213,6 +230,10 @@ class Index:
         `mode` is the one knob most need; each of PLAID's settings can be given beside it. A query
         with fewer candidates than results is searched again with more probes and in the end
         exactly: min(k, documents with a token) always come back.
+
+        Only the width of the queries is compared with the index: arrays do not say which model they
+        come from, and those of another model of the same width are searched as they are, for
+        results that mean nothing. `Retriever` holds a model and an index that belong together.
 
         Args:
           queries: float[B, Lq, D], rows of zeros are padding.
@@ -286,6 +307,7 @@ class Index:
 
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
+        check_process()
         i = range(len(self))[i]
         start, stop = self._files["offsets"][i : i + 2]
         codes, residuals = self._files["codes"][start:stop], self._files["residuals"][start:stop]
@@ -313,6 +335,14 @@ class Index:
         if not np.isfinite(queries).all():
             raise ValueError("queries contain NaN or infinite values")
         return queries
+
+
+def _open_again(path: str, build: str) -> Index:
+    """Open an index that `Index.__reduce__` has pickled."""
+    index = Index.open(path)
+    if index.metadata.build != build:
+        raise ValueError(f"{path}: another index than the one that was pickled; open it again")
+    return index
 
 
 def plain(value: Any) -> Any:

@@ -147,11 +147,13 @@ class DeviceBackend(Backend):
         return with_inverse_norms(jax.tree.map(put, narrow))
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
+        runtime.check_process()
         return exact_search(self.arrays, self._lengths, jnp.asarray(queries), k)
 
     def _plaid(
         self, queries: np.ndarray, k: int, settings: SearchConfig
     ) -> tuple[np.ndarray, np.ndarray]:
+        runtime.check_process()
         search = functools.partial(plaid_search, self.arrays)
         return self._capacities.search(search, queries, k, settings)
 
@@ -170,12 +172,14 @@ class ShardedBackend(Backend):
         self._lock = threading.Lock()
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
+        runtime.check_process()
         with self._lock:
             return sharded_exact_search(self._shards, self._lengths, queries, k)
 
     def _plaid(
         self, queries: np.ndarray, k: int, settings: SearchConfig
     ) -> tuple[np.ndarray, np.ndarray]:
+        runtime.check_process()
         with self._lock:
             search = functools.partial(sharded_plaid_search, self._shards)
             return self._capacities.search(search, queries, k, settings)

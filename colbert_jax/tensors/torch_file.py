@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from colbert_jax.files import replacing
+from colbert_jax.files import present, replacing
 from colbert_jax.tensors.stored import Stored, c_strides, span
 
 _DTYPES = {
@@ -76,10 +76,8 @@ def read_torch_file(path: str | Path) -> Any:
       ValueError: the file is not a torch file, is damaged, or holds an object of another type.
     """
     file = Path(path)
-    if not file.exists():
+    if not present(file):
         raise FileNotFoundError(f"{file}: no such file")
-    if not file.is_file():
-        raise ValueError(f"{file}: expected a torch file, found a folder or a device")
     with file.open("rb") as stream:
         try:
             head = stream.read(512)

@@ -11,13 +11,14 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from colbert_jax.files import read_json
+from colbert_jax.files import present, read_json
 from colbert_jax.tensors.stored import Stored
 from colbert_jax.tensors.torch_file import read_torch_file
 
@@ -25,6 +26,15 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 _INDEX = ".index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + _INDEX, TORCH, TORCH + _INDEX)
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.dnn")
+# Weights of the same model in other forms, and the states of a training run.
+_KNOWN = (
+    *WEIGHT_FILES,
+    *("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"),
+    *("model.*.safetensors", "pytorch_model.*.bin", "openvino_*.bin"),
+    *("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
+)
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -138,6 +148,23 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
+def other_weights(names: Iterable[str]) -> list[str]:
+    """Choose the files that may hold more of a model than its own weight file does.
+
+    Args:
+      names: the files of one folder.
+
+    Returns:
+      those that are named like weights, but not like the model's weights in any form.
+    """
+    return sorted(
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in _WEIGHTS)
+        and not any(fnmatch(name, pattern) for pattern in _KNOWN)
+    )
+
+
 def find_tensors(folder: Path) -> Tensors:
     """Open the weights of a folder: safetensors before torch files, single before sharded files.
 
@@ -147,7 +174,7 @@ def find_tensors(folder: Path) -> Tensors:
     """
     for name in WEIGHT_FILES:
         file = folder / name
-        if file.is_file():
+        if present(file):
             return open_tensors(file)
     raise FileNotFoundError(
         f"{folder}: missing weight file: expected one of {', '.join(WEIGHT_FILES)}"
@@ -200,7 +227,7 @@ def _sharded(file: Path) -> dict[str, Stored]:
                 f"{file}: tensor {name!r} is in {shard!r}; a shard must be a file of this folder"
             )
         if shard not in shards:
-            if not (file.parent / shard).is_file():
+            if not present(file.parent / shard):
                 raise FileNotFoundError(f"{file}: shard {shard} is missing in {file.parent}")
             shards[shard] = _stored(file.parent / shard)
         if name not in shards[shard]:

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import support
 from safetensors.numpy import load_file, save_file
 
+from colbert_jax import ColBERT
 from colbert_jax.checkpoints import (
     LAYOUTS,
     convert_checkpoint,
@@ -17,6 +22,8 @@ from colbert_jax.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from colbert_jax.cli import main
+from colbert_jax.config import IndexConfig
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig
 from colbert_jax.tensors.torch_file import write_torch_file
 from colbert_jax.tensors.weights import find_tensors
@@ -283,7 +290,33 @@ def test_preflmr_gives_its_text_part(tmp_path):
         "transformer_mapping_input_linear.bias": np.ones(4, "f4"),
     }
     edit_tensors(folder / "model.safetensors", lambda t: t.update(vision))
-    assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
+    said = r"config\.json: a model of texts and images: only its text part is read, without 3 "
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
+    assert [w.filename for w in warned] == [__file__]  # whose line it is
+    with pytest.warns(UserWarning, match=said):
+        convert_checkpoint(folder, tmp_path / "text", "flmr")
+    read_checkpoint(tmp_path / "text")
+
+
+def test_the_command_line_warns_in_one_line(copy, tmp_path, capsys):
+    folder = copy("pylate")
+    (folder / "head.pt").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "native"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"colbert-jax: warning: {folder}: read as pylate, without the weights in"
+    )
+
+
+def test_vision_tensors_that_the_configuration_does_not_mention(copy):
+    folder = copy("flmr")
+    vision = {"context_vision_projection.model.0.weight": np.ones((4, 4), "f4")}
+    edit_tensors(folder / "model.safetensors", lambda t: t.update(vision))
+    with pytest.warns(UserWarning, match="without 1 tensors of the vision encoder"):
+        read_checkpoint(folder)
 
 
 def test_overriding_text_settings(folders):
@@ -606,3 +639,153 @@ def test_damaged_safetensors(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find_tensors(tmp_path)
+
+
+UNREADABLE = {
+    "a broken link": lambda file: file.symlink_to(file.parent / "blobs" / "pruned"),
+    "a circle of links": lambda file: file.symlink_to(file),
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": lambda file: os.mkfifo(file),
+}
+# Files that tell a layout, or settings that may be left out; absent ones count as absent.
+OPTIONAL = ["colbert_jax.json", "modules.json", "config.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "huggingface"])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_not_absent(folders, plain_folder, tmp_path, layout, kind):
+    source = plain_folder if layout == "huggingface" else folders / layout
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    unread = {"3_Normalize/config.json"}
+    if layout != "huggingface":  # the vocabulary is in tokenizer.json too
+        unread |= {str(file) for file in files if file.name == "vocab.txt"}
+    for i, name in enumerate(dict.fromkeys(map(str, [*files, *OPTIONAL]))):
+        if layout == "native" and name not in map(str, files):
+            continue  # whose file tells it before all others are looked at
+        if layout in ("flmr", "colbertv1") and name == "tokenizer_config.json":
+            continue
+        folder = shutil.copytree(source, tmp_path / str(i))
+        (folder / name).unlink(missing_ok=True)
+        UNREADABLE[kind](folder / name)
+        if name in unread:
+            read_checkpoint(folder)
+            continue
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["a broken link", "a circle of links", "a pipe"])
+@pytest.mark.parametrize("name", ["checkpoint", "colbert.dnn"])
+def test_a_checkpoint_that_cannot_be_read_is_not_looked_for_on_the_hub(tmp_path, kind, name):
+    UNREADABLE[kind](tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        ColBERT.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["query_tokenizer", "context_tokenizer"])
+def test_a_folder_of_a_tokenizer_that_cannot_be_read(copy, name):
+    folder = copy("flmr")
+    shutil.rmtree(folder / name)
+    (folder / name).symlink_to("pruned")
+    with pytest.raises(ValueError, match=f"{name}: a link to pruned, which is not there"):
+        read_checkpoint(folder)
+
+
+def test_files_that_may_not_be_read(copy, monkeypatch):
+    folder = copy("stanford")
+    opened = Path.open
+
+    def refuse(file, *args, **kwargs):
+        if file.name == "artifact.metadata":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"artifact\.metadata: cannot be read: Permission denied"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("single-vector", ["colbert_linear.pt", "sparse_linear.pt"]),
+        ("huggingface", ["colbert.dnn"]),
+        ("huggingface", ["adapter_model.safetensors"]),
+        ("stanford", ["2_Dense/model.safetensors"]),
+        ("pylate", ["2_Dense/pytorch_model.bin", "projection.pth"]),
+        ("native", ["head.bin"]),
+    ],
+)
+def test_weights_that_the_layout_does_not_read_are_named(
+    folders, plain_folder, tmp_path, layout, names
+):
+    if layout == "single-vector":
+        folder = single_vector(plain_folder, tmp_path)
+    else:
+        place = plain_folder if layout == "huggingface" else folders / layout
+        folder = shutil.copytree(place, tmp_path / "copy")
+    for name in (*names, "training_args.bin", "optimizer.pt", "model.fp16.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as warned:
+        read_checkpoint(folder)
+    (message,) = [str(w.message) for w in warned]
+    assert f"without the weights in {', '.join(sorted(names))}: " in message
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_settings_survive_every_layout(tmp_path, layout):
+    """Those of Stanford's metadata that other libraries' layouts have no place for."""
+    given = dict(nbits=4, kmeans_niters=7, ncells=3, ndocs=512, similarity="l2")
+    source = support.write_stanford(tmp_path / "source", **given)
+    convert_checkpoint(source, tmp_path / layout, layout)
+    assert read_checkpoint(tmp_path / layout).config.index.nbits == 4
+    convert_checkpoint(tmp_path / layout, tmp_path / "back", "stanford")
+    before, after = (
+        json.loads((folder / "artifact.metadata").read_text())
+        for folder in (source, tmp_path / "back")
+    )
+    assert {name: after[name] for name in before} == before
+    assert after["checkpoint"] == "somewhere/else" and after["query_token"] == "[Q]"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_settings_of_ours_survive_every_layout(source, tmp_path, layout):
+    read = read_checkpoint(source)
+    config = dataclasses.replace(
+        read.config,
+        index=IndexConfig(nbits=8, buckets="quantile", seed=5, num_centroids=64),
+        metadata={**read.config.metadata, "prompts": {"other": "o: "}, "training": {"steps": 3}},
+    )
+    write_checkpoint(dataclasses.replace(read, config=config), tmp_path / layout, layout)
+    again = read_checkpoint(tmp_path / layout).config
+    assert (again.index, again.search) == (config.index, config.search)
+    assert again.metadata == config.metadata
+
+
+def test_prompts_that_are_not_used_are_carried(copy, tmp_path):
+    folder = copy("pylate")
+    prompts = {"query": "", "document": "", "clustering": "cluster: "}
+    edit_json(folder / "config_sentence_transformers.json", prompts=prompts)
+    for layout in ("native", "sentence-transformers", "pylate"):
+        convert_checkpoint(folder, tmp_path / "converted" / layout, layout)
+        folder = tmp_path / "converted" / layout
+    fields = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert fields["prompts"] == prompts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": {"nbits": 3}}, "nbits must be one of"),
+        ({"index": {"bits": 3}}, "bits"),
+        ({"search": []}, "search must be dict"),
+        ({"similarity": "dot"}, "similarity must be"),
+        ({"metadata": "x"}, "metadata must be dict"),
+    ],
+)
+def test_damaged_carried_settings(copy, changes, message):
+    folder = copy("pylate")
+    (folder / "colbert_jax_settings.json").write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=rf"colbert_jax_settings\.json: .*{message}"):
+        read_checkpoint(folder)

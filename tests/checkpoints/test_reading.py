@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import support
 from safetensors.numpy import load_file, save_file
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from colbert_jax.checkpoints import read_checkpoint
+from colbert_jax import ColBERT
+from colbert_jax.checkpoints import convert_checkpoint, read_checkpoint
 from colbert_jax.config import IndexConfig, SearchConfig, TextConfig
+from colbert_jax.mining import load_teacher
 
 
 @pytest.fixture
@@ -210,3 +213,78 @@ def test_another_width_than_the_checkpoint_has(folder, tmp_path):
         read_checkpoint(folder, dim=8)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_checkpoint(tmp_path / "nowhere")
+
+
+def far_special(template):
+    """A post-processor whose [SEP] has an id of its own, beyond every embedding."""
+    fields = json.loads(template)
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")],
+        "pair": [],
+        "special_tokens": {
+            "[CLS]": {"id": "[CLS]", "ids": [4], "tokens": ["[CLS]"]},
+            "[SEP]": {"id": "[SEP]", "ids": [40_000], "tokens": ["[SEP]"]},
+        },
+    }
+    fields["post_processor"]["single"].insert(1, {"Sequence": {"id": "A", "type_id": 0}})
+    fields["post_processor"]["pair"] = [
+        *fields["post_processor"]["single"],
+        {"Sequence": {"id": "B", "type_id": 1}},
+    ]
+    return json.dumps(fields)
+
+
+def far_bert_processing(template):
+    fields = json.loads(template)
+    fields["post_processor"] = {
+        "type": "BertProcessing",
+        "sep": ["[SEP]", 40_000],
+        "cls": ["[CLS]", 4],
+    }
+    return json.dumps(fields)
+
+
+def far_added(template):
+    tokenizer = Tokenizer.from_str(template)
+    tokenizer.add_tokens(["[new]"])
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("change", "token", "id"),
+    [
+        (far_special, "[SEP]", 40_000),
+        (far_bert_processing, "[SEP]", 40_000),
+        (far_added, "[new]", len(support.vocabulary())),
+    ],
+)
+@pytest.mark.parametrize("write", [support.write_stanford, support.write_plain])
+def test_ids_beyond_the_embeddings_are_refused(tmp_path, change, token, id, write):
+    """NaN or a bare IndexError would come of them, at the first text."""
+    folder = write(tmp_path / "copy")
+    plain = BertWordPieceTokenizer(str(folder / "vocab.txt")).to_str()
+    (folder / "tokenizer.json").write_text(change(plain))
+    last = len(support.vocabulary()) - 1
+    message = (
+        rf"{folder}/tokenizer\.json: its token '\{token[:-1]}\]' has the id {id}, but the word "
+        rf"embeddings in {folder}/model\.safetensors are of the ids 0 to {last}: "
+    )
+    with pytest.raises(ValueError, match=message):
+        ColBERT.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(folder, tmp_path / "out", "native")
+    if write is support.write_plain:
+        with pytest.raises(ValueError, match=message):
+            load_teacher(folder)
+
+
+def test_a_vocabulary_without_its_unknown_token(stanford_folder, tmp_path):
+    folder = shutil.copytree(stanford_folder, tmp_path / "copy")
+    fields = json.loads(BertWordPieceTokenizer(str(folder / "vocab.txt")).to_str())
+    fields["model"]["unk_token"] = "[GONE]"
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: the tokenizer cannot encode every text"
+    ):
+        ColBERT.from_pretrained(folder)

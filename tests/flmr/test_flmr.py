@@ -9,6 +9,7 @@ import pytest
 import support
 from safetensors.numpy import load_file
 
+from colbert_jax import Index
 from colbert_jax.checkpoints import detect_layout
 from colbert_jax.flmr import (
     FLMRConfig,
@@ -326,9 +327,6 @@ def test_index_and_search(model, tmp_path):
         doc_maxlen=12,
     )
     assert path == str(tmp_path / "default_experiment" / "indexes" / "index.nbits=4")
-    before = json.loads((tmp_path / path / "metadata.json").read_text())
-    assert index_custom_collection(["other"], model, index_root_path=tmp_path, nbits=4) == path
-    assert json.loads((tmp_path / path / "metadata.json").read_text()) == before
 
     searcher = create_searcher(index_root_path=tmp_path, nbits=4)
     assert searcher.index.lengths.max() <= 12
@@ -354,6 +352,37 @@ def test_index_and_search(model, tmp_path):
         index_custom_collection([("a", None, "a.jpg")], model, tmp_path / "new")
     with pytest.raises(TypeError, match="document 1 must be a string"):
         index_custom_collection(["a", 3], model, tmp_path / "new")
+
+
+def test_an_index_that_is_there_is_of_this_collection_and_model(folder, model, tmp_path):
+    texts = support.passages(30)
+
+    def build(texts=texts, model=model, doc_maxlen=12, **more):
+        return index_custom_collection(texts, model, tmp_path, doc_maxlen=doc_maxlen, **more)
+
+    path = tmp_path / "default_experiment" / "indexes" / "index.nbits=8"
+    path.mkdir(parents=True)  # an empty folder is no index
+    assert build() == str(path)
+    before = json.loads((path / "metadata.json").read_text())
+    assert build() == build([(text, None, None) for text in texts]) == str(path)
+    assert build(model=folder) == str(path)
+    other = support.write_flmr(tmp_path / "other", seed=5)
+    for changes, message in (
+        ({"texts": ["put in front.", *texts]}, "30 documents, not these 31"),
+        ({"texts": texts[:-1]}, "30 documents, not these 29"),
+        ({"texts": [*texts[:7], "changed.", *texts[8:]]}, "document 7 is another one"),
+        ({"texts": texts[::-1]}, "document 0 is another one"),
+        ({"model": other}, "built with another model or another doc_maxlen"),
+        ({"doc_maxlen": 13}, "built with another model or another doc_maxlen"),
+    ):
+        with pytest.raises(FileExistsError, match=f"{message}; pass overwrite=True to replace it"):
+            build(**changes)
+    assert json.loads((path / "metadata.json").read_text()) == before
+    build(texts[::-1], overwrite=True)
+    assert create_searcher(tmp_path).index.texts[0] == texts[-1]
+    Index.build(path, model.colbert(doc_maxlen=12), texts, store_texts=False, overwrite=True)
+    with pytest.raises(FileExistsError, match="keeps no texts, so nobody knows"):
+        build()
 
 
 def test_too_long_and_unknown_ids_are_refused(model):
