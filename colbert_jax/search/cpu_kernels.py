@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from colbert_jax.compression.cpu_kernels import compiled, dots, insert
-from colbert_jax.search.plaid import PRUNED
+from colbert_jax.compression.compiled import compiled
+from colbert_jax.compression.cpu_kernels import dots, insert
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
-_PRUNED = np.float32(PRUNED)
+PRUNED = np.float32(-9999)  # `plaid.PRUNED`; here, because `compiled` looks at no other file
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
 
@@ -179,7 +179,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
                 for q in range(width):
                     best[q] = max(best[q], r0[q])
         if not any_kept:
-            scores[j] = _PRUNED * np.float32(width)
+            scores[j] = PRUNED * np.float32(width)
             continue
         for q in range(width):
             best[q] = as_key(best[q])
