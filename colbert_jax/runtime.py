@@ -14,8 +14,14 @@ import jax.numpy as jnp
 
 
 def cache_folder() -> Path:
-    """The folder where this library keeps files between runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The folder where this library keeps files between runs; it may not exist yet.
+
+    Raises OSError where there is none, for a user without a home.
+    """
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no cache folder: set XDG_CACHE_HOME ({error})") from None
     return Path(cache, "colbert_jax")
 
 
@@ -29,11 +35,13 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
       the folder.
 
     Raises:
-      OSError: it cannot be made.
+      OSError: it cannot be made, or not written.
     """
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() / "xla"
     path = Path(folder or default)
     path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):  # JAX would warn for every program
+        raise PermissionError(f"{path}: can't be written")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return path

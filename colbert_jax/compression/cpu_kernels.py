@@ -1,19 +1,16 @@
 """The loops of k-means and compression on a CPU, compiled by numba; see `compression.cpu`.
 
-Every function releases the GIL and works on one block of points. The settings that kernels are
-compiled with, and the inner loops that search uses too, are here. numba caches compiled functions
-on disk beside their file and does not notice when a function that they call changes: after changing
-an inner loop remove the `__pycache__` folders of `search` and `compression`.
+Every function releases the GIL and works on one block of points. The inner loops that search uses
+too are here. Constants are those of this file: `compiled` looks at no other for changes.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from colbert_jax.compression.compiled import compiled
 
 _ZERO = np.float32(0)
-# There are no NaN, and sums may be taken in any order.
-compiled = njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract", "arcp", "reassoc"})
 _TILE = 32  # centroids that fit into the first-level cache
 
 

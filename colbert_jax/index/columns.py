@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from colbert_jax.index.format import ArrayWriter, string_arrays
+from colbert_jax.index.format import ArrayWriter, IndexFormatError, string_arrays
 
 ID, TEXT = "pid", "text"  # the columns' names on disk
 _BLOCK = 1024  # documents written at a time
@@ -136,7 +136,8 @@ class IdWriter:
         same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         if len(same) == 0:
             return
-        ids = Strings(*(np.load(self._folder / f"{name}.npy") for name in string_arrays(ID)))
+        files = (np.load(self._folder / f"{name}.npy") for name in string_arrays(ID))
+        ids = Strings(self._folder, ID, *files)
         for at in same:
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
@@ -268,16 +269,33 @@ class Positions(Column):
 
 
 class Strings(Column):
-    """Strings on disk: `data` holds their UTF-8 bytes, string i those from offsets[i] on."""
+    """Strings on disk: `data` holds their UTF-8 bytes, string i those from offsets[i] on.
 
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+    Args:
+      folder, column: whose they are, for errors.
+    """
+
+    def __init__(self, folder: Path, column: str, data: np.ndarray, offsets: np.ndarray):
         super().__init__(len(offsets) - 1)
         self._data, self._offsets = data, offsets
+        self._files = [folder / f"{name}.npy" for name in string_arrays(column)]
         self._lock = threading.Lock()
         self._table: tuple[np.ndarray, np.ndarray] | None = None
 
     def one(self, i: int) -> str:
-        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+        begin, end = self._offsets[i], self._offsets[i + 1]
+        self._check_bounds(0 <= begin <= end <= len(self._data))
+        try:
+            return self._data[begin:end].tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise IndexFormatError(
+                f"{self._files[0]}: damaged: string {i} is not UTF-8: {error}"
+            ) from None
+
+    def _check_bounds(self, right: Any) -> None:
+        # Checked where they are used: opening reads no column.
+        if not right:
+            raise IndexFormatError(f"{self._files[1]}: damaged: its offsets do not ascend")
 
     def position(self, string: str) -> int | None:
         """The first call reads the column, and keeps 16 bytes a string."""
@@ -308,6 +326,11 @@ class Strings(Column):
         hashes = np.empty(self._n, np.int64)
         for start in range(0, self._n, _HASHED):
             offsets = self._offsets[start : start + _HASHED + 1]
+            self._check_bounds(
+                offsets[0] >= 0
+                and offsets[-1] <= len(self._data)
+                and (offsets[:-1] <= offsets[1:]).all()
+            )
             block = self._data[offsets[0] : offsets[-1]].tobytes()
             ends = (offsets - offsets[0]).tolist()
             for i, (begin, end) in enumerate(itertools.pairwise(ends), start):
@@ -316,7 +339,7 @@ class Strings(Column):
         return hashes[order], order
 
 
-def open_column(name: str, arrays: Mapping[str, np.ndarray]) -> Strings | None:
-    """A column of an index; None where the index does not have it."""
+def open_column(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Strings | None:
+    """A column of the index in a folder; None where the index does not have it."""
     data, offsets = string_arrays(name)
-    return Strings(arrays[data], arrays[offsets]) if data in arrays else None
+    return Strings(folder, name, arrays[data], arrays[offsets]) if data in arrays else None

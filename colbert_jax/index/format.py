@@ -280,9 +280,12 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
         if (
             offsets[0] != 0
             or offsets[-1] != getattr(metadata, total)
-            or (np.diff(offsets) < 0).any()
+            or (offsets[1:] < offsets[:-1]).any()  # differences may overflow
         ):
             raise IndexFormatError(f"{folder / name}.npy: damaged: not ascending from 0 to {total}")
+    for name in ("bucket_cutoffs", "bucket_weights"):
+        if not np.isfinite(arrays[name]).all():
+            raise IndexFormatError(f"{folder / name}.npy: damaged: holds NaN or infinite values")
     return folder, metadata, arrays
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from colbert_jax.index.columns import ID, TEXT, Column, Positions, open_column
 from colbert_jax.index.folder import METADATA
 from colbert_jax.index.sources import DocumentEncoder, EmbeddingSource, TextSource
 from colbert_jax.runtime import check_process
-from colbert_jax.search.arrays import Hits, IndexArrays, check_k
+from colbert_jax.search.arrays import (
+    DamagedArrayError,
+    Hits,
+    IndexArrays,
+    check_codes,
+    check_k,
+)
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
 
@@ -59,11 +66,12 @@ class Index:
         self.lengths = np.diff(files["offsets"])
         self.arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
         try:
-            self.backend: Backend = choose_backend(self.arrays, mesh)
+            with self._naming_the_file():
+                self.backend: Backend = choose_backend(self.arrays, mesh)
         except NotImplementedError as error:
             raise NotImplementedError(f"{path}: {error}") from None
-        self.texts: Column | None = open_column(TEXT, files)
-        self.ids: Column = open_column(ID, files) or Positions(len(self.lengths))
+        self.texts: Column | None = open_column(path, TEXT, files)
+        self.ids: Column = open_column(path, ID, files) or Positions(len(self.lengths))
         try:
             self._search_defaults = SearchConfig(**(metadata.model or {}).get("search", {}))
         except (TypeError, ValueError) as error:
@@ -252,7 +260,7 @@ class Index:
 
         Raises:
           ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
-            mode, or settings of PLAID beside mode="exact".
+            mode, or settings of PLAID beside mode="exact"; a damaged file of the index, named.
         """
         queries = self._checked(queries)
         k = min(check_k(k), self._num_results)
@@ -275,9 +283,10 @@ class Index:
         settings = dataclasses.replace(defaults, **given)
         if len(queries) == 0:
             return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
-        if mode == "exact":
-            return self.backend.exact(queries, k)
-        return self.backend.plaid(queries, k, settings.resolve(k, mode))
+        with self._naming_the_file():
+            if mode == "exact":
+                return self.backend.exact(queries, k)
+            return self.backend.plaid(queries, k, settings.resolve(k, mode))
 
     def position(self, id: str) -> int:
         """Where the document with an id is: `index.ids[index.position(id)] == id`.
@@ -311,6 +320,9 @@ class Index:
         i = range(len(self))[i]
         start, stop = self._files["offsets"][i : i + 2]
         codes, residuals = self._files["codes"][start:stop], self._files["residuals"][start:stop]
+        count = len(self._files["centroids"])
+        with self._naming_the_file():
+            check_codes(((codes >= 0) & (codes < count)).all(), count)
         return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
 
     def verify(self) -> None:
@@ -318,6 +330,17 @@ class Index:
         for name, expected in self.metadata.checksums.items():
             if checksum(self.path / name) != expected:
                 raise fmt.IndexFormatError(f"{self.path / name}: damaged: its checksum differs")
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Search knows arrays, whoever reads its errors knows files."""
+        try:
+            yield
+        except DamagedArrayError as error:
+            file = self.path / f"{error.array}.npy"
+            raise fmt.IndexFormatError(
+                f"{file}: damaged: holds {error.holds}; copy the index again, or build it again"
+            ) from None
 
     def _checked(self, queries: Any) -> np.ndarray:
         if isinstance(queries, str) or (len(queries) and isinstance(queries[0], str)):

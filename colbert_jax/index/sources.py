@@ -197,7 +197,8 @@ class TextSource:
         offsets = np.load(bounds, mmap_mode="r")
         longest, size = self._model.config.text.doc_maxlen, np.diff(offsets)
         self._estimates = np.maximum(np.minimum(size // 3 + 3, longest), size // 64)
-        self._texts = Strings(np.load(data, mmap_mode="r" if written.num_bytes else None), offsets)
+        texts = np.load(data, mmap_mode="r" if written.num_bytes else None)
+        self._texts = Strings(folder, TEXT, texts, offsets)
 
     def share(self, group: Group) -> tuple[int, int]:
         return _share(offsets_from_lengths(self._estimates), group)

@@ -13,6 +13,7 @@ from colbert_jax.scoring.maxsim import token_rows
 from colbert_jax.scoring.residual import inverse_norms
 
 _NORM_BLOCK = 1 << 14  # tokens
+_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class Hits(NamedTuple):
@@ -36,6 +37,32 @@ def check_k(k: Any) -> int:
 def concatenate_hits(parts: list[Hits]) -> Hits:
     """Hits of several batches as one; at least one batch."""
     return Hits(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class DamagedArrayError(ValueError):
+    """An array of an index holds a value out of its range; `array` is its name in `IndexArrays`."""
+
+    def __init__(self, array: str, holds: str):
+        super().__init__(f"{array}: damaged: holds {holds}")
+        self.array, self.holds = array, holds
+
+
+def check_codes(right: Any, num_centroids: int) -> None:
+    """Raises DamagedArrayError unless it is right that every code is a centroid."""
+    if not right:
+        raise DamagedArrayError("codes", f"a code outside 0..{num_centroids - 1}")
+
+
+def check_lists(right: Any, num_documents: int) -> None:
+    """Raises DamagedArrayError unless it is right that the lists hold documents only."""
+    if not right:
+        raise DamagedArrayError("lists", f"a document outside 0..{num_documents - 1}")
+
+
+def check_centroids(least: Any, most: Any) -> None:
+    """Raises DamagedArrayError for centroids that are NaN, or larger than float16 can say."""
+    if not (least >= -_FLOAT16 and most <= _FLOAT16):
+        raise DamagedArrayError("centroids", "NaN, or a value too large for a centroid")
 
 
 class RawArrays(NamedTuple):
@@ -66,6 +93,32 @@ class IndexArrays(NamedTuple):
     lists: jax.Array
     list_offsets: jax.Array
     inverse_norms: jax.Array | None = None
+
+
+def check_placed(arrays: IndexArrays, num_documents: int | None = None) -> None:
+    """Hold arrays on devices to their ranges: a program would clamp what is outside, in silence.
+
+    Args:
+      num_documents: that the lists may name, N if None.
+
+    Raises:
+      DamagedArrayError: one of them is out of range.
+    """
+    num_centroids = len(arrays.centroids)
+    if num_documents is None:
+        num_documents = len(arrays.offsets) - 1
+    names = ("centroids", "codes", "lists")
+    extremes = jax.device_get(_extremes({name: getattr(arrays, name) for name in names}))
+    least, most = zip(*(extremes[name] for name in names), strict=True)
+    check_centroids(least[0], most[0])
+    check_codes(least[1] >= 0 and most[1] < num_centroids, num_centroids)
+    check_lists(least[2] >= 0 and most[2] < num_documents, num_documents)
+
+
+@jax.jit
+def _extremes(arrays: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The smallest and the largest value of each and of 0; NaN where there is one."""
+    return {name: (a.min(initial=0), a.max(initial=0)) for name, a in arrays.items()}
 
 
 def with_inverse_norms(arrays: IndexArrays) -> IndexArrays:

@@ -18,8 +18,14 @@ from jax.sharding import Mesh
 
 from colbert_jax import runtime
 from colbert_jax.config import SearchConfig
-from colbert_jax.search.arrays import Hits, IndexArrays, with_inverse_norms
-from colbert_jax.search.cpu import cpu_arrays, cpu_exact, cpu_search
+from colbert_jax.search.arrays import (
+    Hits,
+    IndexArrays,
+    check_centroids,
+    check_placed,
+    with_inverse_norms,
+)
+from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_search
 from colbert_jax.search.exact import exact_search
 from colbert_jax.search.plaid import initial_capacity, plaid_search
 from colbert_jax.search.sharded import (
@@ -50,7 +56,10 @@ def choose_backend(arrays: IndexArrays, mesh: Mesh | None = None) -> Backend:
 
 
 class Backend(ABC):
-    """PLAID and exact search over the arrays of one index."""
+    """PLAID and exact search over the arrays of one index.
+
+    Both raise DamagedArrayError where they meet a code or a document out of range.
+    """
 
     def __init__(self, arrays: IndexArrays):
         self._num_documents = len(arrays.offsets) - 1
@@ -101,7 +110,14 @@ class CpuBackend(Backend):
 
     def __init__(self, arrays: IndexArrays):
         super().__init__(arrays)
-        self._arrays = cpu_arrays(arrays)
+        self._mapped = cpu_arrays(arrays)
+
+    @functools.cached_property
+    def _arrays(self) -> CpuArrays:
+        """The arrays, once the first search has read all centroids, as every search does."""
+        centroids = self._mapped.centroids
+        check_centroids(centroids.min(), centroids.max())
+        return self._mapped
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
         return Hits(*cpu_exact(self._arrays, queries, k))
@@ -144,7 +160,9 @@ class DeviceBackend(Backend):
         )
         # On a CPU mapped arrays enter JAX without a copy; an accelerator gets its own.
         put = functools.partial(jax.device_put, device=self._device, may_alias=True)
-        return with_inverse_norms(jax.tree.map(put, narrow))
+        placed = jax.tree.map(put, narrow)
+        check_placed(placed)
+        return with_inverse_norms(placed)
 
     def exact(self, queries: np.ndarray, k: int) -> Hits:
         runtime.check_process()

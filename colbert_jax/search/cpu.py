@@ -15,7 +15,7 @@ import numpy as np
 from colbert_jax.compression.codec import nbits_of, unpack
 from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
-from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
 
 _WIDTH = 8  # query rows are padded to a multiple of this: whole vector registers
 _TOKENS = 64  # tokens of a document that are decompressed at a time
@@ -79,6 +79,9 @@ def cpu_search(
     Returns:
       positions int32[B, k] and scores float32[B, k], best first, equal scores by the smaller
       position; a query with fewer than k candidates is filled up with position N and -inf.
+
+    Raises:
+      DamagedArrayError: what the search met is out of range.
     """
     num_documents = len(arrays.offsets) - 1
     positions = np.full((len(queries), k), num_documents, np.int32)
@@ -169,16 +172,17 @@ def _search_one(
     cells = _scratch("cells", (num_rows, ncells), np.int32)
     cpu_kernels.probe(keys, block_best, num_rows, ncells, cells)
 
-    marks = _scratch("marks", (-(-num_documents // 8) * 8,), np.uint8)
+    marks = _scratch("marks", (-(-(num_documents + 1) // 8) * 8,), np.uint8)
     positions = _scratch("positions", (num_documents,), np.int32)
     count = cpu_kernels.candidates(
         cells, arrays.lists, arrays.list_offsets, marks, marks.view(np.uint64), positions
     )
+    check_lists(count >= 0, num_documents)
     approximate = _scratch("scores", (num_documents,), np.float32)
 
     def interaction(threshold: np.int32) -> Callable[[int, int], None]:
         def work(start: int, stop: int) -> None:
-            cpu_kernels.interact(
+            right = cpu_kernels.interact(
                 keys,
                 centroid_best,
                 threshold,
@@ -189,6 +193,7 @@ def _search_one(
                 stop,
                 approximate,
             )
+            check_codes(right, num_centroids)
 
         return work
 
@@ -242,7 +247,7 @@ def _score_exactly(
     from colbert_jax.search import cpu_kernels
 
     tokens = _scratch("tokens", (_TOKENS, arrays.centroids.shape[1]), np.float32)
-    cpu_kernels.score_exactly(
+    right = cpu_kernels.score_exactly(
         arrays.centroids,
         arrays.table,
         queries,
@@ -256,6 +261,7 @@ def _score_exactly(
         tokens.view(arrays.table.dtype),
         scores,
     )
+    check_codes(right, len(arrays.centroids))
 
 
 def _sorted(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,18 +6,22 @@ can spread one query, or a batch of them, over threads.
 
 Approximate scores are compared as integers: `as_key` maps float32 to int32 in the same order, and
 integer maxima vectorise, while float maxima do not because of NaN. Nothing is rounded.
+
+Codes and entries of inverted lists come from mapped files that nobody has read before: each is held
+to its range before memory is addressed with it. Negative ones are larger than all as uint32. A
+block of codes costs a maximum, which vectorises; an entry a minimum beside its scattered write.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from colbert_jax.compression.cpu_kernels import compiled, dots, insert
-from colbert_jax.search.plaid import PRUNED
+from colbert_jax.compression.compiled import compiled
+from colbert_jax.compression.cpu_kernels import dots, insert
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
-_PRUNED = np.float32(PRUNED)
+PRUNED = np.float32(-9999)  # `plaid.PRUNED`; here, because `compiled` looks at no other file
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
 
@@ -96,17 +100,21 @@ def candidates(cells, lists, list_offsets, marks, words, positions):
     Args:
       cells: int32[rows, ncells], from `probe`.
       lists, list_offsets: see `cpu.CpuArrays`.
-      marks: uint8[at least N], zeros; zeros again when this returns.
+      marks: uint8[at least N + 1], zeros; zeros again when this returns.
       words: uint64, the same memory.
       positions: int32[N], filled from the front, ascending.
 
     Returns:
-      the number of documents.
+      the number of documents; -1 if a list names one that is not there.
     """
+    num_documents = np.uint32(len(positions))
     for row in cells:
         for c in row:
             for entry in range(list_offsets[c], list_offsets[c + 1]):
-                marks[lists[entry]] = 1
+                marks[min(np.uint32(lists[entry]), num_documents)] = 1
+    if marks[num_documents] != 0:
+        words[:] = 0
+        return -1
     count = 0
     for w in range(len(words)):
         if words[w] != 0:
@@ -119,6 +127,15 @@ def candidates(cells, lists, list_offsets, marks, words, positions):
 
 
 @compiled
+def largest(codes, start, stop):
+    """The largest of codes start..stop-1, as uint32; 0 of none."""
+    most = np.uint32(0)
+    for t in range(start, stop):
+        most = max(most, np.uint32(codes[t]))
+    return most
+
+
+@compiled
 def interact(keys, centroid_best, threshold, codes, offsets, positions, start, stop, scores):
     """Score candidates start..stop-1 approximately: MaxSim over their tokens' centroids.
 
@@ -127,8 +144,11 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
       threshold: a key; tokens whose centroid's best key is below it do not count.
       positions: int32[n], the candidates.
       scores: float32[n], filled.
+
+    Returns:
+      whether all codes are centroids; if not, scores are missing.
     """
-    width = keys.shape[1]
+    num_centroids, width = keys.shape
     best = np.empty(width, np.int32)
     values = best.view(np.float32)
     kept = np.empty(256, np.uint32)
@@ -139,7 +159,10 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
         any_kept = False
         while token < end:
             n = 0
-            for t in range(token, min(token + 256, end)):
+            stop_token = min(token + 256, end)
+            if largest(codes, token, stop_token) >= num_centroids:
+                return False
+            for t in range(token, stop_token):
                 code = np.uint32(codes[t])
                 kept[n] = code
                 n += centroid_best[code] >= threshold
@@ -156,7 +179,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
                 for q in range(width):
                     best[q] = max(best[q], r0[q])
         if not any_kept:
-            scores[j] = _PRUNED * np.float32(width)
+            scores[j] = PRUNED * np.float32(width)
             continue
         for q in range(width):
             best[q] = as_key(best[q])
@@ -164,6 +187,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
         for q in range(width):
             total += values[q]
         scores[j] = total
+    return True
 
 
 @compiled
@@ -196,6 +220,7 @@ def decompress(centroids, table, codes, residuals, first, n, tokens, words, scal
     """Decompress tokens first..first+n-1, without normalising them.
 
     Args:
+      codes: all of them centroids.
       table: [256, m], m words of memory that hold the 8 / b bucket weights of a residual byte.
       tokens: float32[rows, D], the first n rows are filled.
       words: [rows, P * m], the memory of `tokens` as such words.
@@ -264,6 +289,9 @@ def score_exactly(
       queries: float32[B, W, D], W a multiple of 4.
       tokens: float32[at least 2, D], scratch memory.
       scores: float32[B, n], filled; -inf for a document without a token.
+
+    Returns:
+      whether all codes are centroids; if not, scores are missing.
     """
     num_queries, width, _ = queries.shape
     best = np.empty((num_queries, width), np.float32)
@@ -273,6 +301,8 @@ def score_exactly(
         best[:] = -np.inf
         for base in range(first, end, len(tokens)):
             n = min(len(tokens), end - base)
+            if largest(codes, base, base + n) >= len(centroids):
+                return False
             decompress(centroids, table, codes, residuals, base, n, tokens, words, scale)
             for b in range(num_queries):
                 update_best(tokens, scale, n, queries[b], best[b])
@@ -281,3 +311,4 @@ def score_exactly(
             for q in range(width):
                 total += best[b, q]
             scores[b, j] = total
+    return True

@@ -30,6 +30,8 @@ from colbert_jax.search.arrays import (
     Hits,
     IndexArrays,
     best_of,
+    check_lists,
+    check_placed,
     concatenate_hits,
     token_inverse_norms,
 )
@@ -75,6 +77,7 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
 
     Raises:
       ValueError: the mesh has several axes, or a device would hold more than 2^31 - 1 tokens.
+      DamagedArrayError: a value out of range.
     """
     check_mesh(mesh)
     shards = mesh.devices.size
@@ -110,6 +113,7 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
         *place(lambda s: (local_offsets(s),), 1),
         *place(local_lists, 2),
     )
+    check_placed(placed, int(bounds[-1]))
     placed = placed._replace(inverse_norms=_norms(placed, mesh=mesh))
     (first,) = place(lambda s: (bounds[s : s + 1].astype(np.int32),), 1)
     return ShardedArrays(placed, bounds, first, mesh)
@@ -252,10 +256,15 @@ def _place(mesh: Mesh, part: Callable[[int], tuple[Any, ...]], count: int) -> li
 
 
 def _count_entries(lists: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """int64[S], entries of the inverted lists in each range of documents."""
+    """int64[S], entries of the inverted lists in each range of documents.
+
+    Raises DamagedArrayError for one that is in none.
+    """
     counts = np.zeros(len(bounds) - 1, np.int64)
     for at in range(0, len(lists), _LIST_BLOCK):
-        owners = np.searchsorted(bounds, lists[at : at + _LIST_BLOCK], side="right") - 1
+        block = lists[at : at + _LIST_BLOCK]
+        check_lists(block.min() >= 0 and block.max() < bounds[-1], int(bounds[-1]))
+        owners = np.searchsorted(bounds, block, side="right") - 1
         counts += np.bincount(owners, minlength=len(counts))
     return counts
 

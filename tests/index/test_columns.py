@@ -92,13 +92,13 @@ def test_position_without_ids_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 16])
-def test_equal_hashes_are_told_apart(monkeypatch, block):
+def test_equal_hashes_are_told_apart(tmp_path, monkeypatch, block):
     monkeypatch.setattr("colbert_jax.index.columns._HASHED", block)
     monkeypatch.setattr("colbert_jax.index.columns.hash", len, raising=False)
     words = ["", "a", "bb", "cc", "dd", "e", "fff", "cc2"]
     encoded = [word.encode() for word in words]
     offsets = np.cumsum([0, *map(len, encoded)])
-    column = Strings(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+    column = Strings(tmp_path, "pid", np.frombuffer(b"".join(encoded), np.uint8), offsets)
     assert [column.position(word) for word in words] == list(range(8))
     assert column.position("ee") is None and column.position("ffff") is None
 

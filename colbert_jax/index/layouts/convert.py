@@ -257,8 +257,8 @@ def _write_theirs(
     checkpoint = index.checkpoint if model is None else model.describe()["load"]["name_or_path"]
     config: dict[str, Any] = {**index.config, "checkpoint": checkpoint}
     if index.layout == "native":
-        arrays = fmt.open_arrays(index.folder)[2]
-        texts, ids = open_column(TEXT, arrays), open_column(ID, arrays)
+        at, _, arrays = fmt.open_arrays(index.folder)
+        texts, ids = open_column(at, TEXT, arrays), open_column(at, ID, arrays)
         if texts is not None:
             config["collection"] = str(path / write_collection(folder, texts).name)
         if ids is not None:
