@@ -1,6 +1,7 @@
 """Training examples by position: Stanford's files, pairs in JSONL, Hugging Face data sets.
 
-Nothing is read into memory but line offsets: a line is parsed when its example is asked for.
+Nothing is read into memory but line offsets, and which query has which positives (`Labels`): a
+line is parsed when its example is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +25,8 @@ from colbert_jax.data.texts import Texts, checked_text
 from colbert_jax.progress import progress_bar
 
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
+_MOST_POSITIVES = 16  # of a query that are looked for in a batch
+_PACK = 3 << 20  # numbers, three for each example, that are kept before repeats are dropped
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
 _INSTALL = 'pip install "colbert-jax[train]"'
 
@@ -57,6 +62,9 @@ class ExampleSource(Protocol):
     nway: documents of every example.
     scored: whether examples have scores.
     fingerprint: of the content; a resumed run compares it.
+
+    A source may know all positives of a query besides, as those of this module do: see
+    `most_positives` and `positives_of`. None of them is then a negative of that query.
     """
 
     nway: int
@@ -68,6 +76,17 @@ class ExampleSource(Protocol):
     def __getitem__(self, i: int) -> Example:
         """Read an example. Raises ValueError naming file and line of what can't be read."""
         ...
+
+
+def most_positives(source: ExampleSource) -> int:
+    """The number of positives that `positives_of` gives for a query at most."""
+    return getattr(source, "most_positives", 1)
+
+
+def positives_of(source: ExampleSource, query: str) -> tuple[str, ...]:
+    """The texts of a query's positives where the source knows of several; else none."""
+    find = getattr(source, "positives", None)
+    return () if find is None else find(query)
 
 
 def stanford_examples(
@@ -100,6 +119,8 @@ def stanford_examples(
     Raises:
       ValueError: naming file and line: not JSON, a missing or non-finite score, scores on some
         lines only, an id that is unknown or there twice, fewer passages than `nway`, an empty text.
+
+    Warns, naming file and line, of a positive that is a negative of its example too.
     """
     lines = Lines(examples)
     queries = queries if isinstance(queries, Texts) else Texts.queries(queries)
@@ -138,6 +159,8 @@ def pair_examples(
     Raises:
       ValueError: naming file and line: not JSON, a missing field or empty text, fewer documents
         than `nway`, another number of scores than documents, a score that is not finite.
+
+    Warns, naming file and line, of a positive that is a negative of its example too.
     """
     lines = Lines(path)
     columns = _Columns(query, positive, _names(negatives), scores)
@@ -152,7 +175,7 @@ def pair_examples(
         lines.fingerprint,
         nway,
     )
-    _check(source, _number_to_check(lines, check), progress)
+    source.check(_number_to_check(lines, check), progress)
     return source
 
 
@@ -216,7 +239,7 @@ def dataset_examples(
         f"{len(table)}:{hashlib.sha256(ends.encode()).hexdigest()}",
         nway,
     )
-    _check(source, min(len(table), check.first), progress)
+    source.check(min(len(table), check.first), progress)
     return source
 
 
@@ -249,6 +272,7 @@ class _StanfordExamples:
         self.nway = _checked_nway(nway, lambda: len(first))
         content = (texts.fingerprint for texts in (lines, queries, passages))
         self.fingerprint = _digest(*content, self.nway, self.scored)
+        self.labels, self._repeats = _Labels(), _Repeats(lines.where)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -258,18 +282,34 @@ class _StanfordExamples:
         query, passages, scores = self._lines.read(i, self._rows)
         try:
             texts = tuple(map(self._passages.text, passages))
-            return Example(self._queries.text(query), texts, scores)
+            example = Example(self._queries.text(query), texts, scores)
         except ValueError as error:
             raise ValueError(f"{self._lines.where(i)}: {error}") from None
+        # A teacher has scored its passages: one that is there under two ids does no harm.
+        self._repeats.read(i, passages if self.scored else texts)
+        return example
+
+    @property
+    def most_positives(self) -> int:
+        return self.labels.most
+
+    def positives(self, query: str) -> tuple[str, ...]:
+        return tuple(map(self.positive, self.labels.examples(hash(query))))
+
+    def positive(self, i: int) -> str:
+        return self._passages.text(self._lines.read(i, self._rows)[1][0])
 
     def check(self, count: int, progress: bool | None) -> None:
         """Read the first `count` lines, and the texts that may be empty."""
         short = self._passages.line_bytes() < _SHORT
+        collection = self._passages.fingerprint
         with progress_bar(count, "checking examples", "line", progress) as bar:
             for i in range(count):
                 query, passages, _ = self._lines.read(i, self._rows)
                 try:
-                    self._queries.text(query)
+                    text = self._queries.text(query)
+                    self.labels.add(hash(text), hash((collection, passages[0])), i)
+                    self._repeats.check(i, passages)
                     rows = np.array(passages)
                     for row in rows[short[rows]]:
                         self._passages.text(int(row))
@@ -277,6 +317,7 @@ class _StanfordExamples:
                 except ValueError as error:
                     raise ValueError(f"{self._lines.where(i)}: {error}") from None
                 bar.update(1)
+        self._repeats.say()
 
     def _rows(self, line: str) -> tuple[int, list[int], tuple[float, ...] | None]:
         """Rows of the query and the passages, and the scores."""
@@ -408,12 +449,36 @@ class _Records:
         self.scored = columns.scores is not None
         self.nway = _checked_nway(nway, lambda: len(self._example(0, None).documents))
         self.fingerprint = _digest(fingerprint, columns, self.nway)
+        self.labels, self._repeats = _Labels(), _Repeats(where)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, i: int) -> Example:
-        return self._example(range(self._count)[i], self.nway)
+        i = range(self._count)[i]
+        example = self._example(i, self.nway)
+        self._repeats.read(i, example.documents)
+        return example
+
+    @property
+    def most_positives(self) -> int:
+        return self.labels.most
+
+    def positives(self, query: str) -> tuple[str, ...]:
+        return tuple(map(self.positive, self.labels.examples(hash(query))))
+
+    def positive(self, i: int) -> str:
+        return self._example(i, 1).documents[0]
+
+    def check(self, count: int, progress: bool | None) -> None:
+        """Read the first `count` examples."""
+        with progress_bar(count, "checking examples", "line", progress) as bar:
+            for i in range(count):
+                query, documents, _ = self._example(i, self.nway)
+                self.labels.add(hash(query), hash(documents[0]), i)
+                self._repeats.check(i, documents)
+                bar.update(1)
+        self._repeats.say()
 
     def _example(self, i: int, nway: int | None) -> Example:
         record = self._read(i)
@@ -429,14 +494,123 @@ class _Concatenated:
         self._ends = list(itertools.accumulate(map(len, sources)))
         self.nway, self.scored = sources[0].nway, sources[0].scored
         self.fingerprint = _digest(*(source.fingerprint for source in sources))
+        self.labels = _Labels()
+        for source, end in zip(sources, self._ends, strict=True):
+            if hasattr(source, "labels"):
+                self.labels.take(source.labels, end - len(source))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> Example:
-        i = range(len(self))[i]
+        source, place = self._at(range(len(self))[i])
+        return source[place]
+
+    @property
+    def most_positives(self) -> int:
+        return self.labels.most
+
+    def positives(self, query: str) -> tuple[str, ...]:
+        return tuple(map(self.positive, self.labels.examples(hash(query))))
+
+    def positive(self, i: int) -> str:
+        source, place = self._at(i)
+        return source.positive(place)
+
+    def _at(self, i: int) -> tuple[Any, int]:
+        """The source of an example, and its position there."""
         part = bisect.bisect_right(self._ends, i)
-        return self._sources[part][i - (self._ends[part - 1] if part else 0)]
+        return self._sources[part], i - (self._ends[part - 1] if part else 0)
+
+
+class _Labels:
+    """Which examples have which positive of which query, as far as they were checked.
+
+    Queries and positives are 64-bit hashes; of examples with the same two only the first counts.
+    """
+
+    def __init__(self) -> None:
+        self._new = array("q")
+        self._rows = np.empty((0, 3), np.int64)  # query, positive, example; sorted
+        self._most = 1
+
+    def add(self, query: int, positive: int, example: int) -> None:
+        self._new.extend((query, positive, example))
+        if len(self._new) >= _PACK:
+            self._pack()
+
+    def take(self, other: _Labels, first: int) -> None:
+        """Add those of another source, whose example 0 is number `first` here."""
+        other._pack()
+        self._pack()
+        self._rows = np.concatenate([self._rows, other._rows + [0, 0, first]])
+        self._sort()
+
+    @property
+    def most(self) -> int:
+        """The largest number of `examples` of a query, at least 1."""
+        self._pack()
+        return self._most
+
+    def examples(self, query: int) -> list[int]:
+        """Where the query has several positives: the first example with each of them, the first
+        `_MOST_POSITIVES` of these."""
+        self._pack()
+        column = self._rows[:, 0]
+        first, last = np.searchsorted(column, query), np.searchsorted(column, query, "right")
+        if last - first < 2:
+            return []
+        return sorted(self._rows[first:last, 2].tolist())[:_MOST_POSITIVES]
+
+    def _pack(self) -> None:
+        if not self._new:
+            return
+        added = np.frombuffer(self._new, np.int64).reshape(-1, 3)
+        self._rows = np.concatenate([self._rows, added])
+        self._new = array("q")
+        self._sort()
+
+    def _sort(self) -> None:
+        rows = self._rows[np.lexsort(self._rows.T[::-1])]
+        is_new = np.ones(len(rows), bool)
+        is_new[1:] = (rows[1:, :2] != rows[:-1, :2]).any(axis=1)
+        self._rows = rows[is_new]
+        _, counts = np.unique(self._rows[:, 0], return_counts=True)
+        self._most = min(int(counts.max(initial=1)), _MOST_POSITIVES)
+
+
+class _Repeats:
+    """Names the examples whose positive is among their negatives too."""
+
+    def __init__(self, where: Callable[[int], str]):
+        self._where = where
+        self._named: set[int] = set()
+        self._first, self._last = "", False
+
+    def check(self, i: int, documents: Sequence[Any]) -> None:
+        """Note it of example i."""
+        if documents[0] in documents[1:]:
+            self._first = self._first or self._text(i, documents)
+            self._named.add(i)
+
+    def say(self) -> None:
+        """Warn of what was noted; called by a reader of examples that a user calls."""
+        others = len(self._named) - 1
+        if others >= 0:
+            more = f" So it is in {others} more of the examples." if others else ""
+            warnings.warn(self._first + more, stacklevel=4)
+
+    def read(self, i: int, documents: Sequence[Any]) -> None:
+        """Warn of it once more, for the first example of which it was not known."""
+        if not self._last and documents[0] in documents[1:] and i not in self._named:
+            self._last = True
+            warnings.warn(f"{self._text(i, documents)} Later ones are not named.", stacklevel=3)
+
+    def _text(self, i: int, documents: Sequence[Any]) -> str:
+        return (
+            f"{self._where(i)}: negative {documents.index(documents[0], 1)} is the positive again: "
+            "contrast leaves it out, so take it out of the example or put another in its place."
+        )
 
 
 def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, str]:
@@ -462,13 +636,6 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
             "be neither shuffled nor resumed, so load it without streaming=True"
         )
     return dataset, name
-
-
-def _check(source: ExampleSource, count: int, progress: bool | None) -> None:
-    with progress_bar(count, "checking examples", "line", progress) as bar:
-        for i in range(count):
-            source[i]
-            bar.update(1)
 
 
 def _number_to_check(lines: Lines, check: Check) -> int:

@@ -18,6 +18,19 @@ class TokenBatch(NamedTuple):
     kept: Any
 
 
+class Passages(NamedTuple):
+    """Which texts of a batch are the same: 64-bit hashes of their token ids, in two halves.
+
+    queries: int32[B, 2].
+    documents: int32[B * W, 2], W a query in turn.
+    labelled: int32[B, P, 2], positives of each query in the whole source, its own among them.
+    """
+
+    queries: Any
+    documents: Any
+    labelled: Any
+
+
 class ExampleBatch(NamedTuple):
     """B queries with W documents each, the first of them the positive.
 
@@ -29,9 +42,11 @@ class ExampleBatch(NamedTuple):
     documents: groups of as many rows each, B * W in all.
     order: int32[B * W].
     scores: float32[B, W], the teacher's, if there are any.
+    passages: which documents are no negatives of a query. If None, only its own positive is none.
     """
 
     queries: TokenBatch
     documents: tuple[TokenBatch, ...]
     order: Any
     scores: Any
+    passages: Passages | None = None

@@ -11,6 +11,7 @@ step alone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import queue
 import threading
@@ -24,10 +25,10 @@ import numpy as np
 
 from colbert_jax.batching import ladder_length, pad_rows
 from colbert_jax.config import TrainingConfig
-from colbert_jax.data.examples import Example, ExampleSource
+from colbert_jax.data.examples import Example, ExampleSource, most_positives, positives_of
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
-from colbert_jax.training.batch import ExampleBatch, TokenBatch
+from colbert_jax.training.batch import ExampleBatch, Passages, TokenBatch
 
 # Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
 _LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)
@@ -148,6 +149,7 @@ class Loader:
         self._shape = (accumsteps, group.count, bsize // (accumsteps * group.count))
         rows = self._shape[2] * self._nway
         self._num_groups = _num_groups(rows, devices, length_groups)
+        self._labels = most_positives(source)
         self._order = _Order(len(source), seed, shuffle)
         self.stop_requested = False
         self._slots = threading.Semaphore(ahead)
@@ -239,7 +241,22 @@ class Loader:
         scores = None
         if self._source.scored:
             scores = np.array([example.scores[: self._nway] for example in examples], np.float32)  # type: ignore[index]
-        return _Draft(queries, documents, groups, lengths, scores)
+        passages = self._passages(examples, queries, documents)
+        return _Draft(queries, documents, groups, lengths, scores, passages)
+
+    def _passages(
+        self, examples: list[Example], queries: TokenIds, documents: TokenIds
+    ) -> Passages:
+        """By token ids: texts that the model reads alike cannot be told apart."""
+        own = _identities(documents.ids)
+        labelled = np.repeat(own[:: self._nway, None], self._labels, axis=1)
+        if self._labels > 1:
+            texts = [positives_of(self._source, example.query) for example in examples]
+            known = _identities(self._tokenizer.documents([*itertools.chain(*texts)]).ids)
+            ends = np.cumsum([0, *map(len, texts)])
+            for row, start, end in zip(labelled, ends, ends[1:], strict=False):
+                row[: end - start] = known[start:end]
+        return Passages(_identities(queries.ids), own, labelled)
 
     def _finish(self, draft: _Draft, lengths: list[int]) -> ExampleBatch:
         text, tokenizer = self._tokenizer.config, self._tokenizer
@@ -260,7 +277,8 @@ class Loader:
             )
             for group, length in zip(draft.groups, lengths[1:], strict=True)
         )
-        return ExampleBatch(queries, documents, self._global_order(draft.groups), draft.scores)
+        order = self._global_order(draft.groups)
+        return ExampleBatch(queries, documents, order, draft.scores, draft.passages)
 
     def _query_length(self, length: int) -> int:
         text = self._tokenizer.config
@@ -288,6 +306,7 @@ class _Draft(NamedTuple):
     groups: np.ndarray
     lengths: list[int]
     scores: np.ndarray | None
+    passages: Passages
 
 
 class _Order:
@@ -359,6 +378,12 @@ def _rows(ids: list[np.ndarray], attended: Any, length: int, pad: int, keep: Any
         np.asarray(attended, np.int32),
         pad_rows(kept, len(ids), length, False),
     )
+
+
+def _identities(ids: list[np.ndarray]) -> np.ndarray:
+    """int32[N, 2]: the same of rows of the same ids, in all processes."""
+    digests = (hashlib.blake2b(row.astype("<i4").tobytes(), digest_size=8).digest() for row in ids)
+    return np.frombuffer(b"".join(digests), "<i4").astype(np.int32).reshape(-1, 2)
 
 
 # --- Several sources ------------------------------------------------------------------------

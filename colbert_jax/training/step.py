@@ -25,7 +25,7 @@ from colbert_jax.models.colbert import EncoderConfig, make_encoder
 from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
-from colbert_jax.training.batch import ExampleBatch, TokenBatch
+from colbert_jax.training.batch import ExampleBatch, Passages, TokenBatch
 
 State = dict[str, Any]  # params, moments, step
 Logged = dict[str, jax.Array]  # float32[] each
@@ -174,9 +174,33 @@ def make_loss(
                 for embed, teacher in zip(embed_teachers, coupled, strict=True)
             ]
             taught = matches(config, *_concatenated(seen), mesh)
-        return score_loss(config, *embedded, batch.scores, mesh, taught)
+        alike = None if batch.passages is None else no_negatives(batch.passages)
+        return score_loss(config, *embedded, batch.scores, mesh, taught, alike)
 
     return loss
+
+
+def no_negatives(passages: Passages) -> jax.Array:
+    """bool[B, B * W]: documents of the batch that are positives of a query, under whichever number,
+    its own positive left out.
+
+    Positives of a query are those of its example, those that its source names, and those of every
+    example of the batch with the same query.
+    """
+    queries, documents, labelled = passages
+    batch, columns = len(queries), len(documents)
+    positives = documents.reshape(batch, -1, 2)[:, 0]
+
+    def same(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a[..., :, None, :] == b).all(-1)
+
+    known = same(labelled, documents).any(axis=1)
+    # A product, so that no array is larger than the scores.
+    counts = same(queries, queries).astype(jnp.float32) @ same(positives, documents).astype(
+        jnp.float32
+    )
+    own = jnp.arange(batch)[:, None] * (columns // batch) == jnp.arange(columns)
+    return (known | (counts > 0)) & ~own
 
 
 def _concatenated(
@@ -282,6 +306,7 @@ def score_loss(
     teacher: jax.Array | None,
     mesh: Mesh | None = None,
     coupled: jax.Array | None = None,
+    alike: jax.Array | None = None,
 ) -> tuple[jax.Array, Logged]:
     """The loss as a function of token embeddings.
 
@@ -290,6 +315,8 @@ def score_loss(
       documents, mask: float32[B * W, Ld, D] and bool[B * W, Ld], W documents a query in turn.
       teacher: float32[B, W]; None where the loss does not need it.
       coupled: float32[B, Lq or 1, B * W], the coupled teacher's `matches`, if there is one.
+      alike: bool[B, B * W], documents that are no negatives of a query (`no_negatives`). They take
+        no part in what contrasts documents. Where a teacher scores them they stay: it knows better.
 
     Returns:
       the loss, float32[], and its parts by name.
@@ -299,7 +326,8 @@ def score_loss(
     if every:
         matched = matches(config, queries, documents, mask, mesh)
         pairs = matched.sum(axis=1)
-        own = pairs.reshape(batch, batch, ways)[jnp.arange(batch), jnp.arange(batch)]
+        own = _own(pairs, ways)
+        contrasted = pairs if alike is None else jnp.where(alike, -jnp.inf, pairs)
     else:
         split = (batch, ways, *documents.shape[1:])
         own = nway_scores(queries, documents.reshape(split), mask.reshape(split[:3]), mesh=mesh)
@@ -318,16 +346,17 @@ def score_loss(
         assert teacher is not None
         main = losses.margin_mse(own, teacher)
     elif config.loss == "cross-entropy":
-        main = losses.cross_entropy(own)
+        told = own if alike is None else jnp.where(_own(alike, ways), -jnp.inf, own)
+        main = losses.cross_entropy(told)
     else:
         positives = jnp.arange(batch) * ways
-        main = losses.contrastive(pairs, positives, temperature=config.temperature)
+        main = losses.contrastive(contrasted, positives, temperature=config.temperature)
     parts = {config.loss: main, "positive_score": own[:, 0].mean()}
     if ways > 1:
         parts["negative_score"] = own[:, 1:].mean()
     total = main
     if config.use_ib_negatives:
-        parts["in_batch"] = losses.in_batch_negatives(pairs, ways)
+        parts["in_batch"] = losses.in_batch_negatives(contrasted, ways)
         total = total + parts["in_batch"]
     if coupled is not None:
         parts["coupled"] = losses.distillation(
@@ -344,6 +373,12 @@ def score_loss(
             learned = learned + config.coupled_tokens * parts["coupled_tokens"]
         total = (1 - config.coupled_weight) * total + config.coupled_weight * learned
     return total, parts
+
+
+def _own(pairs: jax.Array, ways: int) -> jax.Array:
+    """[B, W] of [B, B * W]: each query's own documents."""
+    batch = jnp.arange(len(pairs))
+    return pairs.reshape(len(batch), len(batch), ways)[batch, batch]
 
 
 # --- Gradients and update -------------------------------------------------------------------

@@ -225,6 +225,12 @@ def _check(
         )
     if config.loss in ("distillation", "margin-mse", "cross-entropy") and nway < 2:
         raise ValueError(f"the loss {config.loss!r} needs at least 2 documents a query, not {nway}")
+    if config.loss == "contrastive" and nway == 1 and config.bsize == config.accumsteps:
+        raise ValueError(
+            f"bsize {config.bsize} and accumsteps {config.accumsteps} leave one query in a micro-"
+            "batch, and nway is 1: the loss 'contrastive' has nothing to tell a positive from. "
+            "Raise bsize, or give negatives"
+        )
     if model.query_params is not model.params:
         raise ValueError("a model with an encoder of its own for queries cannot be trained")
     if model.quantization is not None:
