@@ -43,6 +43,12 @@ import support  # noqa: E402
 from colbert_jax import ColBERT, Index  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left alone with one in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what the imports made: tracing programs starts it often."""
     gc.collect()
