@@ -18,6 +18,7 @@ Codes, residual bytes and bucket order are Stanford ColBERT's.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -30,10 +31,12 @@ import numpy as np
 
 from colbert_jax.config import NBITS
 from colbert_jax.files import checksum, write_json
-from colbert_jax.index.folder import METADATA, building_folder, locate
+from colbert_jax.index.folder import METADATA, building_folder, locate, naming
 
 FORMAT_VERSION = 1
 _TRIES = 20  # to open an index that stays as it is
+_ZEROS = 1 << 20  # bytes written at a time
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 class IndexFormatError(ValueError):
@@ -169,7 +172,8 @@ def write_metadata(
     names = [f"{name}.npy" for name in array_specs(metadata)]
     checksums = {name: checksum(folder / name) for name in names}
     whole = dataclasses.replace(metadata, checksums=checksums)
-    write_json(folder / METADATA, whole.to_json())
+    with naming(folder / METADATA):
+        write_json(folder / METADATA, whole.to_json())
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -299,10 +303,8 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with ArrayWriter(file, array.dtype, array.shape[1:]) as writer:
+        writer.append(array)
 
 
 class ArrayWriter:
@@ -312,12 +314,15 @@ class ArrayWriter:
     claims no rows, so a reader can't take it for whole.
     """
 
-    def __init__(self, file: Path, dtype: type, row: tuple[int, ...] = (), rows: int = 0):
+    def __init__(self, file: Path, dtype: Any, row: tuple[int, ...] = (), rows: int = 0):
         """
         Args:
           row: shape of one row.
           rows: how many rows a former run committed; what follows them is cut off.
+
+        Errors of writing name the file.
         """
+        self._file = file
         self.dtype, self.row, self.rows = np.dtype(dtype), row, rows
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
@@ -325,26 +330,57 @@ class ArrayWriter:
             raise IndexFormatError(
                 f"{file}: shorter than its build committed; delete {file.parent} and build again"
             )
-        self._stream = file.open("r+b" if rows else "w+b")
-        self._stream.write(header)
-        self._stream.truncate(size)
-        self._stream.seek(size)
+        # Without a buffer: what has no room fails where it is written, not again in closing.
+        self._stream = file.open("r+b" if rows else "w+b", buffering=0)
+        try:
+            self._write(header)
+            with naming(file):
+                self._stream.truncate(size)
+            self._stream.seek(size)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self.dtype)
         assert rows.shape[1:] == self.row, (rows.shape, self.row)
-        self._stream.write(rows.data)
+        self._write(rows.reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
+    def reserve(self, rows: int) -> None:
+        """Append rows of zeros that have their room on disk, to be written through a map.
+
+        In a file with holes, a map's write that finds the disk full ends the process (SIGBUS).
+        """
+        size = rows * self._row_bytes()
+        start = self._stream.tell()
+        try:
+            with naming(self._file):
+                os.posix_fallocate(self._stream.fileno(), start, size)
+            self._stream.seek(start + size)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
+                raise
+            zeros = bytes(min(size, _ZEROS))
+            for at in range(0, size, _ZEROS):
+                self._write(zeros[: size - at])
+        self.rows += rows
+
     def sync(self) -> None:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with naming(self._file):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         with self._stream:
             self._stream.seek(0)
-            self._stream.write(self._header(self.rows))
+            self._write(self._header(self.rows))
             self.sync()
+
+    def _write(self, data: Any) -> None:
+        left = memoryview(data)
+        with naming(self._file):
+            while len(left):
+                left = left[self._stream.write(left) :]
 
     def __enter__(self) -> ArrayWriter:
         return self

@@ -19,7 +19,15 @@ from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.columns import ID, TEXT, open_column, write_documents
-from colbert_jax.index.folder import METADATA, building, check_free, clear, discard, publish
+from colbert_jax.index.folder import (
+    METADATA,
+    building,
+    check_free,
+    clear,
+    discard,
+    naming_space,
+    publish,
+)
 from colbert_jax.index.inverted import write_inverted_lists
 from colbert_jax.index.layouts.fastplaid import read_fastplaid
 from colbert_jax.index.layouts.stanford import (
@@ -68,6 +76,7 @@ def convert_index(
       FileExistsError: something is at `folder` and must not be replaced.
       ValueError: damaged or inconsistent, naming the file; or impossible in the other layout.
       RuntimeError: another process builds at `folder`.
+      DiskFullError (an OSError): no room, with file, folder and free space.
     """
     source, path = Path(source).expanduser(), resolved(folder)
     if to not in TARGETS:
@@ -95,7 +104,10 @@ def convert_index(
     with building(path, overwrite) as draft:
         try:
             clear(draft)
-            with progress_bar(len(index.lengths), "converting", "doc", progress) as bar:
+            with (
+                naming_space(draft),
+                progress_bar(len(index.lengths), "converting", "doc", progress) as bar,
+            ):
                 write = _write_ours if to == "native" else _write_theirs
                 for documents in write(index, draft, path, model, collection, chunk_documents):
                     bar.update(documents)
