@@ -17,6 +17,7 @@ from typing import Any
 
 from colbert_jax.files import (
     beside,
+    drafts,
     lock,
     lock_file,
     previous_folder,
@@ -92,8 +93,8 @@ def building(path: Path, overwrite: bool, group: Group | None = None) -> Iterato
                 recover(path)
                 check_free(path, overwrite)  # another process may have published since
             with naming_space(folder):
-                if group.is_first and _is_empty(folder):
-                    write_state(folder, {})
+                if group.is_first and not _is_marked(folder):
+                    clear(folder)
                 yield folder
         except Exception:
             if group.is_first and not read_state(folder).keys() - _MARK.keys():
@@ -243,6 +244,13 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether this library made the folder; a kill may leave no more than the mark's draft."""
+    if _is_marked(folder):
+        return True
+    return folder.is_dir() and set(folder.iterdir()) <= set(drafts(folder / state_name(0)))
+
+
+def _is_marked(folder: Path) -> bool:
     state = read_state(folder)
     return all(state.get(name) == value for name, value in _MARK.items())
 

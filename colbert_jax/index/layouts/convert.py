@@ -75,7 +75,7 @@ def convert_index(
       FileNotFoundError: no index at `source`, or a file of it is missing.
       FileExistsError: something is at `folder` and must not be replaced.
       ValueError: damaged or inconsistent, naming the file; or impossible in the other layout.
-      RuntimeError: another process builds at `folder`.
+      RuntimeError: another process builds at `folder`, or the source was replaced meanwhile.
       DiskFullError (an OSError): no room, with file, folder and free space.
     """
     source, path = Path(source).expanduser(), resolved(folder)
@@ -86,7 +86,7 @@ def convert_index(
     if chunk_documents < 1:
         raise ValueError(f"chunk_documents must be >= 1, got {chunk_documents}")
     check_free(path, overwrite)
-    layout = detect_index(source)
+    layout, before = detect_index(source), _stamp(source)
     if layout == to:
         raise ValueError(f"{source}: already in the {to} layout; copy the folder")
     index = _READERS[layout](source)
@@ -111,11 +111,22 @@ def convert_index(
                 write = _write_ours if to == "native" else _write_theirs
                 for documents in write(index, draft, path, model, collection, chunk_documents):
                     bar.update(documents)
+            if _stamp(source) != before:
+                raise RuntimeError(f"{source}: replaced while it was converted; convert it again")
             publish(draft, path)
         except BaseException:  # starting again is as quick as going on would be
             discard(draft)
             raise
     return index
+
+
+def _stamp(folder: Path) -> tuple[int, ...] | None:
+    """What tells an index's metadata from those that replace it."""
+    try:
+        stat = (folder / METADATA).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def detect_index(folder: Path) -> str:
