@@ -16,7 +16,6 @@ import secrets
 import shutil
 import stat
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -136,15 +135,6 @@ def short_json(value: Any, most: int) -> str:
 def resolved(path: str | os.PathLike) -> Path:
     """The real place of a file or folder: `~`, `.` and links followed."""
     return Path(path).expanduser().resolve()
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file, read in blocks."""
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 # --- One file -------------------------------------------------------------------------------
@@ -312,7 +302,7 @@ def recover(folder: Path) -> None:
     previous = previous_folder(folder)
     if previous.is_dir() and not folder.exists():
         os.rename(previous, folder)
-    for left in [previous, *_drafts(folder)]:
+    for left in [previous, *drafts(folder)]:
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -363,7 +353,7 @@ def _draft(place: Path) -> Path:
     return beside(place, secrets.token_hex(_DIGITS // 2))
 
 
-def _drafts(place: Path) -> Iterator[Path]:
+def drafts(place: Path) -> Iterator[Path]:
     """What `_draft` has named and a kill has left, with the drafts of these drafts."""
     digits = "[0-9a-f]" * _DIGITS
     draft = f".{glob.escape(place.name)}.{digits}{_OURS}"

@@ -152,8 +152,11 @@ class StringWriter:
 
     def __init__(self, folder: Path, column: str):
         data, offsets = (folder / f"{name}.npy" for name in string_arrays(column))
-        self._bytes, self._offsets = ArrayWriter(data, np.uint8), ArrayWriter(offsets, np.int64)
-        self._offsets.append(np.zeros(1, np.int64))
+        with contextlib.ExitStack() as stack:
+            self._bytes = stack.enter_context(ArrayWriter(data, np.uint8))
+            self._offsets = stack.enter_context(ArrayWriter(offsets, np.int64))
+            self._offsets.append(np.zeros(1, np.int64))
+            self._open = stack.pop_all()
 
     def extend(self, encoded: list[bytes]) -> None:
         ends = self._bytes.rows + np.cumsum([len(e) for e in encoded], dtype=np.int64)
@@ -168,8 +171,7 @@ class StringWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._bytes.__exit__(*error)
-        self._offsets.__exit__(*error)
+        self._open.__exit__(*error)
 
 
 def delete_strings(folder: Path, column: str) -> None:

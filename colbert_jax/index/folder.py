@@ -7,6 +7,8 @@ the place of the index at `path` when it is whole.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 from colbert_jax.files import (
     beside,
+    drafts,
     lock,
     lock_file,
     previous_folder,
@@ -26,6 +29,7 @@ from colbert_jax.files import (
 )
 from colbert_jax.processes import Group
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METADATA = "metadata.json"
 _BUILDING = ".building"
 _CENTROIDS = ("centroids.npy", "centroids.pt")  # every layout has one of them
@@ -78,6 +82,7 @@ def building(path: Path, overwrite: bool, group: Group | None = None) -> Iterato
     Raises:
       FileExistsError: see `check_free`.
       RuntimeError: others build there.
+      DiskFullError: see `naming_space`.
     """
     group = Group() if group is None else group
     if group.is_first:
@@ -87,13 +92,64 @@ def building(path: Path, overwrite: bool, group: Group | None = None) -> Iterato
             if group.is_first:
                 recover(path)
                 check_free(path, overwrite)  # another process may have published since
-                if _is_empty(folder):
-                    write_state(folder, {})
-            yield folder
+            with naming_space(folder):
+                if group.is_first and not _is_marked(folder):
+                    clear(folder)
+                yield folder
         except Exception:
             if group.is_first and not read_state(folder).keys() - _MARK.keys():
                 discard(folder)
             raise
+
+
+class DiskFullError(OSError):
+    """No room for an index that is being written: a full disk, quota, or a limit on files."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Give errors of writing a file its name: a stream's own have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
+
+
+@contextlib.contextmanager
+def naming_space(folder: Path) -> Iterator[None]:
+    """Raise DiskFullError, with file, folder and free space, where the block found no room.
+
+    What is half-written is cut off by the next run, so that nothing but room is needed to go on.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        full = _without_room(error)
+        if full is None:
+            raise
+        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+        message = (
+            f"{full.filename or folder}: {os.strerror(full.errno or 0)}: {free / 2**20:.1f} MiB "
+            f"are free in {folder.parent}; make room and run the same again"
+        )
+        raise DiskFullError(full.errno, message) from error
+
+
+def _without_room(error: BaseException | None) -> OSError | None:
+    """The error of a full disk among an error and those it came from: closing a file may fail in
+    its own way."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def state_name(process: int) -> str:
@@ -109,7 +165,9 @@ def read_state(folder: Path, process: int = 0) -> dict[str, Any]:
 
 def write_state(folder: Path, values: dict[str, Any], process: int = 0) -> None:
     """Replace a process's state in one step."""
-    write_json(folder / state_name(process), _MARK | values)
+    file = folder / state_name(process)
+    with naming(file):
+        write_json(file, _MARK | values)
 
 
 def clear(folder: Path) -> None:
@@ -186,6 +244,13 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether this library made the folder; a kill may leave no more than the mark's draft."""
+    if _is_marked(folder):
+        return True
+    return folder.is_dir() and set(folder.iterdir()) <= set(drafts(folder / state_name(0)))
+
+
+def _is_marked(folder: Path) -> bool:
     state = read_state(folder)
     return all(state.get(name) == value for name, value in _MARK.items())
 

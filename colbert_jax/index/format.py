@@ -17,23 +17,33 @@ Codes, residual bytes and bucket order are Stanford ColBERT's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import math
 import os
+import stat
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from colbert_jax.config import NBITS
-from colbert_jax.files import checksum, write_json
-from colbert_jax.index.folder import METADATA, building_folder, locate
+from colbert_jax.files import write_json
+from colbert_jax.index.folder import METADATA, building_folder, locate, naming
 
 FORMAT_VERSION = 1
 _TRIES = 20  # to open an index that stays as it is
+_ZEROS = 1 << 20  # bytes written at a time
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+_T = TypeVar("_T")
 
 
 class IndexFormatError(ValueError):
@@ -97,7 +107,14 @@ class Metadata:
         names = checked("text_columns", _are_names)
         values = {name: checked(name, right) for name, right in _FIELDS.items()}
         columns = {name: checked(_size_field(name), _is_count) for name in names}
-        return cls(**values, columns=columns, origin=fields.get("origin"))
+        metadata = cls(**values, columns=columns, origin=fields.get("origin"))
+        demanded = {f"{name}.npy" for name in array_specs(metadata)}
+        if metadata.checksums.keys() != demanded:
+            other = ", ".join(sorted(metadata.checksums.keys() ^ demanded))
+            raise IndexFormatError(
+                f"{file}: damaged: field 'checksums' and the other fields differ in {other}"
+            )
+        return metadata
 
 
 def _is_count(value: Any) -> bool:
@@ -123,7 +140,7 @@ _FIELDS: dict[str, Any] = {
     "nbits": lambda value: _is_count(value) and value in NBITS,
     "settings": _is_object,
     "model": lambda value: value is None or _is_object(value),
-    "checksums": _is_object,
+    "checksums": lambda value: _is_object(value) and all(map(_is_count, value.values())),
 }
 
 
@@ -167,9 +184,11 @@ def write_metadata(
         origin=origin,
     )
     names = [f"{name}.npy" for name in array_specs(metadata)]
-    checksums = {name: checksum(folder / name) for name in names}
+    with IndexFiles(folder) as files:
+        checksums = {name: files.checksum(name) for name in names}
     whole = dataclasses.replace(metadata, checksums=checksums)
-    write_json(folder / METADATA, whole.to_json())
+    with naming(folder / METADATA):
+        write_json(folder / METADATA, whole.to_json())
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -179,23 +198,84 @@ def read_metadata(folder: Path) -> Metadata:
       FileNotFoundError: no index there; says so where an unfinished build is.
       IndexFormatError: not an index this version reads.
     """
-    file = folder / METADATA
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-        version = fields["format_version"]
-    except (FileNotFoundError, NotADirectoryError):
-        if building_folder(folder).is_dir():
+    with IndexFiles(folder) as files:
+        return files.metadata()
+
+
+class IndexFiles:
+    """The files of the folder that is at a place now, whatever takes that place meanwhile.
+
+    Where the system can open files by their folder, an index and one that replaces it never mix.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._descriptor: int | None = None
+        if os.open in os.supports_dir_fd:
+            flags = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self._descriptor = os.open(folder, flags)
+
+    def __enter__(self) -> IndexFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file to be read, never waiting for a writer as with a named pipe.
+
+        Raises:
+          FileNotFoundError, OSError: naming the file; too many open files are no damage.
+          IndexFormatError: it is a folder, a pipe or a device.
+        """
+        file = self.folder / name
+
+        def opener(path: str, flags: int) -> int:
+            where = path if self._descriptor is None else name
+            flags |= getattr(os, "O_NONBLOCK", 0)
+            with naming(file):
+                descriptor = os.open(where, flags, dir_fd=self._descriptor)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise IndexFormatError(f"{file}: is no file but a folder, pipe or device")
+            return descriptor
+
+        return open(file, "rb", opener=opener)
+
+    def metadata(self) -> Metadata:
+        """See `read_metadata`."""
+        file = self.folder / METADATA
+        try:
+            with self.open(METADATA) as stream:
+                fields = json.loads(stream.read().decode("utf-8"))
+            version = fields["format_version"]
+        except IndexFormatError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            if building_folder(self.folder).is_dir():
+                raise FileNotFoundError(
+                    f"{self.folder}: no index yet, only an unfinished build: run it again to resume"
+                ) from None
             raise FileNotFoundError(
-                f"{folder}: no index yet, only an unfinished build: run it again to resume"
+                f"{self.folder}: no index there ({METADATA} is missing)"
             ) from None
-        raise FileNotFoundError(f"{folder}: no index there ({METADATA} is missing)") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IndexFormatError(f"{file}: damaged: {error!r}") from None
-    if version != FORMAT_VERSION:
-        raise IndexFormatError(
-            f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
-        )
-    return Metadata.from_json(file, fields)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise IndexFormatError(f"{file}: damaged: {error!r}") from None
+        if version != FORMAT_VERSION:
+            raise IndexFormatError(
+                f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
+            )
+        return Metadata.from_json(file, fields)
+
+    def checksum(self, name: str) -> int:
+        """CRC-32 of a file, read in blocks."""
+        crc = 0
+        with self.open(name) as stream:
+            while block := stream.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+        return crc
 
 
 # --- Arrays ---------------------------------------------------------------------------------
@@ -225,29 +305,43 @@ def string_arrays(column: str) -> tuple[str, str]:
     return f"{column}s", f"{column}_offsets"
 
 
-def open_array(folder: Path, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def open_array(files: IndexFiles, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Map one array read-only. Raises IndexFormatError where it is missing, damaged or another."""
-    file = folder / f"{name}.npy"
+    file = files.folder / f"{name}.npy"
     try:
-        # An empty file can't be mapped; every other array stays on disk.
-        array = np.load(file, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
-        size = file.stat().st_size
+        with files.open(file.name) as stream:
+            found = _read_header(stream)
+            if found != (np.dtype(dtype), shape):
+                raise IndexFormatError(
+                    f"{file}: holds {found[0]} {list(found[1])}, but {METADATA} promises "
+                    f"{np.dtype(dtype)} {list(shape)}"
+                )
+            start = stream.tell()
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            if os.fstat(stream.fileno()).st_size < start + size:
+                raise IndexFormatError(f"{file}: truncated")
+            if size == 0:  # can't be mapped
+                return np.empty(shape, dtype)
+            with naming(file):
+                return np.memmap(stream, dtype, "r", start, shape)
     except FileNotFoundError:
         raise IndexFormatError(
             f"{file}: missing; the index is incomplete: build it again"
         ) from None
-    except PermissionError:
+    except (IndexFormatError, OSError, MemoryError):
         raise
     except Exception as error:  # a damaged header fails in numpy's parser in many ways
         raise IndexFormatError(f"{file}: damaged or truncated: {error}") from None
-    if array.dtype != dtype or array.shape != shape:
-        raise IndexFormatError(
-            f"{file}: holds {array.dtype} {list(array.shape)}, but {METADATA} promises "
-            f"{np.dtype(dtype)} {list(shape)}"
-        )
-    if size < array.nbytes:
-        raise IndexFormatError(f"{file}: truncated")
-    return array
+
+
+def _read_header(stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape of a `.npy` file; ValueError for one that no index has."""
+    version = np.lib.format.read_magic(stream)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[version[0]](stream)
+    if fortran and len(shape) > 1:
+        raise ValueError("in Fortran's order")
+    return dtype, shape
 
 
 def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
@@ -256,25 +350,14 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     A build that replaces the index while it is being opened is noticed: the old index or the new
     one is read, never a mixture. Opening changes nothing on disk.
     """
-    tries = 0
-    while True:
-        folder = locate(path)
-        there = _identity(folder)
-        try:
-            metadata = read_metadata(folder)
-            specs = array_specs(metadata)
-            arrays = {name: open_array(folder, name, *spec) for name, spec in specs.items()}
-            if there is not None and _identity(folder) == there:
-                break
-            problem: Exception = IndexFormatError(f"{path}: replaced while it was being opened")
-        except (IndexFormatError, FileNotFoundError) as error:
-            problem = error
-        # What fails while builds are published one after the other may not fail with the next; what
-        # fails though nothing has changed is damaged for good.
-        tries = tries + 1 if _identity(locate(path)) == there else 0
-        if tries == _TRIES:
-            raise problem
-        time.sleep(0.01)
+
+    def read(files: IndexFiles) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
+        metadata = files.metadata()
+        specs = array_specs(metadata)
+        arrays = {name: open_array(files, name, *spec) for name, spec in specs.items()}
+        return files.folder, metadata, arrays
+
+    folder, metadata, arrays = _undisturbed(path, read, _TRIES)
     for name, total in (("offsets", "num_tokens"), ("list_offsets", "num_list_entries")):
         offsets = arrays[name]
         if (
@@ -289,20 +372,69 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     return folder, metadata, arrays
 
 
-def _identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells the index in a folder from every other that was or will be there."""
+def verify(path: Path) -> None:
+    """Read every file that an index has, and compare checksums.
+
+    An index that is replaced meanwhile is not damaged: the new one is read.
+
+    Raises:
+      IndexFormatError: naming a file that is damaged or missing.
+      FileNotFoundError: no index there.
+    """
+
+    def read(files: IndexFiles) -> None:
+        for name, expected in files.metadata().checksums.items():
+            try:
+                found = files.checksum(name)
+            except FileNotFoundError:
+                raise IndexFormatError(
+                    f"{files.folder / name}: missing; the index is incomplete: build it again"
+                ) from None
+            if found != expected:
+                raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
+
+    _undisturbed(path, read, 1)
+
+
+def _undisturbed(path: Path, read: Callable[[IndexFiles], _T], tries: int) -> _T:
+    """read(files) of an index that stays as it is meanwhile; again with what replaces it.
+
+    Args:
+      tries: how often it may fail though nothing has changed.
+    """
+    failed = 0
+    while True:
+        folder = locate(path)
+        there = identity(folder)
+        try:
+            with IndexFiles(folder) as files:
+                value = read(files)
+            if there is not None and identity(folder) == there:
+                return value
+            problem: Exception = IndexFormatError(f"{path}: replaced while it was being read")
+        except (IndexFormatError, FileNotFoundError) as error:
+            problem = error
+        # What fails while builds are published one after the other may not fail with the next; what
+        # fails though nothing has changed is damaged for good.
+        failed = failed + 1 if identity(locate(path)) == there else 0
+        if failed >= (tries if there else _TRIES):
+            raise problem
+        time.sleep(0.01)
+
+
+def identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells the index in a folder from every other that was or will be there. That of the
+    folder changes when it is moved away and back."""
     try:
-        stat = (folder / METADATA).stat()
+        stats = folder.stat(), (folder / METADATA).stat()
     except OSError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+    return tuple(n for s in stats for n in (s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with ArrayWriter(file, array.dtype, array.shape[1:]) as writer:
+        writer.append(array)
 
 
 class ArrayWriter:
@@ -312,12 +444,15 @@ class ArrayWriter:
     claims no rows, so a reader can't take it for whole.
     """
 
-    def __init__(self, file: Path, dtype: type, row: tuple[int, ...] = (), rows: int = 0):
+    def __init__(self, file: Path, dtype: Any, row: tuple[int, ...] = (), rows: int = 0):
         """
         Args:
           row: shape of one row.
           rows: how many rows a former run committed; what follows them is cut off.
+
+        Errors of writing name the file.
         """
+        self._file = file
         self.dtype, self.row, self.rows = np.dtype(dtype), row, rows
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
@@ -325,26 +460,57 @@ class ArrayWriter:
             raise IndexFormatError(
                 f"{file}: shorter than its build committed; delete {file.parent} and build again"
             )
-        self._stream = file.open("r+b" if rows else "w+b")
-        self._stream.write(header)
-        self._stream.truncate(size)
-        self._stream.seek(size)
+        # Without a buffer: what has no room fails where it is written, not again in closing.
+        self._stream = file.open("r+b" if rows else "w+b", buffering=0)
+        try:
+            self._write(header)
+            with naming(file):
+                self._stream.truncate(size)
+            self._stream.seek(size)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self.dtype)
         assert rows.shape[1:] == self.row, (rows.shape, self.row)
-        self._stream.write(rows.data)
+        self._write(rows.reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
+    def reserve(self, rows: int) -> None:
+        """Append rows of zeros that have their room on disk, to be written through a map.
+
+        In a file with holes, a map's write that finds the disk full ends the process (SIGBUS).
+        """
+        size = rows * self._row_bytes()
+        start = self._stream.tell()
+        try:
+            with naming(self._file):
+                os.posix_fallocate(self._stream.fileno(), start, size)
+            self._stream.seek(start + size)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
+                raise
+            zeros = bytes(min(size, _ZEROS))
+            for at in range(0, size, _ZEROS):
+                self._write(zeros[: size - at])
+        self.rows += rows
+
     def sync(self) -> None:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with naming(self._file):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         with self._stream:
             self._stream.seek(0)
-            self._stream.write(self._header(self.rows))
+            self._write(self._header(self.rows))
             self.sync()
+
+    def _write(self, data: Any) -> None:
+        left = memoryview(data)
+        with naming(self._file):
+            while len(left):
+                left = left[self._stream.write(left) :]
 
     def __enter__(self) -> ArrayWriter:
         return self

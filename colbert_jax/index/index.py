@@ -18,7 +18,7 @@ from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.compression.sharding import check_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
-from colbert_jax.files import checksum, resolved
+from colbert_jax.files import resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.columns import ID, TEXT, Column, Positions, open_column
@@ -326,10 +326,11 @@ class Index:
         return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
 
     def verify(self) -> None:
-        """Read every file and compare checksums. Raises ValueError naming the damaged file."""
-        for name, expected in self.metadata.checksums.items():
-            if checksum(self.path / name) != expected:
-                raise fmt.IndexFormatError(f"{self.path / name}: damaged: its checksum differs")
+        """Read every file of the index that is at `path`, and compare checksums.
+
+        Raises ValueError naming a file that is damaged or missing.
+        """
+        fmt.verify(self.path)
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:

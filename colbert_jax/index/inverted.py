@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.index.folder import naming
 from colbert_jax.index.format import ArrayWriter, write_array
 
 _TOKENS = 1 << 20  # tokens inverted at a time
@@ -39,7 +40,9 @@ def write_inverted_lists(
     list_offsets = offsets_from_lengths(sizes)
     total = int(list_offsets[-1])
     file = folder / f"lists{suffix}.npy"
-    lists = np.lib.format.open_memmap(file, "w+", np.int32, (total,))
+    with ArrayWriter(file, np.int32) as writer:
+        writer.reserve(total)
+    lists = np.load(file, mmap_mode="r+" if total else None)
     free = list_offsets[:-1].copy()
     for centroids, documents in _pairs(codes, offsets):
         counts = np.bincount(centroids, minlength=num_centroids)
@@ -47,7 +50,9 @@ def write_inverted_lists(
         places = free[centroids] + np.arange(len(centroids)) - start[centroids]
         lists[places] = documents + first
         free += counts
-    lists.flush()
+    if isinstance(lists, np.memmap):
+        with naming(file):
+            lists.flush()
     write_array(folder / f"list_offsets{suffix}.npy", list_offsets)
     return total
 

@@ -19,7 +19,15 @@ from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.columns import ID, TEXT, open_column, write_documents
-from colbert_jax.index.folder import METADATA, building, check_free, clear, discard, publish
+from colbert_jax.index.folder import (
+    METADATA,
+    building,
+    check_free,
+    clear,
+    discard,
+    naming_space,
+    publish,
+)
 from colbert_jax.index.inverted import write_inverted_lists
 from colbert_jax.index.layouts.fastplaid import read_fastplaid
 from colbert_jax.index.layouts.stanford import (
@@ -67,7 +75,8 @@ def convert_index(
       FileNotFoundError: no index at `source`, or a file of it is missing.
       FileExistsError: something is at `folder` and must not be replaced.
       ValueError: damaged or inconsistent, naming the file; or impossible in the other layout.
-      RuntimeError: another process builds at `folder`.
+      RuntimeError: another process builds at `folder`, or the source was replaced meanwhile.
+      DiskFullError (an OSError): no room, with file, folder and free space.
     """
     source, path = Path(source).expanduser(), resolved(folder)
     if to not in TARGETS:
@@ -77,7 +86,7 @@ def convert_index(
     if chunk_documents < 1:
         raise ValueError(f"chunk_documents must be >= 1, got {chunk_documents}")
     check_free(path, overwrite)
-    layout = detect_index(source)
+    layout, before = detect_index(source), _stamp(source)
     if layout == to:
         raise ValueError(f"{source}: already in the {to} layout; copy the folder")
     index = _READERS[layout](source)
@@ -95,15 +104,29 @@ def convert_index(
     with building(path, overwrite) as draft:
         try:
             clear(draft)
-            with progress_bar(len(index.lengths), "converting", "doc", progress) as bar:
+            with (
+                naming_space(draft),
+                progress_bar(len(index.lengths), "converting", "doc", progress) as bar,
+            ):
                 write = _write_ours if to == "native" else _write_theirs
                 for documents in write(index, draft, path, model, collection, chunk_documents):
                     bar.update(documents)
+            if _stamp(source) != before:
+                raise RuntimeError(f"{source}: replaced while it was converted; convert it again")
             publish(draft, path)
         except BaseException:  # starting again is as quick as going on would be
             discard(draft)
             raise
     return index
+
+
+def _stamp(folder: Path) -> tuple[int, ...] | None:
+    """What tells an index's metadata from those that replace it."""
+    try:
+        stat = (folder / METADATA).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def detect_index(folder: Path) -> str:

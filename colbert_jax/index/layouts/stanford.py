@@ -15,6 +15,7 @@ import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import replacing, write_json
+from colbert_jax.index.folder import naming
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
     DiskIndex,
@@ -192,10 +193,10 @@ def write_stanford(
     average = index.avg_residual
     if average is None:  # the weights stand for equal shares of the components
         average = float(np.abs(codec.bucket_weights).mean())
-    write_torch_file(folder / "centroids.pt", codec.centroids.astype(np.float16))
-    write_torch_file(folder / "buckets.pt", (codec.bucket_cutoffs, codec.bucket_weights))
-    write_torch_file(folder / "avg_residual.pt", np.array(average, np.float32))
-    write_torch_file(
+    _write_torch(folder / "centroids.pt", codec.centroids.astype(np.float16))
+    _write_torch(folder / "buckets.pt", (codec.bucket_cutoffs, codec.bucket_weights))
+    _write_torch(folder / "avg_residual.pt", np.array(average, np.float32))
+    _write_torch(
         folder / "ivf.pid.pt",
         (
             _streamed(np.int32, (_padded_size(index.list_lengths),), lambda: _padded_lists(index)),
@@ -209,11 +210,11 @@ def write_stanford(
         lengths = index.lengths[first : first + chunk_documents]
         begin, end = int(offsets[first]), int(offsets[first + len(lengths)])
         codes = _streamed(np.int32, (end - begin,), lambda b=begin, e=end: index.code_blocks(b, e))
-        write_torch_file(folder / f"{i}.codes.pt", codes)
+        _write_torch(folder / f"{i}.codes.pt", codes)
         residuals = _streamed(
             np.uint8, (end - begin, *row), lambda b=begin, e=end: index.residual_blocks(b, e)
         )
-        write_torch_file(folder / f"{i}.residuals.pt", residuals)
+        _write_torch(folder / f"{i}.residuals.pt", residuals)
         _write_text(folder / f"doclens.{i}.json", [json.dumps(lengths.tolist()).replace(" ", "")])
         chunk = {
             "passage_offset": first,
@@ -221,7 +222,7 @@ def write_stanford(
             "num_embeddings": end - begin,
             "embedding_offset": begin,
         }
-        write_json(folder / f"{i}.metadata.json", chunk)
+        _write_json(folder / f"{i}.metadata.json", chunk)
         yield len(lengths)
     average_length = index.num_tokens / len(index.lengths)
     shared = {
@@ -233,9 +234,9 @@ def write_stanford(
         "num_embeddings_est": float(index.num_tokens),
         "avg_doclen_est": average_length,
     }
-    write_json(folder / "plan.json", shared | estimates)
+    _write_json(folder / "plan.json", shared | estimates)
     totals = {"num_embeddings": index.num_tokens, "avg_doclen": average_length}
-    write_json(folder / "metadata.json", shared | totals)
+    _write_json(folder / "metadata.json", shared | totals)
 
 
 def write_collection(folder: Path, texts: Iterable[str]) -> Path:
@@ -252,8 +253,18 @@ def write_pids(folder: Path, pids: Iterable[str]) -> None:
     _write_text(folder / "pids.jsonl", lines)
 
 
+def _write_torch(file: Path, value: Any) -> None:
+    with naming(file):
+        write_torch_file(file, value)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    with naming(file):
+        write_json(file, value)
+
+
 def _write_text(file: Path, parts: Iterable[str]) -> None:
-    with replacing(file) as stream:
+    with naming(file), replacing(file) as stream:
         stream.writelines(parts)
 
 
