@@ -289,6 +289,8 @@ class TrainingConfig:
       length_groups: groups of about equal length in which the documents of a batch are padded.
     Checkpoints and evaluation:
       save_every, keep: steps between two checkpoints, and the number of checkpoints to keep.
+      save_minutes: a checkpoint is made, too, where the last one is so many minutes old. If None,
+        it may be of any age.
       eval_every: steps between two evaluations on the dev collection. If None, `save_every`.
       log_every: steps between two lines of metrics.
     """
@@ -323,6 +325,7 @@ class TrainingConfig:
     fsdp: bool = False
     length_groups: int = 4
     save_every: int = 2_000
+    save_minutes: float | None = 10.0
     keep: int = 2
     eval_every: int | None = None
     log_every: int = 10
@@ -334,7 +337,14 @@ class TrainingConfig:
         for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
-        positive = ("lr", "head_lr", "max_grad_norm", "distillation_alpha", "temperature")
+        positive = (
+            "lr",
+            "head_lr",
+            "save_minutes",
+            "max_grad_norm",
+            "distillation_alpha",
+            "temperature",
+        )
         for name in (*positive, "student_temperature", "teacher_temperature"):
             value = getattr(self, name)
             require(

@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
     number: of the step, from 0.
     batches: one for each micro-batch, this process's rows as NumPy arrays.
-    stop: some process asked to stop; the same in all of them.
+    stop, save: some process asked to stop, or for a checkpoint; the same in all of them.
     examples: int64[B / processes], the numbers of this process's examples, batch by batch.
     """
 
@@ -66,6 +66,7 @@ class Step(NamedTuple):
     batches: list[ExampleBatch]
     stop: bool
     examples: np.ndarray
+    save: bool = False
 
 
 class Loader:
@@ -80,7 +81,8 @@ class Loader:
     in each group those of process 0 come first.
 
     Set `stop_requested` to ask every process to stop: the flag travels with the steps prepared from
-    then on, so it comes up to `ahead` steps later, in all processes with the same step.
+    then on, so it comes up to `ahead` steps later, in all processes with the same step. So it is
+    with `save_requested`, which asks once for a checkpoint.
 
     Close it, or use it as a context manager: that ends its thread.
     """
@@ -151,7 +153,7 @@ class Loader:
         self._num_groups = _num_groups(rows, devices, length_groups)
         self._labels = most_positives(source)
         self._order = _Order(len(source), seed, shuffle)
-        self.stop_requested = False
+        self.stop_requested = self.save_requested = False
         self._slots = threading.Semaphore(ahead)
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -209,9 +211,11 @@ class Loader:
         whole = self._order.examples(number * bsize, (number + 1) * bsize)
         mine = whole.reshape(self._shape)[:, self._group.index]
         drafts = [self._draft([self._source[int(i)] for i in numbers]) for numbers in mine]
+        save, self.save_requested = self.save_requested, False
         local = {
             "lengths": [draft.lengths for draft in drafts],
             "stop": self.stop_requested,
+            "save": save,
             "run": [self._source.fingerprint, *self._shape, self._nway] if is_first else None,
         }
         everyone = self._group.exchange(
@@ -229,6 +233,7 @@ class Loader:
             [self._finish(*pair) for pair in zip(drafts, lengths.tolist(), strict=True)],
             any(remote["stop"] for remote in everyone),
             mine.reshape(-1),
+            any(remote["save"] for remote in everyone),
         )
 
     def _draft(self, examples: list[Example]) -> _Draft:
@@ -450,6 +455,7 @@ class Mixture:
         self, shares: Sequence[float], loaders: Sequence[Callable[[int], Loader]], start: int = 0
     ):
         self._tasks, self._number = task_order(shares), start
+        self._most = max(range(len(shares)), key=shares.__getitem__)  # comes soonest
         done = Counter(itertools.islice(self._tasks, start))
         with ExitStack() as stack:
             self._loaders = [
@@ -470,6 +476,10 @@ class Mixture:
         """Ask every process to stop: see `Loader.stop_requested`."""
         for loader in self._loaders:
             loader.stop_requested = True
+
+    def request_save(self) -> None:
+        """Ask every process for a checkpoint: see `Loader.save_requested`."""
+        self._loaders[self._most].save_requested = True
 
     def __enter__(self) -> Mixture:
         return self

@@ -27,15 +27,24 @@ from jax.sharding import Mesh
 from colbert_jax import processes
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
-from colbert_jax.files import publishing, read_object, recover, replacing, short_json, write_json
+from colbert_jax.files import (
+    beside,
+    publishing,
+    read_object,
+    recover,
+    replacing,
+    short_json,
+    write_json,
+)
 from colbert_jax.training.step import State, init_state, parameter_sharding
 
 RUN, CHECKPOINTS, METRICS, TENSORBOARD = "run.json", "checkpoints", "metrics.jsonl", "tensorboard"
 LAST, BEST = "last", "best"
+DEV = "dev/"  # before the names of its measures
 MEASURE = "nDCG@10"  # of the dev collection; the best model has the highest
 # Settings that may change when a run goes on: they change what is learned by rounding at most.
-FREE = ("save_every", "keep", "eval_every", "log_every", "remat", "chunk", "fsdp")
-_STATE = "state"
+FREE = ("save_every", "save_minutes", "keep", "eval_every", "log_every", "remat", "chunk", "fsdp")
+_STATE, _PENDING = "state", "pending"  # of a checkpoint
 
 
 # --- What the run is ------------------------------------------------------------------------
@@ -60,6 +69,7 @@ def open_run(
         else:
             for name in (LAST, BEST):
                 recover(folder / name)
+            _remove_drafts(folder)
             if overwrite:
                 _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +107,13 @@ def _refuse_foreign(folder: Path) -> None:
                 f"{folder / name}: exists, and is not of a run: {RUN} is missing or says nothing "
                 "of one. Choose another folder, or move it away"
             )
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove files that a killed process was about to put in their places."""
+    for name in (RUN, METRICS):
+        for draft in folder.glob(beside(folder / name, "[0-9a-f]" * 8).name):
+            draft.unlink()
 
 
 def _remove_run(folder: Path) -> None:
@@ -137,8 +154,11 @@ class Checkpoints:
         """The step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State) -> None:
+    def save(self, step: int, state: State, pending: Mapping[str, float]) -> None:
         """Begin to write; training may go on. Waits for the write before it.
+
+        Args:
+          pending: what was measured since the last line of metrics.
 
         Raises:
           OSError: the disk is too full for it; earlier checkpoints stay as they are.
@@ -155,7 +175,9 @@ class Checkpoints:
                 "same command again, which goes on from the last checkpoint"
             )
         with _writing(self.folder / str(step)):
-            args = self._args.Composite(state=self._args.StandardSave(state))
+            args = self._args.Composite(
+                state=self._args.StandardSave(state), pending=self._args.JsonSave(dict(pending))
+            )
             self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -183,6 +205,14 @@ class Checkpoints:
                 "damaged, delete the folder: the run goes on from the one before it"
             ) from error
         return restored[_STATE]
+
+    def pending(self) -> dict[str, float]:
+        """What the last checkpoint has of the line of metrics to come."""
+        step = self.latest
+        if step is None or not (self.folder / str(step) / _PENDING).exists():
+            return {}
+        args = self._args.Composite(pending=self._args.JsonRestore())
+        return self._manager.restore(step, args=args)[_PENDING]
 
     def begin(self, config: TrainingConfig, params: dict, mesh: Mesh) -> tuple[State, Any]:
         """Give the state of the last checkpoint, or the one that training starts with.
@@ -254,6 +284,11 @@ class Metrics:
 
             self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the run measured itself on the dev collection at a step before it stopped."""
+        lines = (line for line in self.history() if line["step"] == step)
+        return any(name.startswith(DEV) for line in lines for name in line)
+
     def history(self) -> list[dict[str, float]]:
         """What the run logged before it stopped."""
         return [json.loads(line) for line in self._kept]
@@ -305,7 +340,7 @@ class Best:
         """`history`: what the run logged before it stopped."""
         self.measured: dict[str, float] | None = None
         for values in history if (folder / BEST).exists() else ():
-            found = {k[4:]: v for k, v in values.items() if k.startswith("dev/")}
+            found = {k[len(DEV) :]: v for k, v in values.items() if k.startswith(DEV)}
             if found:
                 self.improves(found)
 

@@ -27,9 +27,18 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
-from colbert_jax.progress import progress_bar
+from colbert_jax.progress import LOGGER, progress_bar
 from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Task, check_divides
-from colbert_jax.training.run import BEST, LAST, Best, Checkpoints, Metrics, open_run, save_model
+from colbert_jax.training.run import (
+    BEST,
+    DEV,
+    LAST,
+    Best,
+    Checkpoints,
+    Metrics,
+    open_run,
+    save_model,
+)
 from colbert_jax.training.step import Logged, State, make_gather, make_step, put_teacher
 
 
@@ -60,9 +69,10 @@ def train(
 ) -> Trained:
     """Train a model, or go on where a run in `folder` stopped.
 
-    The model's parameters are replaced by the trained ones. SIGTERM saves a checkpoint before the
-    process ends. Under `jax.distributed` every process makes this call; `folder` must be on storage
-    that all of them see.
+    The model's parameters are replaced by the trained ones; a run that ends early leaves them as
+    they were, so that the same call goes on. SIGTERM and Ctrl-C end a run after the step at hand,
+    with a checkpoint; a second Ctrl-C ends it at once. Under `jax.distributed` every process makes
+    this call; `folder` must be on storage that all of them see.
 
     Args:
       model: what training starts from.
@@ -84,6 +94,7 @@ def train(
       FileExistsError: files in `folder` have the names of a run's and belong to no run.
       OSError: a checkpoint could not be written.
       FloatingPointError: the loss or the gradient is not finite.
+      KeyboardInterrupt: Ctrl-C; says what is kept.
     """
     # --- What must fit together: checked before anything is written
     folder, config = Path(folder), TrainingConfig() if config is None else config
@@ -107,14 +118,36 @@ def train(
 
         # --- Metrics and progress
         metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
-        best, window = Best(folder, metrics.history()), _Window(plan.prefixes)
+        best = Best(folder, metrics.history())
+        window = _Window(plan.prefixes, checkpoints.pending())
         show = progress if group.is_first else False
         bar = progress_bar(config.maxsteps, "training", "step", show, initial=done)
 
+        # --- Evaluation: the best model is there before the line that says so, so that a run that
+        # was killed between the two measures again
+        every = config.eval_every or config.save_every
+
+        def is_due(step: int) -> bool:
+            return dev is not None and (step % every == 0 or step == config.maxsteps)
+
+        def evaluate(step: int) -> None:
+            assert dev is not None
+            with _parameters(model, to_host(state["params"])):
+                measured = dev.evaluate(model)
+                if best.improves(measured) and group.is_first:
+                    save_model(model, folder / BEST, config, step)
+            metrics.write(step, {DEV + name: x for name, x in measured.items()})
+
+        # Stopped behind a checkpoint, before it was measured? All processes go by what the first
+        # one has read.
+        missed = done > 0 and is_due(done) and not metrics.evaluated(done)
+        if group.exchange("evaluation", missed)[0]:
+            evaluate(done)
+
         # --- Data
         mixture = _mixture(model, plan, done, group)
-        with mixture, bar, _terminated() as terminated:
-            last, previous = done >= config.maxsteps, None
+        with mixture, bar, _signals() as came:
+            last, previous, saved = done >= config.maxsteps, None, time.monotonic()
             while not last:
                 # --- Learn
                 task, step = next(mixture)
@@ -127,17 +160,24 @@ def train(
                 bar.update()
                 window.add(task, losses, plan.configs[task].bsize)
 
-                # --- What is due: SIGTERM in one process ends the run in all, with a checkpoint
-                if terminated.is_set():
-                    mixture.request_stop()
-                stop = step.stop or (group.count == 1 and terminated.is_set())
-                last = done == config.maxsteps or stop
-                saving = last or done % config.save_every == 0
-                every = config.eval_every or config.save_every
-                evaluating = not stop and (done % every == 0 or last)
+                # --- What is due: a signal to one process ends the run in all, and the clock of one
+                # decides for all
+                now = time.monotonic()
+                late = config.save_minutes is not None and now - saved >= 60 * config.save_minutes
+                stop, save = came.stop, late
+                if group.count > 1:
+                    if stop:
+                        mixture.request_stop()
+                    if late and group.is_first:
+                        mixture.request_save()
+                        saved = now
+                    stop, save = step.stop, step.save
+                stop = stop and done < config.maxsteps
+                last = stop or done == config.maxsteps
+                planned = done == config.maxsteps or done % config.save_every == 0
 
-                # --- Log
-                if saving or (dev and evaluating) or done % config.log_every == 0:
+                # --- Log: the same steps, wherever a run was stopped
+                if planned or is_due(done) or done % config.log_every == 0:
                     values = window.close(rates, done, checkpoints)
                     metrics.write(done, values)
                     rate = f"{values['examples_per_second']:.4g}"
@@ -145,27 +185,28 @@ def train(
                     bar.set_postfix(shown, refresh=False)
 
                 # --- Save, evaluate
-                if saving:
-                    checkpoints.save(done, state)
-                if dev and evaluating:
-                    model.set_params(to_host(state["params"]))
-                    measured = dev.evaluate(model)
-                    metrics.write(done, {f"dev/{name}": x for name, x in measured.items()})
-                    if best.improves(measured) and group.is_first:
-                        save_model(model, folder / BEST, config, done)
+                if planned or stop or save:
+                    pending = window.measured(rates, done, checkpoints)
+                    checkpoints.save(done, state, pending)
+                    saved = time.monotonic()
+                if is_due(done) and not stop:
+                    evaluate(done)
                     window.pause()
             checkpoints.wait()
 
         # --- The end
         if done < config.maxsteps:
             # Saved, in all processes; now end as the signal asks, with its exit status.
-            signal.raise_signal(signal.SIGTERM)
+            came.end(
+                f"training stopped after step {done} of {config.maxsteps}, which is saved in "
+                f"{folder}: run the same again, and it goes on from there"
+            )
         model.set_params(to_host(state["params"]))
         if group.is_first:
             save_model(model, folder / LAST, config, done)
         group.exchange("saved")
-        if terminated.is_set():  # it came too late to stop this run
-            signal.raise_signal(signal.SIGTERM)
+        if came.stop:  # too late to stop this run
+            came.end(f"training was done: the model is in {folder / LAST}")
         return Trained(folder / (BEST if (folder / BEST).exists() else LAST), done, best.measured)
 
 
@@ -306,6 +347,17 @@ def _describe(
     }
 
 
+@contextmanager
+def _parameters(model: ColBERT, params: dict) -> Iterator[None]:
+    """The model has other parameters for a while; its own wait on the host."""
+    own = jax.tree.map(np.asarray, model.params)
+    model.set_params(params)
+    try:
+        yield
+    finally:
+        model.set_params(own)
+
+
 # --- Programs and data ----------------------------------------------------------------------
 
 
@@ -357,9 +409,13 @@ def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) ->
 class _Window:
     """What has been measured since the last line of metrics."""
 
-    def __init__(self, prefixes: Sequence[str]):
-        """`prefixes`: of the names of each task's metrics."""
-        self._prefixes = prefixes
+    def __init__(self, prefixes: Sequence[str], pending: dict[str, float]):
+        """
+        Args:
+          prefixes: of the names of each task's metrics.
+          pending: `measured` of the steps before the run stopped.
+        """
+        self._prefixes, self._before = prefixes, pending
         self._losses: dict[int, Logged] = {}
         self.pause()
 
@@ -372,15 +428,15 @@ class _Window:
         """Leave the time that has passed out of the examples per second."""
         self._time, self._examples = time.perf_counter(), 0
 
-    def close(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-        """The line of metrics after `step` steps; what follows belongs to the next one.
+    def measured(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+        """The last losses of each task, by the names that they have in metrics.
 
         Raises:
           FloatingPointError: a loss or the gradient's norm is not finite.
         """
-        values = {name: float(x) for name, x in rates.items()}
+        values = dict(self._before)
         for task, losses in self._losses.items():
-            loss, norm = float(losses["loss"]), values["grad_norm"]
+            loss, norm = float(losses["loss"]), float(rates["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
                     f"at step {step} the loss is {loss} and the gradient's norm {norm}; the last "
@@ -388,21 +444,62 @@ class _Window:
                     "examples' scores"
                 )
             values |= {self._prefixes[task] + name: float(x) for name, x in losses.items()}
+        return values
+
+    def close(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+        """The line of metrics after `step` steps; what follows belongs to the next one."""
+        values = {name: float(x) for name, x in rates.items()}
+        values |= self.measured(rates, step, checkpoints)
         values["examples_per_second"] = self._examples / (time.perf_counter() - self._time)
-        self._losses = {}
+        self._losses, self._before = {}, {}
         self.pause()
         return values
 
 
+class _Signals:
+    """SIGTERM and SIGINT (Ctrl-C), which end a run after the step at hand.
+
+    stop: one of them came.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take both over, but not what is ignored: a run in the background of a shell."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._come)
+
+    def leave(self) -> None:
+        """Give both back."""
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+    def end(self, message: str) -> None:
+        """End as the signal asks: KeyboardInterrupt with the message, or by SIGTERM."""
+        if self._interrupted:
+            raise KeyboardInterrupt(message)
+        LOGGER.warning(message)
+        signal.raise_signal(signal.SIGTERM)
+
+    def _come(self, number: int, _: Any) -> None:
+        self.stop = True
+        if number == signal.SIGINT:
+            self._interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            LOGGER.warning("training stops after this step, with a checkpoint; Ctrl-C ends it now")
+
+
 @contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """An event that is set when SIGTERM comes, which then does not end the process."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+def _signals() -> Iterator[_Signals]:
+    """Listens in the main thread; no other gets signals."""
+    signals = _Signals()
+    if threading.current_thread() is threading.main_thread():
+        signals.listen()
     try:
-        yield event
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signals.leave()

@@ -276,6 +276,23 @@ def test_the_same_step_stops_all(tokenizer):
     assert len(service.values) <= 4 + 2
 
 
+def test_the_same_step_saves_all(tokenizer):
+    """Once for each time that it is asked for."""
+
+    def work(group):
+        saved = []
+        with Loader(Source(), tokenizer, bsize=4, seed=0, group=group, ahead=2) as loader:
+            for step in islice(loader, 14):
+                saved += [step.number] * step.save
+                if step.number in (3, 9) and group.index == 0:
+                    loader.save_requested = True
+        return saved
+
+    (first, second), _ = in_processes(work, 2)
+    assert first == second and len(first) == 2
+    assert 4 <= first[0] <= 3 + 2 + 1 and 10 <= first[1] <= 9 + 2 + 1
+
+
 def test_one_process_stops_at_once(tokenizer):
     with Loader(Source(), tokenizer, bsize=2, seed=0) as loader:
         assert not next(loader).stop
