@@ -22,8 +22,9 @@ from colbert_jax.checkpoints import (
     single_vector,
     stanford,
 )
-from colbert_jax.checkpoints.common import Checkpoint, warn
+from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.checkpoints.modules import has_modules, read_modules
+from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import check_free, present_folder, publishing
 from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
 
@@ -120,7 +121,9 @@ def detect_layout(path: Path) -> str:
             return name
     file = next(path.glob(f"*{colbertv1.SUFFIX}"), None)
     advice = "" if file is None else f"; pass {file.name} itself, and base= for its base model"
-    raise FileNotFoundError(f"{path}: not a checkpoint folder: config.json is missing{advice}")
+    raise FileNotFoundError(
+        f"{path}: not a checkpoint folder: config.json is missing, and so is {native.FILE}{advice}"
+    )
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native") -> None:

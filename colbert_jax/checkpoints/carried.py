@@ -55,6 +55,9 @@ def restore(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     if not present(file):
         return checkpoint
     fields, config = read_object(file), checkpoint.config
+    unknown = sorted(fields.keys() - _TYPES.keys())
+    if unknown:
+        raise ValueError(f"{file}: unknown fields: {', '.join(unknown)[:80]}")
     check_types(file, fields, _TYPES)
     try:
         config = ColBERTConfig(

@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import string
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from colbert_jax.checkpoints.tokenizer import write_tokenizer
+from colbert_jax.checkpoints.warn import warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
 from colbert_jax.models.backbones import (
@@ -77,17 +76,15 @@ class Checkpoint:
                     f"{self.weights or self.folder} are of the ids 0 to {vocabulary - 1}: they are "
                     "not of one model"
                 )
-            return TextTokenizer(self.tokenizer, self.config.text)
+            tokenizer = TextTokenizer(self.tokenizer, self.config.text)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-
-
-def warn(message: str) -> None:
-    """Warn whoever called into this library, from however deep in it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+        if file.name == "vocab.txt" and largest + 1 < vocabulary:
+            warn(
+                f"{file}: has {largest + 1} tokens, {self.weights or self.folder} embeddings of "
+                f"{vocabulary}: if the file was cut off, fetch it again"
+            )
+        return tokenizer
 
 
 def fingerprint(known: list[Any], params: dict) -> str:

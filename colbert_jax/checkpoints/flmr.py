@@ -27,9 +27,9 @@ from colbert_jax.checkpoints.common import (
     refuse_text,
     refuse_unknown,
     save_tensors,
-    warn,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
+from colbert_jax.checkpoints.warn import expect_any, warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, present_folder, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface
@@ -60,6 +60,7 @@ TEXT_DEFAULTS: dict[str, Any] = dict(
     text_encoder_base_model="bert-base-uncased",
     query_maxlen=32,
 )
+_LENGTHS = {"query_maxlen": TEXT_DEFAULTS["query_maxlen"], "doc_maxlen": 512}
 _TYPES = {
     "mask_instruction_token": str,
     "mask_punctuation": bool,
@@ -163,22 +164,26 @@ def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
 
 def read_text(folder: Path, fields: dict[str, Any], tokenizer: ModelTokenizer) -> TextConfig:
     """Read text settings: lengths from the tokenizers' configurations, others from config.json."""
-    query, context = (
-        read_object(file) if present(file := folder / name / "tokenizer_config.json") else {}
-        for name in (QUERY_TOKENIZER, CONTEXT_TOKENIZER)
-    )
-    check_types(folder / QUERY_TOKENIZER / "tokenizer_config.json", query, _TOKENIZER_TYPES)
-    check_types(folder / CONTEXT_TOKENIZER / "tokenizer_config.json", context, _TOKENIZER_TYPES)
+    found = []
+    for name, length in ((QUERY_TOKENIZER, "query_maxlen"), (CONTEXT_TOKENIZER, "doc_maxlen")):
+        file = folder / name / "tokenizer_config.json"
+        settings = read_object(file) if present(file) else {}
+        check_types(file, settings, _TOKENIZER_TYPES)
+        expect_any(file, settings, [length], f"{length} is {_LENGTHS[length]}, FLMR's default")
+        found.append(settings)
+    query, context = found
     try:
         return TextConfig(
-            query_maxlen=query.get("query_maxlen", TEXT_DEFAULTS["query_maxlen"]),
-            doc_maxlen=context.get("doc_maxlen", 512),
+            query_maxlen=query.get("query_maxlen", _LENGTHS["query_maxlen"]),
+            doc_maxlen=context.get("doc_maxlen", _LENGTHS["doc_maxlen"]),
             attend_to_mask_tokens=query.get("attend_to_mask_tokens", False),
             mask_punctuation=fields.get("mask_punctuation", True),
             mask_instruction_token=instruction_token(fields, tokenizer),
         )
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(
+            f"{folder}: config.json and tokenizer_config.json of the tokenizers: {error}"
+        ) from None
 
 
 def instruction_token(fields: Mapping[str, Any], tokenizer: ModelTokenizer) -> str | None:

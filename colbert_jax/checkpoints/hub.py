@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from colbert_jax.checkpoints import carried, colbertv1, flmr
-from colbert_jax.checkpoints.common import warn
+from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import present, present_folder
 from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
 

@@ -18,6 +18,7 @@ from colbert_jax.checkpoints.common import (
     read_pooler,
     refuse_unknown,
 )
+from colbert_jax.checkpoints.modules import warn_without_modules
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import present
@@ -33,6 +34,7 @@ def detect(folder: Path) -> bool:
 
 def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Checkpoint:
     """Read a plain encoder; arguments and errors as for `checkpoints.read_checkpoint`."""
+    warn_without_modules(folder)
     backbone = read_backbone(folder / "config.json")
     encoder = EncoderConfig.projecting(backbone, dim)
     tensors = find_tensors(folder)

@@ -23,6 +23,7 @@ from colbert_jax.checkpoints.common import (
     tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.checkpoints.warn import expect_any, warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
@@ -32,10 +33,11 @@ from colbert_jax.text import ModelTokenizer
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
+LENGTHS = "sentence_bert_config.json"
 
 # Settings of the Transformer module: older releases named the file after the architecture.
 _TRANSFORMER_SETTINGS = (
-    "sentence_bert_config.json",
+    LENGTHS,
     "sentence_roberta_config.json",
     "sentence_distilbert_config.json",
     "sentence_xlm-roberta_config.json",
@@ -60,6 +62,7 @@ _TRANSFORMER_TYPES = {
     "document_length": int,
     "query_expansion": dict,
 }
+_EXPANSION_TYPES = {"strategy": str, "attend": bool, "token": str, "length": int}
 _TORCH_CLASSES = {name: f"torch.nn.modules.activation.{name}" for name in HEAD_ACTIVATIONS}
 _TORCH_CLASSES["Identity"] = "torch.nn.modules.linear.Identity"
 
@@ -95,6 +98,17 @@ def read_modules(folder: Path) -> list[Module]:
 def has_modules(folder: Path) -> bool:
     """Whether a folder has a `modules.json`."""
     return present(folder / MODULES)
+
+
+def warn_without_modules(folder: Path) -> None:
+    """Warn if a folder has settings of sentence-transformers and no `modules.json`."""
+    for name in (SETTINGS, *_TRANSFORMER_SETTINGS):
+        if present(folder / name) and not has_modules(folder):
+            warn(
+                f"{folder / MODULES}: is missing beside {name}: read as a plain encoder, without "
+                "what the modules add"
+            )
+            return
 
 
 def has_dense(folder: Path) -> bool:
@@ -136,9 +150,17 @@ def transformer_settings(module: Module) -> dict[str, Any]:
     for name in _TRANSFORMER_SETTINGS:
         if present(module.folder / name):
             fields = read_object(module.folder / name)
-            check_types(module.folder / name, fields, _TRANSFORMER_TYPES)
+            file = module.folder / name
+            check_types(file, fields, _TRANSFORMER_TYPES)
+            check_types(file, fields.get("query_expansion") or {}, _EXPANSION_TYPES)
             return fields
     return {}
+
+
+def expect_lengths(root: Path, transformer: dict[str, Any]) -> None:
+    """Warn if the settings of a Transformer module hold no length."""
+    known = (*(_TRANSFORMER_TYPES.keys() - {"do_lower_case"}), "transformer_task")
+    expect_any(root / LENGTHS, transformer, known, "lengths and query expansion are the defaults")
 
 
 def read_encoder(
@@ -195,12 +217,18 @@ def read_encoder(
         sources.append((head, names))
     params = fill_params(encoder, sources)
     pooler = read_pooler(tensors, prefix)
-    config = ColBERTConfig(metadata=_other_prompts(read_settings(folder).get("prompts")))
+    settings, transformer = read_settings(folder), transformer_settings(transformers[0])
+    if settings or not (folder / SETTINGS).exists():  # {} sets nothing, as it says
+        usual = (*_SETTINGS_TYPES, "model_type", "__version__")
+        expect_any(folder / SETTINGS, settings, usual, "its settings are the defaults, no prompts")
+    if transformer:
+        expect_lengths(root, transformer)
+    config = ColBERTConfig(metadata=_other_prompts(settings.get("prompts")))
     tokenizer = _read_tokenizer(root, backbone)
     checkpoint = Checkpoint(
         folder, encoder, config, tokenizer, params, pooler=pooler, weights=tensors.file
     )
-    return checkpoint, transformer_settings(transformers[0])
+    return checkpoint, transformer
 
 
 def _read_tokenizer(folder: Path, backbone: BackboneConfig) -> ModelTokenizer:

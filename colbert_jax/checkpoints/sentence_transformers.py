@@ -18,9 +18,11 @@ from colbert_jax.checkpoints.common import (
     write_base,
 )
 from colbert_jax.checkpoints.modules import (
+    LENGTHS,
     MODULES,
     SETTINGS,
     Module,
+    expect_lengths,
     has_modules,
     kept_settings,
     prompts_of,
@@ -30,6 +32,7 @@ from colbert_jax.checkpoints.modules import (
     write_encoder,
     write_modules,
 )
+from colbert_jax.checkpoints.warn import expect_any
 from colbert_jax.config import TextConfig
 from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
@@ -38,7 +41,6 @@ from colbert_jax.text import ModelTokenizer, TextTokenizer
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
 _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
 _MASK_TYPES = {"skiplist_words": [str], "keep_only_token_ids": [int]}
-_EXPANSION_TYPES = {"strategy": str, "attend": bool, "token": str, "length": int}
 _PACKAGE = "sentence_transformers"
 # Texts that markers and prompts are compared on. None has space around it: PyLate strips it and
 # sentence-transformers does not.
@@ -76,6 +78,12 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         if module.kind == _MASK:
             mask = read_object(module.folder / "config.json")
             check_types(module.folder / "config.json", mask, _MASK_TYPES)
+            expect_any(
+                module.folder / "config.json",
+                mask,
+                (*_MASK_TYPES, "skiplist_tasks"),
+                "documents keep every token",
+            )
         elif module.kind == _POOLING:
             pooling = read_object(module.folder / "config.json")
             check_types(module.folder / "config.json", pooling, {"pool_factor": (int, float)})
@@ -87,25 +95,28 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
                 )
     ignored = (_MASK, _NORMALIZE, _POOLING, "Dropout")
     checkpoint, transformer = read_encoder(folder, modules, ignored, dim)
+    if not transformer:
+        expect_lengths(modules[0].folder, transformer)
     tokenizer = checkpoint.tokenizer
     if transformer.get("do_lower_case"):
         tokenizer = dataclasses.replace(tokenizer, tokenizer=_lowercasing(tokenizer.tokenizer))
     longest = longest_text(checkpoint, modules, transformer)
+    lengths = modules[0].folder / LENGTHS
     try:
         text = read_text(settings, transformer, mask, tokenizer, longest)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{lengths}: {error}") from None
     checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer).with_text_config(text)
     positions = checkpoint.encoder.backbone.max_length
     for name in ("query_maxlen", "doc_maxlen"):
         if getattr(text, name) > positions:
             raise ValueError(
-                f"{folder}: {name} is {getattr(text, name)}, the encoder has {positions} positions"
+                f"{lengths}: {name} is {getattr(text, name)}, the encoder has {positions} positions"
             )
     try:
         return prompts_as_markers(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{tokenizer.file}: {error}") from None
 
 
 def read_text(
@@ -117,7 +128,6 @@ def read_text(
 ) -> TextConfig:
     """Read text settings; markers stay part of the prompts (see `prompts_as_markers`)."""
     expansion = transformer.get("query_expansion") or {}
-    check_types(Path("query_expansion"), expansion, _EXPANSION_TYPES)
     query_length = transformer.get("query_length")
     floor: int | None = None
     if expansion:
@@ -254,7 +264,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             "length": floor,
         }
     settings["query_length"] = text.query_maxlen
-    write_json(folder / "sentence_bert_config.json", settings)
+    write_json(folder / LENGTHS, settings)
     write_json(
         folder / SETTINGS,
         {

@@ -26,8 +26,9 @@ from colbert_jax.checkpoints.common import (
 )
 from colbert_jax.checkpoints.modules import has_dense
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
+from colbert_jax.checkpoints.warn import expect_any
 from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
-from colbert_jax.files import present, read_object, write_json
+from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
@@ -47,6 +48,7 @@ TEXT_FIELDS = (
     "attend_to_mask_tokens",
 )
 _INDEX_FIELDS = ("nbits", "kmeans_niters")
+_INSTEAD = "Stanford's default settings are used"
 # Settings that would change the embeddings or scores and are not implemented, with the value that
 # means "not used".
 _UNSUPPORTED = {
@@ -78,6 +80,8 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA
+    if not present(file):
+        expect_any(file, {}, (), _INSTEAD)
     config, width = read_config(file) if present(file) else (ColBERTConfig(), None)
     return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, width, dim)
 
@@ -108,7 +112,8 @@ def from_tensors(
     for asked, where in ((width, "the settings have dim"), (dim, "dim was given as")):
         if asked is not None and asked != shape[0]:
             raise ValueError(
-                f"{folder}: {where} {asked}, but {PROJECTION} projects to {shape[0]} dimensions"
+                f"{tensors.file}: {where} {asked}, but {PROJECTION} projects to {shape[0]} "
+                "dimensions"
             )
     encoder = EncoderConfig.projecting(backbone, shape[0])
     prefix = find_prefix(tensors, backbone)
@@ -138,6 +143,7 @@ def read_config(file: Path) -> tuple[ColBERTConfig, int | None]:
     fields = read_object(file)
     if isinstance(fields.get("config"), dict):
         fields = fields["config"]
+    expect_any(file, fields, (*TEXT_FIELDS, *_INDEX_FIELDS, "dim", "checkpoint"), _INSTEAD)
     return config_from_fields(fields, file)
 
 
@@ -157,6 +163,7 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
             raise ValueError(
                 f"{file}: {name} {fields[name]!r} is not supported; supported: {only!r}"
             )
+    check_types(file, fields, {"dim": int})
     dim = fields.pop("dim", None)
     parts = {
         "text": (TextConfig, TEXT_FIELDS),

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers
 
+from colbert_jax.checkpoints.warn import expect_any
 from colbert_jax.files import present, read_json, read_object, write_json
 from colbert_jax.text import ROLES, ModelTokenizer, without_padding
 
@@ -28,6 +29,7 @@ _OTHER_FILES = (
 _BESIDE = ("merges.txt", "added_tokens.json", "config.json")
 # Tokenizer classes whose vocab.txt is WordPiece with BERT's special tokens.
 _WORDPIECE = ("Bert", "DistilBert", "Electra", "FLMR")
+_CASE = ("do_lower_case", "tokenizer_class")
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _SIDES = ("right", "left")
 
@@ -39,16 +41,21 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
       ValueError: naming the file that is missing or damaged.
     """
     settings: dict[str, Any] = {}
+    origin: dict[str, Path] = {}  # of each setting
     for name in _SETTINGS:
-        file = folder / name
-        if present(file):
-            settings |= read_object(file)
+        if present(folder / name):
+            fields = read_object(folder / name)
+            settings |= fields
+            origin |= dict.fromkeys(fields, folder / name)
     file, tokenizer = _read(folder, settings)
     tokenizer = without_padding(tokenizer)
+    if file.name == "vocab.txt":
+        config = folder / "tokenizer_config.json"
+        expect_any(config, settings, _CASE, "texts become lower case, as for BERT's uncased models")
     side = settings.get("truncation_side") or "right"
     if side not in _SIDES:
-        raise ValueError(f"{folder}: truncation_side of the tokenizer must be one of {_SIDES}")
-    return ModelTokenizer(tokenizer, _special_tokens(folder, tokenizer, settings), side, file)
+        raise ValueError(f"{origin['truncation_side']}: truncation_side must be one of {_SIDES}")
+    return ModelTokenizer(tokenizer, _special_tokens(origin, tokenizer, settings), side, file)
 
 
 def write_tokenizer(
@@ -183,12 +190,13 @@ def _read_with_transformers(folder: Path) -> tokenizers.Tokenizer:
         ).backend_tokenizer
     except Exception as error:
         raise ValueError(
-            f"{folder}: transformers could not read the tokenizer's files: {error}"
+            f"{folder}: there is no tokenizer.json, and transformers could not read "
+            f"{', '.join(found)}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error
 
 
 def _special_tokens(
-    folder: Path, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
+    origin: dict[str, Path], tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
 ) -> dict[str, str]:
     """Role -> token: from the settings, else BERT's or RoBERTa's name if it is a token."""
     usual: dict[str, tuple[str, ...]] = {
@@ -202,7 +210,7 @@ def _special_tokens(
         if isinstance(value, dict):  # an added token written out as an object
             value = value.get("content")
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{folder}: {role} of the tokenizer must be a string, got {value!r}")
+            raise ValueError(f"{origin[role]}: {role} must be a string, got {value!r:.80}")
         if not value:
             known = [t for t in usual[role] if tokenizer.token_to_id(t) is not None]
             value = known[0] if known else None

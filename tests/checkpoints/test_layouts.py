@@ -578,8 +578,11 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
 def test_damaged_folders(copy, layout, damage, error, message):
     folder = copy(layout)
     damage(folder)
-    if error is None:  # one tokenizer folder is enough
-        assert read_checkpoint(folder)
+    if error is None:  # one tokenizer folder is enough, but the other has a length
+        with pytest.warns(
+            UserWarning, match=r"context_tokenizer/.*: is missing: doc_maxlen is 512"
+        ):
+            assert read_checkpoint(folder)
         return
     with pytest.raises(error, match=message):
         read_checkpoint(folder)

@@ -81,7 +81,8 @@ def test_a_config_key_is_unwrapped(folder):
 
 def test_without_metadata_the_projection_tells(folder):
     (folder / "artifact.metadata").unlink()
-    checkpoint = read_checkpoint(folder)
+    with pytest.warns(UserWarning, match=r"artifact\.metadata: is missing: Stanford's default"):
+        checkpoint = read_checkpoint(folder)
     assert checkpoint.encoder.dim == 16 and checkpoint.config.text == TextConfig()
 
 
@@ -288,3 +289,49 @@ def test_a_vocabulary_without_its_unknown_token(stanford_folder, tmp_path):
         ValueError, match=r"tokenizer\.json: the tokenizer cannot encode every text"
     ):
         ColBERT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "artifact.metadata").write_text("{}"), "holds no setting of its kind"),
+        (
+            lambda f: (f / "vocab.txt").write_text("\n".join(support.vocabulary()[:50])),
+            r"vocab\.txt: has 50 tokens, .*model\.safetensors embeddings of \d+: if the file",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").unlink(),
+            r"tokenizer_config\.json: is missing: texts become lower case",
+        ),
+    ],
+)
+def test_what_may_make_another_model_is_warned_of(folder, change, message):
+    change(folder)
+    with pytest.warns(UserWarning, match=message):
+        read_checkpoint(folder).text_tokenizer()
+
+
+def test_settings_without_their_list_of_modules(plain_folder, tmp_path):
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
+    message = r"modules\.json: is missing beside config_sentence_transformers\.json"
+    with pytest.warns(UserWarning, match=message):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            {"truncation_side": 0.5},
+            r"tokenizer_config\.json: truncation_s",
+        ),
+        ("tokenizer_config.json", {"mask_token": 3}, r"tokenizer_config\.json: mask_token must be"),
+        ("artifact.metadata", {"dim": "16"}, r"artifact\.metadata: dim must be int, got '16'"),
+    ],
+)
+def test_errors_name_the_file_of_a_setting(folder, name, changes, message):
+    edit_json(folder / name, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(folder)
