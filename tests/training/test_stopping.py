@@ -71,7 +71,7 @@ def lines_of(folder: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def whole(go, tmp_path_factory, quick_compilation, one_length) -> Path:
+def whole(go, tmp_path_factory, one_length) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
     go(folder)
     # The best model is replaced once, and is not the last one.
