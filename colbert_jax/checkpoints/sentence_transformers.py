@@ -142,7 +142,8 @@ def read_text(
     tasks = mask.get("skiplist_tasks")
     tasks = ["document"] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     words = [word for word in mask.get("skiplist_words") or () if tokenizer.has(word)]
-    if not isinstance(tasks, list) or (words and tasks == ["query"]):
+    named = isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
+    if not named or (words and tasks == ["query"]):
         raise ValueError(f"skiplist_tasks {tasks!r} of MultiVectorMask is not supported")
     words = words if "document" in tasks else []
     keep = mask.get("keep_only_token_ids")

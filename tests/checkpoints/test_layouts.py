@@ -377,6 +377,7 @@ WRONG = [
     ),
     ("sentence-transformers", "2_MultiVectorMask/config.json", {"skiplist_words": -1}, "list of"),
     ("sentence-transformers", "2_MultiVectorMask/config.json", {"skiplist_tasks": -1}, "tasks -1"),
+    ("sentence-transformers", "2_MultiVectorMask/config.json", {"skiplist_tasks": [[]]}, "tasks"),
     ("flmr", "config.json", {"mask_instruction_token": -1}, "mask_instruction_token must be str"),
     ("flmr", "config.json", {"query_mask_input_ids_skip_list": [5]}, "is not supported"),
     ("flmr", "query_tokenizer/tokenizer_config.json", {"query_maxlen": "x"}, "must be int"),
