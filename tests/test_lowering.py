@@ -21,6 +21,8 @@ from colbert_jax.search.backend import DeviceBackend
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import make_gradients
 
+pytestmark = pytest.mark.slow
+
 F32, I32 = jnp.float32, jnp.int32
 
 

@@ -52,6 +52,7 @@ def brute_force(values, lengths, query, k):
     return np.argsort(-np.array(scores), kind="stable")[:k]
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     values, lengths, queries = make(np.random.default_rng(0), 300, 16)
     cache, output = tmp_path / "cache", tmp_path / "results" / "search.tiny"

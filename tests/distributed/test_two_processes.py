@@ -24,6 +24,8 @@ from colbert_jax.index.build import build_index
 from colbert_jax.training import Task, stanford_examples, train
 from colbert_jax.training.loader import TASK_SETTINGS
 
+pytestmark = pytest.mark.slow
+
 ARRAYS = ("centroids", "bucket_cutoffs", "bucket_weights", "codes", "residuals", "offsets")
 ARRAYS += ("lists", "list_offsets")
 

@@ -125,6 +125,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("previous", [False, True], ids=["fresh", "replacing"])
+@pytest.mark.slow
 def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
     """Stop at the nth write, sync or rename: the old index or none, then resume.
 
@@ -243,6 +244,7 @@ Index.build(sys.argv[1], embeddings=values, lengths=lengths, overwrite=True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process with SIGKILL")
+@pytest.mark.slow
 def test_sigkill(tmp_path):
     """A real process killed at random moments, again and again, until it gets through."""
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]))

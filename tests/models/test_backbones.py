@@ -179,9 +179,9 @@ def test_names_are_the_parameters(name):
 
 def test_names_take_milliseconds():
     config = config_from_huggingface(CASES["bert"] | dict(num_hidden_layers=12))
-    start = time.perf_counter()
+    start = time.thread_time()
     tensor_names(config)
-    assert time.perf_counter() - start < 0.05
+    assert time.thread_time() - start < 0.05
 
 
 @pytest.mark.parametrize("name", [*ONE_EACH, "modernbert biases"])

@@ -11,6 +11,8 @@ from flax import nnx
 from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface, make_backbone
 from colbert_jax.models.layers import TrainMode, drop
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(
     vocab_size=31,
     hidden_size=16,

@@ -225,6 +225,7 @@ def test_an_original_that_is_not_installed(tmp_path):
     assert not (tmp_path / "out.npz").exists()
 
 
+@pytest.mark.slow
 def test_transformers_runs_through_the_script(verify):
     pytest.importorskip("torch")
     folder = GOLDEN / "transformers_roberta"

@@ -9,6 +9,8 @@ from colbert_jax.config import TrainingConfig
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.step import init_state, make_gradients, make_update
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
 
 

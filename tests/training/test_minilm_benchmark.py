@@ -13,6 +13,8 @@ import support
 
 from colbert_jax import ColBERT
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "train_minilm.py"
 SMALL = dict(WEB_PASSAGES=12, WEB_QUERIES=6, WIKIPEDIA=8, ABSTRACTS=8, ANSWERS=8)
 

@@ -43,7 +43,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-pytestmark = pytest.mark.usefixtures("one_device", "one_length")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device", "one_length")]
 
 
 def run(*arguments) -> None:

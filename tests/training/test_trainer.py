@@ -144,6 +144,7 @@ def complete_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+@pytest.mark.slow
 def test_killed_and_terminated_processes(shallow_folder, files, tmp_path):
     """SIGKILL anywhere, then SIGTERM, which saves; the end is the same to the byte."""
     whole = start_process(shallow_folder, files, tmp_path / "whole")
@@ -175,6 +176,7 @@ def one_group(shallow_folder, source, tmp_path_factory, one_length) -> np.ndarra
     return losses(metrics(folder))
 
 
+@pytest.mark.slow
 def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices, monkeypatch):
     """Two devices; then the run goes on with eight and its parameters spread over them (FSDP)."""
     config = changed(length_groups=1)
@@ -189,6 +191,7 @@ def test_any_number_of_devices(start, source, one_group, tmp_path, eight_devices
     )
 
 
+@pytest.mark.slow
 def test_own_documents_on_two_devices(start, source, tmp_path, eight_devices):
     config = changed(loss="margin-mse", use_ib_negatives=False, maxsteps=2, length_groups=1)
     one, two = (losses(run(start, source, tmp_path / str(n), config, devices=n)) for n in (1, 2))
@@ -203,6 +206,7 @@ def test_contrast(start, source, tmp_path):
     assert losses(lines)[-3:].mean() < losses(lines)[:3].mean()
 
 
+@pytest.mark.slow
 def test_memory_settings_change_nothing_else(start, source, uninterrupted, tmp_path):
     """Recomputed layers; chunks of 5, of which the 16 documents of a group leave a rest."""
     lines = run(start, source, tmp_path, changed(remat=True, chunk=5))
@@ -246,6 +250,7 @@ def test_frozen_layers(stanford_folder, source, tmp_path):
     assert metrics(tmp_path)[1]["lr"] > 0
 
 
+@pytest.mark.slow
 def test_gradients_of_what_is_not_frozen(stanford_folder):
     """They are those of training everything."""
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
@@ -302,6 +307,7 @@ def divergence(files, student: ColBERT, *teachers: ColBERT) -> float:
     return (np.exp(p) * (p - q)).sum(1).mean()
 
 
+@pytest.mark.slow
 def test_coupled_teacher(start, source, files, teacher, tmp_path, eight_devices):
     """The loss of the first step is the divergence over all pairs of the batch, it falls, and it
     does not depend on the number of devices."""
@@ -346,6 +352,7 @@ def with_other_ids(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_several_coupled_teachers(start, source, files, tmp_path, eight_devices):
     """They score with their embeddings side by side, and a teacher's own ids change nothing."""
     one, two = (
@@ -398,6 +405,7 @@ def test_coupled_teacher_that_does_not_fit(start, source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_learns_and_keeps_the_best(start, source, files, tmp_path):
     """The dev collection is the training data: its quality must rise."""
     dev = DevCollection.read(files["collection"], files["queries"], files["qrels"])
