@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from colbert_jax.batching import next_power_of_two
 from colbert_jax.compression.codec import decompress
 from colbert_jax.scoring.maxsim import token_rows
 from colbert_jax.scoring.residual import inverse_norms
 
 _NORM_BLOCK = 1 << 14  # tokens
+_RESULTS = (128, 1024)  # then powers of two
 _FLOAT16 = float(np.finfo(np.float16).max)
 
 
@@ -32,6 +34,11 @@ def check_k(k: Any) -> int:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be a whole number >= 1, got {k!r}")
     return int(k)
+
+
+def result_size(k: int) -> int:
+    """How many results programs are compiled to return for k: calls of any k share a few."""
+    return next((size for size in _RESULTS if k <= size), next_power_of_two(k))
 
 
 def concatenate_hits(parts: list[Hits]) -> Hits:

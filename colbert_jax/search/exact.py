@@ -18,6 +18,7 @@ from colbert_jax.search.arrays import (
     best_of,
     concatenate_hits,
     load_tokens,
+    result_size,
 )
 
 QUERIES = 256  # of one pass over the documents
@@ -50,8 +51,8 @@ def exact_search(
                 for i in range(0, len(queries), QUERIES)
             ]
         )
-    # Powers of two of queries and of results, so that calls of any size share a few programs.
-    batch, wanted = next_power_of_two(len(queries)), next_power_of_two(k)
+    # A few numbers of queries and of results, so that calls of any size share a few programs.
+    batch, wanted = next_power_of_two(len(queries)), result_size(k)
     padded_queries = jnp.pad(jnp.asarray(queries), [(0, batch - len(queries)), (0, 0), (0, 0)])
     best = (
         jnp.full((batch, wanted), jnp.inf, jnp.float32),

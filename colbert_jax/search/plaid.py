@@ -34,12 +34,13 @@ from colbert_jax.batching import next_power_of_two
 from colbert_jax.config import SearchConfig
 from colbert_jax.scoring.residual import token_maxima
 from colbert_jax.scoring.slots import field_weights, slot_major
-from colbert_jax.search.arrays import IndexArrays, best_of
+from colbert_jax.search.arrays import IndexArrays, best_of, result_size
 
 PRUNED = -9999.0  # a query token's best score where pruning left no token: ColBERT's constant
 _TILE = 32  # tokens
 _CLASSES = 31  # classes of document lengths in tiles, the last for all longer documents
 _FEWEST_ENTRIES = 64
+_FEWEST_RESULTS = 16
 _MOST_ENTRIES = 1 << 26  # so that class * entries + index stays below 2^31
 _PADDING = np.iinfo(np.int32).max  # in place of a position: no document
 # Where it exists: a `top_k` that is faster on GPUs and returns equal values in any order.
@@ -103,12 +104,32 @@ def plaid_search(
       ValueError: the inverted lists that a query probes have more than 2^26 entries.
     """
     memory = memory_of(arrays.codes)
+    ndocs, size, counts = sizes_of(settings, k)
 
     def search(queries: np.ndarray, threshold: np.float32, capacity: int) -> SearchResult:
-        static = (int(settings.ncells or 1), int(settings.ndocs or 1), k, capacity, memory)
-        return _search_batch(arrays, queries, threshold, *static)
+        static = (int(settings.ncells or 1), ndocs, size, capacity, memory)
+        return _search_batch(arrays, queries, threshold, *static, counts)
 
-    return widening(search, queries, settings, capacity)
+    positions, scores, capacity = widening(search, queries, settings, capacity)
+    return positions[:, :k], scores[:, :k], capacity
+
+
+def sizes_of(settings: SearchConfig, k: int) -> tuple[int, int, np.ndarray | None]:
+    """What a program for k results is compiled for, so that all k share a few programs.
+
+    Returns:
+      ndocs and k of the program; and how many candidates its two cuts keep, int32[2], where these
+      depend on k. If None, as many as ndocs says, whatever k is: shapes, and results to the bit,
+      are then those of a program for this k alone.
+    """
+    ndocs = int(settings.ndocs or 1)
+    if k < ndocs // 4:
+        return ndocs, min(result_size(k), ndocs // 4), None
+    counts = np.array([max(ndocs, k), max(ndocs // 4, k)], np.int32)
+    size = _FEWEST_RESULTS
+    while size < k:
+        size *= 4
+    return next_power_of_two(ndocs), size, counts
 
 
 def widening(
@@ -174,7 +195,7 @@ def memory_of(array: jax.Array) -> Memory:
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory):
+def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory, counts=None):
     return search_batch(
         arrays,
         queries,
@@ -184,6 +205,7 @@ def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory
         k=k,
         capacity=capacity,
         memory=memory,
+        counts=counts,
     )
 
 
@@ -197,6 +219,7 @@ def search_batch(
     k: int,
     capacity: int,
     memory: Memory,
+    counts: jax.Array | None = None,
     first: jax.Array | int = 0,
     axis: str | None = None,
 ) -> SearchResult:
@@ -205,6 +228,7 @@ def search_batch(
     Args:
       arrays, queries, k, capacity: as for `plaid_search`.
       threshold: float32[], see `SearchConfig`; so are ncells and ndocs.
+      counts: int32[2], see `sizes_of`; at most what ndocs and k make of them, which it is if None.
       first: int32[], position in the collection of the first document in `arrays`.
       axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`. If None, one
         device has them all.
@@ -225,6 +249,7 @@ def search_batch(
         k=k,
         capacity=capacity,
         block=memory.block,
+        counts=counts,
         first=first,
         axis=axis,
     )
@@ -234,7 +259,7 @@ def search_batch(
 
 
 def _search_part(
-    arrays, queries, *, threshold, ncells, ndocs, k, capacity, block, first, axis
+    arrays, queries, *, threshold, ncells, ndocs, k, capacity, block, counts, first, axis
 ) -> SearchResult:
     table = centroid_scores(arrays.centroids, queries)
     cells = probe(table, queries, ncells)
@@ -242,9 +267,12 @@ def _search_part(
 
     real = (queries != 0).any(axis=-1)
     kept = table.max(axis=-1, where=real[:, None], initial=-jnp.inf) >= threshold
-    for n, counted in ((ndocs, kept), (ndocs // 4, None)):
+    for i, (n, counted) in enumerate(((ndocs, kept), (ndocs // 4, None))):
         approximate = centroid_interaction(arrays, table, positions, counted, block)
-        positions = cut(positions, approximate, max(n, k), len(arrays.offsets) - 1, first, axis)
+        size, count = max(n, k), None if counts is None else counts[i]
+        positions = cut(
+            positions, approximate, size, len(arrays.offsets) - 1, first, axis, count=count
+        )
     exact = exact_scores(arrays, queries, table, positions, block)
 
     num_documents = len(arrays.offsets) - 1
@@ -431,6 +459,7 @@ def cut(
     num_documents: int,
     first: jax.Array | int = 0,
     axis: str | None = None,
+    count: jax.Array | None = None,
 ) -> jax.Array:
     """Keep the n best candidates in their order, of all devices together.
 
@@ -440,27 +469,37 @@ def cut(
       positions: int32[B, C]; those from `num_documents` on are padding.
       scores: float32[B, C].
       first, axis: as for `search_batch`. Each device keeps those of the n best that it has.
+      count: int32[], 1 to n: keep so many, in the same shape.
 
     Returns:
       int32[B, min(n, C)], padded.
     """
     capacity = positions.shape[1]
-    if capacity <= n and axis is None:
+    if capacity <= n and axis is None and count is None:
         return positions
     size = min(n, capacity)
-    last = jax.lax.top_k(scores, size, **_UNSTABLE)[0][:, -1:]
+    best = jax.lax.top_k(scores, size, **_UNSTABLE)[0]
+    last = best[:, -1:] if count is None or axis is not None else _column(best, count)
     # First all that beat the n-th score, then those that equal it, by position.
     rank = jnp.where(scores > last, -1, jnp.where(scores == last, positions, _PADDING))
     _, place = jax.lax.top_k(-rank, size, **_UNSTABLE)
+    if axis is None and count is not None:
+        place = jnp.where(jnp.arange(size) < count, place, capacity)
     if axis is not None:
         local = jnp.where(positions < num_documents, first + positions, _PADDING)
         local, scores = (jnp.take_along_axis(array, place, axis=1) for array in (local, scores))
         gathered = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (-scores, local)]
-        negated, order = (a[:, :n][:, -1:] for a in jax.lax.sort(gathered, num_keys=2))
+        ranked = jax.lax.sort(gathered, num_keys=2)
+        negated, order = (_column(a, n if count is None else count) for a in ranked)
         kept = (scores > -negated) | ((scores == -negated) & (local <= order))
         place = jnp.where(kept, place, capacity)
     padded = jnp.pad(positions, [(0, 0), (0, 1)], constant_values=_PADDING)
     return jnp.take_along_axis(padded, jnp.sort(place), axis=1)
+
+
+def _column(rows: jax.Array, n: jax.Array | int) -> jax.Array:
+    """[B, 1], the n-th of each row, counted from 1; the last where there are fewer."""
+    return jax.lax.dynamic_slice_in_dim(rows, jnp.minimum(n, rows.shape[1]) - 1, 1, axis=1)
 
 
 def _is_first(values: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from colbert_jax.search.arrays import (
     check_lists,
     check_placed,
     concatenate_hits,
+    result_size,
     token_inverse_norms,
 )
 from colbert_jax.search.exact import QUERIES, TOKENS, score_documents
@@ -150,11 +151,12 @@ def sharded_plaid_search(
     capacity: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Run `plaid.plaid_search` over all devices; `capacity` is that of each device."""
+    ndocs, size, counts = plaid.sizes_of(settings, k)
     static = dict(
         mesh=sharded.mesh,
         ncells=int(settings.ncells or 1),
-        ndocs=int(settings.ndocs or 1),
-        k=k,
+        ndocs=ndocs,
+        k=size,
         memory=plaid.memory_of(sharded.first),
     )
 
@@ -164,12 +166,14 @@ def sharded_plaid_search(
             sharded.first,
             replicate(sharded.mesh, queries),
             threshold,
+            counts,
             capacity=capacity,
             **static,
         )
 
     positions, scores, capacity = plaid.widening(search, queries, settings, capacity)
-    return np.minimum(positions, sharded.bounds[-1]).astype(np.int32), scores, capacity
+    positions = np.minimum(positions[:, :k], sharded.bounds[-1]).astype(np.int32)
+    return positions, scores[:, :k], capacity
 
 
 def sharded_exact_search(
@@ -193,7 +197,7 @@ def sharded_exact_search(
             [sharded_exact_search(sharded, lengths, part, k, progress=progress) for part in parts]
         )
     mesh, bounds = sharded.mesh, sharded.bounds
-    batch, size_k = next_power_of_two(len(queries)), next_power_of_two(k)
+    batch, size_k = next_power_of_two(len(queries)), result_size(k)
     padded = np.pad(queries, [(0, batch - len(queries)), (0, 0), (0, 0)]).astype(np.float32)
     replicated = replicate(mesh, padded)
     local = [lengths[bounds[s] : bounds[s + 1]] for s in range(len(bounds) - 1)]
@@ -290,14 +294,15 @@ def _norms(arrays, *, mesh):
 
 
 @partial(jax.jit, static_argnames=("mesh", "ncells", "ndocs", "k", "capacity", "memory"))
-def _plaid(arrays, first, queries, threshold, *, mesh, **settings):
+def _plaid(arrays, first, queries, threshold, counts=None, *, mesh, **settings):
     (axis,) = mesh.axis_names
 
-    def search(arrays, first, queries, threshold):
-        return plaid.search_batch(arrays, queries, threshold, first=first[0], axis=axis, **settings)
+    def search(arrays, first, queries, threshold, counts):
+        where = dict(first=first[0], axis=axis)
+        return plaid.search_batch(arrays, queries, threshold, counts=counts, **where, **settings)
 
-    in_specs = (_specs(axis), P(axis), P(), P())
-    return _shard_map(search, mesh, in_specs, P())(arrays, first, queries, threshold)
+    in_specs = (_specs(axis), P(axis), P(), P(), P())
+    return _shard_map(search, mesh, in_specs, P())(arrays, first, queries, threshold, counts)
 
 
 @partial(jax.jit, static_argnames=("length", "mesh"))

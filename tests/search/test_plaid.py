@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from colbert_jax.config import SearchConfig
+from colbert_jax.search import arrays as arrays_module
 from colbert_jax.search import plaid
 from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
 from colbert_jax.search.plaid import (
@@ -126,3 +127,43 @@ def test_initial_capacity_is_bounded_by_the_lists():
     large = np.full(1000, 50)
     assert initial_capacity(large, 32, 2) == 4096  # 64 probes x 50, not doubled
     assert initial_capacity(large, 2000, 9) == 65536  # all 50,000 entries
+
+
+FIFTEEN = [1, 2, 3, 5, 7, 10, 11, 15, 20, 33, 50, 64, 100, 200, 400]
+
+
+def one_program_each(arrays, queries, k, config):
+    """The search of a program that is compiled for this k alone."""
+    static = (config.ncells, config.ndocs, k, ROOMY, plaid.memory_of(arrays.codes))
+    queries = np.pad(queries, [(0, 8 - len(queries)), (0, -queries.shape[1] % 8), (0, 0)])
+    threshold = np.float32(config.centroid_score_threshold)
+    result = plaid._search_batch(arrays, queries, threshold, *static)
+    return result.positions, result.scores
+
+
+@pytest.mark.parametrize("ndocs", [None, 8, 50])
+def test_few_programs_for_every_k(arrays, ndocs):
+    """Whether k or ndocs decides how many candidates are kept. Results are those of a program of
+    its own: to the bit where k does not change shapes, else products of another shape may round
+    differently."""
+    before, found = plaid._search_batch._cache_size(), {}
+    config = SearchConfig(2, 0.45, ndocs or 1024)
+    for k in FIFTEEN:
+        found[k] = plaid_search(arrays, QUERIES, k, config, ROOMY)[:2]
+    assert plaid._search_batch._cache_size() - before <= 5
+    for k in FIFTEEN[::3]:
+        alone = one_program_each(arrays, QUERIES, k, config)
+        positions, scores = (part[: len(QUERIES)] for part in alone)
+        np.testing.assert_array_equal(found[k][0], positions)
+        np.testing.assert_allclose(found[k][1], scores, rtol=1e-6 if ndocs else 0)
+
+
+@pytest.mark.parametrize("mode", ["accurate", "fast"])
+def test_few_programs_for_every_k_at_the_defaults(arrays, mode):
+    """Three rows of settings, two sizes of results; exact search has these alone."""
+    before = plaid._search_batch._cache_size()
+    for k in FIFTEEN:
+        plaid_search(arrays, QUERIES, k, SearchConfig().resolve(k, mode), ROOMY)
+    assert plaid._search_batch._cache_size() - before <= 4
+    sizes = {arrays_module.result_size(k) for k in range(1, 1025)}
+    assert sizes == {128, 1024} and arrays_module.result_size(1025) == 2048

@@ -3,13 +3,16 @@
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from plaid_reference import random_index
+from plaid_reference import random_index, random_queries
 
 from colbert_jax import Index
-from colbert_jax.search import sharded
+from colbert_jax.config import SearchConfig
+from colbert_jax.search import plaid_search, sharded
+from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
 
 
 def mesh_of(devices, axis="data"):
@@ -93,3 +96,22 @@ def test_too_many_tokens_for_a_device(eight_devices):
     huge = arrays._replace(offsets=np.array([0, 2**31, 2**32, 2**33, 2**34]))
     with pytest.raises(ValueError, match=r"tokens on 8 devices put .* use more devices"):
         sharded.shard_arrays(huge, mesh_of(eight_devices))
+
+
+@pytest.mark.parametrize("ndocs", [256, 8])
+def test_few_programs_for_every_k(eight_devices, ndocs):
+    """As of one device, with its results."""
+    rng = np.random.default_rng(0)
+    arrays, _ = random_index(rng, num_documents=150)
+    placed = sharded.shard_arrays(arrays, mesh_of(eight_devices[:2]))
+    queries, config = random_queries(rng, arrays, 4, 8), SearchConfig(2, 0.3, ndocs)
+    before, found = sharded._plaid._cache_size(), {}
+    ks = [1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15, 16, 20, 25, 30]
+    for k in ks:
+        found[k] = sharded.sharded_plaid_search(placed, queries, k, config, 1024)
+    assert sharded._plaid._cache_size() - before <= 3
+    single = with_inverse_norms(IndexArrays(*map(jnp.asarray, arrays[:-1])))
+    for k in ks:
+        positions, scores, _ = plaid_search(single, queries, k, config, 1024)
+        np.testing.assert_array_equal(found[k][0], positions)
+        np.testing.assert_allclose(found[k][1], scores, rtol=1e-5)
