@@ -160,7 +160,8 @@ def test_ids_of_an_index_are_searched_in_blocks(tmp_path, monkeypatch):
         with StringWriter(tmp_path, ID) as writer:
             own = [f"d {n}" if n == bad else pid for n, pid in enumerate(ids)]
             writer.extend([pid.encode() for pid in own])
-        column = Strings(*(np.load(tmp_path / f"{name}.npy") for name in string_arrays(ID)))
+        files = (np.load(tmp_path / f"{name}.npy") for name in string_arrays(ID))
+        column = Strings(tmp_path, ID, *files)
         if bad is None:
             check_run_ids(column, "document", "trec")
         else:

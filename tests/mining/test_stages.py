@@ -90,7 +90,7 @@ def test_a_ranking_is_what_search_finds(model, index, ranking):
 def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
     arguments = dict(k=5, batch=2)
     whole = retrieve(Retriever(model, index), QUERIES, tmp_path / "whole", **arguments)
-    search, calls = Index.search, []
+    search, calls = Retriever.search, []
 
     def dying(self, *args, **kwargs):
         if len(calls) == after:
@@ -99,7 +99,7 @@ def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
         return search(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Index, "search", dying)
+        patch.setattr(Retriever, "search", dying)
         with pytest.raises(RuntimeError, match="killed"):
             retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
         assert not (tmp_path / "cut").exists()
@@ -107,7 +107,7 @@ def test_a_killed_retrieval_goes_on(model, index, tmp_path, monkeypatch, after):
             with pytest.raises(FileExistsError, match="left unfinished by a run with other"):
                 retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", k=6)
         calls.clear()
-        patch.setattr(Index, "search", lambda *a, **b: (calls.append(a), search(*a, **b))[1])
+        patch.setattr(Retriever, "search", lambda *a, **b: (calls.append(a), search(*a, **b))[1])
         again = retrieve(Retriever(model, index), QUERIES, tmp_path / "cut", **arguments)
     assert len(calls) == 4 - after and again.queries == whole.queries == len(QUERIES)
     assert again.path.read_bytes() == whole.path.read_bytes()

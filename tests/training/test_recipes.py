@@ -37,7 +37,7 @@ def files(tmp_path_factory) -> Path:
         for i, q in enumerate(queries)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    texts_tsv = "".join(f"{q}\t{texts[3 * i]}\t{texts[i]}\n" for i, q in enumerate(queries))
+    texts_tsv = "".join(f"{q}\t{texts[3 * i]}\t{texts[3 * i + 1]}\n" for i, q in enumerate(queries))
     (folder / "triples.tsv").write_text(texts_tsv)
     support.write_plain(folder / "plain", {"num_hidden_layers": 1})
     return folder

@@ -531,11 +531,11 @@ def test_failing_writes(start, source, uninterrupted, tmp_path):
         "from pathlib import Path\n"
         "kept = Checkpoints(Path(sys.argv[1]), TrainingConfig())\n"
         "state = {'step': jax.numpy.zeros((), int), 'x': jax.numpy.ones(100)}\n"
-        "kept.save(1, state); kept.wait()\n"
+        "kept.save(1, state, {}); kept.wait()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "big = {'step': state['step'], 'x': jax.random.normal(jax.random.key(0), 100000)}\n"
         "try:\n"
-        "    kept.save(2, big); kept.wait()\n"
+        "    kept.save(2, big, {}); kept.wait()\n"
         "except OSError as error:\n"
         "    print('OSError', error)\n"
     )
