@@ -246,7 +246,8 @@ class ColBERTConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a model is trained. The defaults are those of ColBERTv2's training (Santhanam et al.,
-    2022, appendix F); settings that Stanford ColBERT has too go by its names.
+    2022, appendix F), and of another loss where only that one can have them; settings that Stanford
+    ColBERT has too go by its names.
 
     Loss:
       loss: "distillation" (KL divergence from a teacher's scores), "cross-entropy" (the first of
@@ -254,7 +255,8 @@ class TrainingConfig:
         (the first document against all documents of the batch) or "margin-mse"; see
         `training.losses`.
       nway: documents for each query. If None, as many as the examples have.
-      use_ib_negatives: whether to add Stanford's cross-entropy against other queries' documents.
+      use_ib_negatives: whether to add Stanford's cross-entropy against other queries' documents. If
+        None, with every loss but "contrastive", which has these negatives already.
       distillation_alpha, student_temperature, teacher_temperature: for "distillation".
       normalize_teacher, normalize_student: for "distillation", whether to scale the scores of each
         query to 0..1 first.
@@ -269,8 +271,9 @@ class TrainingConfig:
       accumsteps: micro-batches that a step is cut into; in-batch negatives come from the same
         micro-batch.
       lr, head_lr: peak learning rates of the backbone and of the head. If `head_lr` is None, `lr`.
-      warmup, maxsteps: learning rates rise linearly for `warmup` steps, then fall linearly to 0 at
-        `maxsteps`. If `warmup` is None, they stay constant.
+      warmup, maxsteps: learning rates rise linearly for `warmup` steps, or for that share of
+        `maxsteps` where it is less than 1, then fall linearly to 0 at `maxsteps`. The default is
+        ColBERTv2's 20,000 of 400,000 steps. If `warmup` is None, they stay constant.
       warmup_bert: steps at the start in which only the head is trained.
       freeze_layers: number of first layers that are not trained, nor the embeddings then. If 0, all
         parameters are trained.
@@ -296,8 +299,8 @@ class TrainingConfig:
     """
 
     loss: str = "distillation"
-    nway: int | None = 64
-    use_ib_negatives: bool = True
+    nway: int | None = None
+    use_ib_negatives: bool | None = None
     distillation_alpha: float = 1.0
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
@@ -310,7 +313,7 @@ class TrainingConfig:
     accumsteps: int = 1
     lr: float = 1e-5
     head_lr: float | None = None
-    warmup: int | None = 20_000
+    warmup: float | None = 0.05
     maxsteps: int = 400_000
     warmup_bert: int = 0
     freeze_layers: int = 0
@@ -371,10 +374,18 @@ class TrainingConfig:
             self.bsize % self.accumsteps == 0,
             f"bsize {self.bsize} is not a multiple of accumsteps {self.accumsteps}",
         )
-        require(
-            self.warmup is None or self.warmup <= self.maxsteps,
-            f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}",
-        )
+        if self.warmup is not None and self.warmup >= 1:
+            require(
+                self.warmup == int(self.warmup),
+                "warmup must be a whole number of steps, or a share of maxsteps below 1, got "
+                f"{self.warmup}",
+            )
+            object.__setattr__(self, "warmup", int(self.warmup))  # 2e4 in a file is 20000
+            require(
+                self.warmup <= self.maxsteps,
+                f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}: lower it too, or "
+                "give a share of the steps, such as 0.05",
+            )
         compared = self.loss in ("distillation", "cross-entropy", "margin-mse")
         require(
             not compared or self.nway is None or self.nway >= 2,
@@ -385,3 +396,17 @@ class TrainingConfig:
             "the contrastive loss has all documents of the batch as negatives already: "
             "use_ib_negatives must be False",
         )
+
+    @property
+    def in_batch(self) -> bool:
+        """`use_ib_negatives`, or what the loss makes of None."""
+        return (
+            self.loss != "contrastive" if self.use_ib_negatives is None else self.use_ib_negatives
+        )
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """`warmup` in steps."""
+        if self.warmup is None:
+            return None
+        return round(self.warmup if self.warmup >= 1 else self.warmup * self.maxsteps)

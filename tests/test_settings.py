@@ -1,14 +1,14 @@
 """Settings from flags and JSON."""
 
 import argparse
+import dataclasses
 import json
 from dataclasses import asdict, dataclass
 
 import pytest
 
-from colbert_jax.config import TrainingConfig
 from colbert_jax.settings import add_arguments, given, make, merge, to_json
-from colbert_jax.training.recipes import FIRST, RECIPES, DenoisedSupervision, Distillation
+from colbert_jax.training.recipes import FIRST, LAST, RECIPES, DenoisedSupervision, Distillation
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ def test_settings_round_trip_and_papers_values():
     files = {"queries": "q", "collection": "c", "folder": "f"}
     recipe = make(DenoisedSupervision, files | {"training": {"lr": 2e-5}})
     assert make(DenoisedSupervision, json.loads(to_json(recipe))) == recipe
-    assert recipe.training == TrainingConfig(lr=2e-5)
+    assert recipe.training == dataclasses.replace(LAST, lr=2e-5)
     assert (recipe.first.nway, recipe.first.maxsteps) == (FIRST.nway, FIRST.maxsteps)
     last = make(Distillation, files | {"examples": "e"}).training
     wanted = dict(nway=64, lr=1e-5, bsize=32, warmup=20_000, maxsteps=400_000, weight_decay=0.0)
+    wanted |= dict(loss="distillation", use_ib_negatives=True)
     assert wanted.items() <= asdict(last).items() and last.max_grad_norm == 2.0
     assert (FIRST.nway, FIRST.maxsteps) == (32, 150_000)
     assert set(RECIPES) == {"colbertv1", "contrastive", "distill", "denoised-supervision"}

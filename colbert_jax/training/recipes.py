@@ -54,8 +54,8 @@ CONTRASTIVE = TrainingConfig(
     warmup=0,
     maxsteps=15_600,
 )
-FIRST = TrainingConfig(nway=32, maxsteps=150_000)
-LAST = TrainingConfig(nway=64, maxsteps=400_000)
+FIRST = TrainingConfig(nway=32, use_ib_negatives=True, warmup=20_000, maxsteps=150_000)
+LAST = TrainingConfig(nway=64, use_ib_negatives=True, warmup=20_000, maxsteps=400_000)
 
 
 @dataclass(frozen=True)

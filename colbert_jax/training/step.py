@@ -322,7 +322,7 @@ def score_loss(
       the loss, float32[], and its parts by name.
     """
     batch, ways = queries.shape[0], documents.shape[0] // queries.shape[0]
-    every = config.use_ib_negatives or config.loss == "contrastive" or coupled is not None
+    every = config.in_batch or config.loss == "contrastive" or coupled is not None
     if every:
         matched = matches(config, queries, documents, mask, mesh)
         pairs = matched.sum(axis=1)
@@ -355,7 +355,7 @@ def score_loss(
     if ways > 1:
         parts["negative_score"] = own[:, 1:].mean()
     total = main
-    if config.use_ib_negatives:
+    if config.in_batch:
         parts["in_batch"] = losses.in_batch_negatives(contrasted, ways)
         total = total + parts["in_batch"]
     if coupled is not None:
@@ -458,11 +458,12 @@ def init_state(config: TrainingConfig, params: dict) -> State:
 
 def schedule(config: TrainingConfig, peak: float) -> Callable[[jax.Array], jax.Array]:
     """Learning rate of a step, counted from 0: linear up from 0, linear down to 0 at `maxsteps`."""
-    if config.warmup is None:
+    warmup = config.warmup_steps
+    if warmup is None:
         return optax.constant_schedule(peak)
-    up = optax.linear_schedule(0.0, peak, max(config.warmup, 1))
-    down = optax.linear_schedule(peak, 0.0, max(config.maxsteps - config.warmup, 1))
-    return optax.join_schedules([up, down], [config.warmup]) if config.warmup else down
+    up = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    down = optax.linear_schedule(peak, 0.0, max(config.maxsteps - warmup, 1))
+    return optax.join_schedules([up, down], [warmup]) if warmup else down
 
 
 def _adamw(config: TrainingConfig) -> optax.GradientTransformation:

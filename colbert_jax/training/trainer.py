@@ -100,6 +100,7 @@ def train(
     folder, config = Path(folder), TrainingConfig() if config is None else config
     devices = list(jax.devices() if devices is None else devices)
     plan = _plan(model, examples, config, tasks, devices)
+    config = plan.configs[0]
     teachers, translations = _check_teachers(teacher, model, plan.configs)
 
     with processes.group("training") as group, ExitStack() as stack:
@@ -254,7 +255,8 @@ def _plan(
 def _check(
     model: ColBERT, examples: ExampleSource, config: TrainingConfig, devices: int
 ) -> TrainingConfig:
-    """Raise ValueError for what does not fit together; give the settings with `nway` filled in."""
+    """Raise ValueError for what does not fit together; give the settings with what the loss and the
+    examples decide filled in."""
     check_divides(config.bsize, config.accumsteps, jax.process_count(), devices)
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
@@ -290,7 +292,9 @@ def _check(
             f"freeze_layers is {config.freeze_layers}, but the model has {layers} layers: fewer "
             "must be frozen; warmup_bert=maxsteps trains the projection alone"
         )
-    return dataclasses.replace(config, nway=nway)
+    return dataclasses.replace(
+        config, nway=nway, use_ib_negatives=config.in_batch, warmup=config.warmup_steps
+    )
 
 
 def _check_teachers(
