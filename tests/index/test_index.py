@@ -27,6 +27,7 @@ def decompressed_ranking(index, queries):
     return np.argsort(-scores, axis=1, kind="stable"), scores
 
 
+@pytest.mark.slow
 def test_exact_is_maxsim_of_decompressed(index, queries):
     order, scores = decompressed_ranking(index, queries)
     hits = index.search(queries, k=20, mode="exact")

@@ -90,6 +90,7 @@ def test_plain(tmp_path, prefix):
     check(folder, TEXTS, prefix, query_maxlen=48, doc_maxlen=64)
 
 
+@pytest.mark.slow
 def test_bert_base_width(tmp_path):
     folder = support.write_stanford(tmp_path / "c", BASE, dim=128, query_maxlen=32, doc_maxlen=180)
     texts = [*TEXTS, " ".join(support.passages(12, longest=40))]

@@ -18,6 +18,8 @@ from colbert_jax import ColBERT, batching
 from colbert_jax.checkpoints import LAYOUTS, detect_layout
 from colbert_jax.scoring import maxsim_all_pairs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "checkpoints"
 TEXTS = json.loads((GOLDEN / "texts.json").read_text(encoding="utf-8"))
@@ -225,7 +227,6 @@ def test_an_original_that_is_not_installed(tmp_path):
     assert not (tmp_path / "out.npz").exists()
 
 
-@pytest.mark.slow
 def test_transformers_runs_through_the_script(verify):
     pytest.importorskip("torch")
     folder = GOLDEN / "transformers_roberta"

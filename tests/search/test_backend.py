@@ -47,6 +47,7 @@ def searches():
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.slow
 def test_eight_threads_get_the_answers_of_one(folder, kind, monkeypatch, eight_devices):
     wanted = [
         opened(folder, kind, monkeypatch, eight_devices).search(queries, **settings)

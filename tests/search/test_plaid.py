@@ -142,6 +142,7 @@ def one_program_each(arrays, queries, k, config):
 
 
 @pytest.mark.parametrize("ndocs", [None, 8, 50])
+@pytest.mark.slow
 def test_few_programs_for_every_k(arrays, ndocs):
     """Whether k or ndocs decides how many candidates are kept. Results are those of a program of
     its own: to the bit where k does not change shapes, else products of another shape may round
@@ -159,6 +160,7 @@ def test_few_programs_for_every_k(arrays, ndocs):
 
 
 @pytest.mark.parametrize("mode", ["accurate", "fast"])
+@pytest.mark.slow
 def test_few_programs_for_every_k_at_the_defaults(arrays, mode):
     """Three rows of settings, two sizes of results; exact search has these alone."""
     before = plaid._search_batch._cache_size()

@@ -22,6 +22,8 @@ from colbert_jax.config import SearchConfig
 from colbert_jax.search import exact_search, plaid_search, sharded
 from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
 
+pytestmark = pytest.mark.slow
+
 # Empty documents, documents of one token, one far longer than a tile, ties of length.
 LENGTHS = np.array([3, 0, 1, 12, 5, 1, 7, 0, 33, 2, 600, 4, 9, 12, 1, 32, 3, 5, 5, 0, 8, 2, 12, 3])
 ENTRIES = 256  # more than the inverted lists of such an index have, and than a query probes

@@ -99,6 +99,7 @@ def test_too_many_tokens_for_a_device(eight_devices):
 
 
 @pytest.mark.parametrize("ndocs", [256, 8])
+@pytest.mark.slow
 def test_few_programs_for_every_k(eight_devices, ndocs):
     """As of one device, with its results."""
     rng = np.random.default_rng(0)

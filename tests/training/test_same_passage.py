@@ -23,6 +23,8 @@ from colbert_jax.training.loader import Loader
 from colbert_jax.training.step import no_negatives, score_loss
 from colbert_jax.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 B, W = 8, 3
 SETTINGS = TrainingConfig(
     loss="contrastive",

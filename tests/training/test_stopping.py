@@ -21,7 +21,7 @@ from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.training import Task, run, trainer
 from colbert_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("one_length")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_length")]
 SETTINGS = TrainingConfig(
     nway=4,
     bsize=8,
@@ -304,7 +304,6 @@ train(model, source, folder, TrainingConfig(**json.loads(settings)), tasks=[task
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_signals_to_a_process(number, shallow_folder, files, tmp_path):
     """At moments that the clock chooses, until the run is through."""

@@ -77,6 +77,7 @@ def uninterrupted(shallow_folder, source, tmp_path_factory, one_length) -> Path:
 
 
 @pytest.mark.parametrize("steps", [3])
+@pytest.mark.slow
 def test_interrupted_run_goes_on_bit_for_bit(
     steps, start, source, uninterrupted, tmp_path, stopped_after
 ):
@@ -89,6 +90,7 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_alone(start, source, uninterrupted):
     before = weights(uninterrupted)
     model = start()
@@ -198,6 +200,7 @@ def test_own_documents_on_two_devices(start, source, tmp_path, eight_devices):
     np.testing.assert_allclose(two, one, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_contrast(start, source, tmp_path):
     config = changed(
         loss="contrastive", use_ib_negatives=False, dropout=0.0, maxsteps=8, length_groups=1
@@ -213,6 +216,7 @@ def test_memory_settings_change_nothing_else(start, source, uninterrupted, tmp_p
     np.testing.assert_allclose(losses(lines), losses(metrics(uninterrupted)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches(start, source, tmp_path):
     """Without in-batch negatives and dropout, cutting a batch up changes nothing."""
     config = changed(use_ib_negatives=False, dropout=0.0, length_groups=1)
@@ -223,6 +227,7 @@ def test_micro_batches(start, source, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_frozen_backbone(start, source, tmp_path):
     before = jax.tree.map(np.asarray, start().params)
     model = start()
@@ -237,6 +242,7 @@ def test_frozen_backbone(start, source, tmp_path):
     assert "lr" not in metrics(tmp_path)[0] and "head_lr" in metrics(tmp_path)[0]
 
 
+@pytest.mark.slow
 def test_frozen_layers(stanford_folder, source, tmp_path):
     """Embeddings and the first layer stay, weight decay or not; the second layer is trained."""
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
@@ -423,12 +429,14 @@ def test_learns_and_keeps_the_best(start, source, files, tmp_path):
     assert losses(metrics(tmp_path))[-1] < losses(metrics(tmp_path))[0]
 
 
+@pytest.mark.slow
 def test_last_checkpoints_are_kept(uninterrupted):
     kept = sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir())
     assert kept == [4, 6]
     assert not (uninterrupted / "best").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard(uninterrupted):
     pytest.importorskip("tensorboardX")
     assert sum(file.stat().st_size for file in (uninterrupted / "tensorboard").iterdir()) > 500
@@ -454,6 +462,7 @@ def test_scores_are_needed(start, files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder(start, source, uninterrupted, plain_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -468,6 +477,7 @@ def test_another_run_in_the_folder(start, source, uninterrupted, plain_folder, t
     train(start(), source, folder, changed(log_every=3), devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_overwrite_removes_the_run_and_nothing_else(start, source, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -494,6 +504,7 @@ def test_files_that_are_no_runs_are_left_alone(start, source, tmp_path, name, ov
 
 # tensorstore's own futures, which nobody asks after the first of them has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -508,6 +519,7 @@ def test_damaged_checkpoint(start, source, uninterrupted, tmp_path):
     assert weights(folder) == weights(uninterrupted)
 
 
+@pytest.mark.slow
 def test_full_disk(start, source, uninterrupted, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
@@ -519,6 +531,7 @@ def test_full_disk(start, source, uninterrupted, tmp_path, monkeypatch):
     assert weights(tmp_path) == weights(uninterrupted)
 
 
+@pytest.mark.slow
 def test_failing_writes(start, source, uninterrupted, tmp_path):
     """The file system refuses to write on; what was saved before is whole."""
     resource = pytest.importorskip("resource")
@@ -552,6 +565,7 @@ def test_failing_writes(start, source, uninterrupted, tmp_path):
         assert left.latest == 1
 
 
+@pytest.mark.slow
 def test_loss_that_is_no_number(start, source, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step \d the loss is .*nan"):
         run(start, source, tmp_path, changed(lr=1e30, warmup=None, maxsteps=6))
