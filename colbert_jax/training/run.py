@@ -154,7 +154,7 @@ class Checkpoints:
         """The step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, pending: Mapping[str, float]) -> None:
+    def save(self, step: int, state: State, pending: Mapping[str, float] | None = None) -> None:
         """Begin to write; training may go on. Waits for the write before it.
 
         Args:
@@ -176,7 +176,8 @@ class Checkpoints:
             )
         with _writing(self.folder / str(step)):
             args = self._args.Composite(
-                state=self._args.StandardSave(state), pending=self._args.JsonSave(dict(pending))
+                state=self._args.StandardSave(state),
+                pending=self._args.JsonSave(dict(pending or {})),
             )
             self._manager.save(step, args=args)
 
