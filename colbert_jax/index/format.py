@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from colbert_jax.compression.codec import check_packable
 from colbert_jax.config import NBITS
 from colbert_jax.files import write_json
 from colbert_jax.index.folder import METADATA, building_folder, locate, naming
@@ -104,10 +105,21 @@ class Metadata:
                 raise IndexFormatError(f"{file}: field {name!r} is missing or damaged")
             return fields[name]
 
-        names = checked("text_columns", _are_names)
+        names = checked("text_columns", _are_columns)
         values = {name: checked(name, right) for name, right in _FIELDS.items()}
         columns = {name: checked(_size_field(name), _is_count) for name in names}
-        metadata = cls(**values, columns=columns, origin=fields.get("origin"))
+        if values["num_empty_documents"] >= values["num_documents"]:
+            raise IndexFormatError(
+                f"{file}: damaged: {values['num_empty_documents']} of {values['num_documents']} "
+                "documents are empty"
+            )
+        try:
+            check_packable(values["dim"], values["nbits"])
+        except ValueError as error:
+            raise IndexFormatError(f"{file}: damaged: {error}") from None
+        _check_model(file, values["model"])
+        origin = checked("origin", _is_object) if fields.get("origin") is not None else None
+        metadata = cls(**values, columns=columns, origin=origin)
         demanded = {f"{name}.npy" for name in array_specs(metadata)}
         if metadata.checksums.keys() != demanded:
             other = ", ".join(sorted(metadata.checksums.keys() ^ demanded))
@@ -121,22 +133,43 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_size(value: Any) -> bool:
+    """A number of documents or centroids: there is one, and its place is an int32."""
+    return _is_count(value) and 1 <= value <= np.iinfo(np.int32).max
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, str) and n.isidentifier() for n in value)
+def _are_columns(value: Any) -> bool:
+    return isinstance(value, list) and value in ([], ["pid"], ["text"], ["pid", "text"])
+
+
+def _check_model(file: Path, model: Any) -> None:
+    """Raises IndexFormatError unless a model has all that `ColBERT.describe` writes."""
+    if model is None:
+        return
+    load = model.get("load")
+    if not _is_object(load) or not isinstance(load.get("name_or_path"), str):
+        wrong = "'load' names no checkpoint"
+    elif not isinstance(model.get("fingerprint"), str):
+        wrong = "'fingerprint' is no string"
+    elif not _is_object(model.get("search")):
+        wrong = "'search' is no object"
+    else:
+        return
+    raise IndexFormatError(f"{file}: field 'model' is damaged: {wrong}")
 
 
 _FIELDS: dict[str, Any] = {
     "build": lambda value: isinstance(value, str),
-    "num_documents": _is_count,
+    "num_documents": _is_size,
     "num_empty_documents": _is_count,
-    "num_tokens": _is_count,
-    "num_centroids": _is_count,
+    "num_tokens": lambda value: _is_count(value) and value > 0,
+    "num_centroids": _is_size,
     "num_list_entries": _is_count,
-    "dim": _is_count,
+    "dim": _is_size,
     "nbits": lambda value: _is_count(value) and value in NBITS,
     "settings": _is_object,
     "model": lambda value: value is None or _is_object(value),

@@ -78,6 +78,12 @@ class Index:
             file = path / METADATA
             raise fmt.IndexFormatError(f"{file}: field 'model' is damaged: {error}") from None
         self._num_results = int((self.lengths > 0).sum())
+        empty = len(self.lengths) - self._num_results
+        if empty != metadata.num_empty_documents:
+            raise fmt.IndexFormatError(
+                f"{path / 'offsets.npy'}: damaged: {empty} documents have no token, but {METADATA} "
+                f"says {metadata.num_empty_documents}"
+            )
 
     @classmethod
     def build(

@@ -67,10 +67,69 @@ def test_the_files_are_those_of_an_earlier_commit(tmp_path):
         {"num_pid_bytes": None},
         {"settings": []},
         {"model": "bert"},
+        {"num_documents": 0},
+        {"num_documents": 2**31},
+        {"num_documents": 10**400},
+        {"num_tokens": 0},
+        {"num_centroids": 0},
+        {"num_centroids": 2**40},
+        {"num_list_entries": -1},
+        {"dim": 0},
+        {"dim": 10**30},
+        {"nbits": 10**10},
+        {"nbits": 0},
+        {"nbits": -2},
+        {"nbits": 2.0},
+        {"nbits": True},
+        {"nbits": "2"},
+        {"nbits": [2]},
+        {"text_columns": ["centroid"]},
+        {"text_columns": ["title"]},
+        {"text_columns": ["pid", "pid"]},
+        {"text_columns": "pid"},
+        {"checksums": {"codes.npy": "x"}},
+        {"origin": [1]},
     ],
 )
 def test_metadata_out_of_range(tmp_path, change):
     folder = shutil.copytree(EARLIER, tmp_path / "i")
     (folder / "metadata.json").write_text(json.dumps(json.loads(metadata(EARLIER)) | change))
     with pytest.raises(IndexFormatError, match=rf"field '{next(iter(change))}' is missing or dam"):
+        read_metadata(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_empty_documents": 10**6}, "documents are empty"),
+        ({"dim": 15, "nbits": 1}, "do not fill whole bytes"),
+        ({"model": {}}, "field 'model' is damaged: 'load' names no checkpoint"),
+        ({"model": {"load": {"name_or_path": 3}}}, "field 'model' is damaged: 'load' names no"),
+        ({"model": {"load": {"name_or_path": "x"}}}, "'fingerprint' is no string"),
+        ({"model": {"load": {"name_or_path": "x"}, "fingerprint": "0"}}, "'search' is no object"),
+    ],
+)
+def test_metadata_that_does_not_fit_together(tmp_path, change, message):
+    folder = shutil.copytree(EARLIER, tmp_path / "i")
+    (folder / "metadata.json").write_text(json.dumps(json.loads(metadata(EARLIER)) | change))
+    with pytest.raises(IndexFormatError, match=rf"metadata\.json: .*{message}"):
+        read_metadata(folder)
+
+
+def test_another_number_of_empty_documents(tmp_path):
+    folder = shutil.copytree(EARLIER, tmp_path / "i")
+    fields = json.loads(metadata(EARLIER)) | {"num_empty_documents": 3}
+    (folder / "metadata.json").write_text(json.dumps(fields))
+    with pytest.raises(IndexFormatError, match=r"offsets\.npy: damaged: 1 documents have no token"):
+        Index.open(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "1" * 10**5, "[1]", '"x"', "null", "", "\ufeff{}"])
+def test_metadata_that_is_no_object(tmp_path, text):
+    folder = shutil.copytree(EARLIER, tmp_path / "i")
+    (folder / "metadata.json").write_text(text, "utf-8")
+    with pytest.raises(IndexFormatError, match=r"metadata\.json: damaged"):
+        read_metadata(folder)
+    (folder / "metadata.json").write_bytes(b"\xff{}")
+    with pytest.raises(IndexFormatError, match=r"metadata\.json: damaged"):
         read_metadata(folder)

@@ -157,7 +157,9 @@ def read_ours(path: Path) -> DiskIndex:
     folder, metadata, arrays = fmt.open_arrays(path)
     origin = metadata.origin or {}
     codec = ResidualCodec(*(np.array(arrays[f.name]) for f in fields(ResidualCodec)))
-    config = origin.get("config") or {}
+    config, average = origin.get("config") or {}, origin.get("avg_residual")
+    if not isinstance(config, dict) or not isinstance(average, float | int | None):
+        raise fmt.IndexFormatError(f"{folder / METADATA}: field 'origin' is damaged")
     checkpoint = config.get("checkpoint")
     if metadata.model:
         checkpoint = metadata.model["load"]["name_or_path"]
@@ -165,7 +167,7 @@ def read_ours(path: Path) -> DiskIndex:
         layout="native",
         folder=folder,
         codec=codec,
-        avg_residual=origin.get("avg_residual"),
+        avg_residual=average,
         lengths=np.diff(arrays["offsets"]),
         codes=[read_npy(folder / "codes.npy")],
         residuals=[read_npy(folder / "residuals.npy")],

@@ -16,6 +16,7 @@ from colbert_jax.files import read_object
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
     DiskIndex,
+    are_lengths,
     checked_rows,
     make_codec,
     read_fields,
@@ -40,7 +41,8 @@ def read_fastplaid(folder: Path) -> DiskIndex:
     files = {name: folder / f"{stem}.npy" for name, stem in names.items()} | {"settings": settings}
     arrays = {name: read_npy(files[name]).read() for name in names}
     # The library rounds these as it loads them.
-    arrays |= {name: arrays[name].astype(np.float16) for name in ("cutoffs", "weights")}
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        arrays |= {name: arrays[name].astype(np.float16) for name in ("cutoffs", "weights")}
     dim = arrays["centroids"].shape[-1]
     average = folder / "avg_residual.npy"
     codec = make_codec(
@@ -107,7 +109,8 @@ def _parts(
 def _lists(folder: Path, num_centroids: int) -> tuple[Stored, np.ndarray]:
     lists, file = read_npy(folder / "ivf.npy"), folder / "ivf_lengths.npy"
     lengths = read_npy(file).read()
-    if lengths.dtype.kind not in "iu" or lengths.shape != (num_centroids,) or (lengths < 0).any():
+    right = lengths.dtype.kind in "iu" and lengths.shape == (num_centroids,)
+    if not right or not are_lengths(lengths):
         raise IndexFormatError(f"{file}: expected the sizes of {num_centroids} inverted lists")
     lengths = lengths.astype(np.int64)
     if lists.dtype.kind not in "iu" or lists.shape != (int(lengths.sum()),):

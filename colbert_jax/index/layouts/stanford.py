@@ -19,6 +19,7 @@ from colbert_jax.index.folder import naming
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
     DiskIndex,
+    are_lengths,
     checked_rows,
     make_codec,
     read_fields,
@@ -146,7 +147,8 @@ def _lists(folder: Path, num_centroids: int) -> tuple[Stored | None, np.ndarray 
         return None, None
     lists, sizes = _tensors(file, 2)
     lengths = sizes.read()
-    if lengths.dtype.kind not in "iu" or lengths.shape != (num_centroids,) or (lengths < 0).any():
+    right = lengths.dtype.kind in "iu" and lengths.shape == (num_centroids,)
+    if not right or not are_lengths(lengths):
         raise IndexFormatError(
             f"{file}: expected the lengths of {num_centroids} lists, found {lengths.dtype} "
             f"{list(lengths.shape)}"

@@ -145,7 +145,10 @@ def make_codec(
             )
         if array.dtype.kind != "f":
             raise IndexFormatError(f"{files[name]}: the {name} are {array.dtype}, not floats")
-        if not np.isfinite(array.astype(np.float16 if name == "centroids" else np.float32)).all():
+        kind = np.float16 if name == "centroids" else np.float32
+        with np.errstate(over="ignore"):
+            whole = np.isfinite(array.astype(kind)).all()
+        if not whole:
             raise IndexFormatError(
                 f"{files[name]}: damaged: the {name} hold NaN or infinite values"
             )
@@ -159,7 +162,9 @@ def make_codec(
 
 
 def read_npy(file: Path) -> Stored:
-    """Where the rows of a `.npy` file lie. Raises FileNotFoundError, or IndexFormatError if bad."""
+    """Where the rows of a `.npy` file lie.
+
+    Raises FileNotFoundError, IndexFormatError for one that is damaged, or OSError."""
     require(file)
     try:
         with file.open("rb") as stream:
@@ -167,10 +172,12 @@ def read_npy(file: Path) -> Stored:
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = read[version[0]](stream)
             offset = stream.tell()
-        if dtype.hasobject or fortran or not shape:
+        if dtype.kind not in "fiub" or fortran or not shape or min(shape) < 0:
             raise ValueError(f"an unexpected sort of array: {dtype} {shape}")
         if file.stat().st_size < offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
             raise ValueError(f"too short for {dtype} {list(shape)}")
+    except OSError:  # too many open files are no damage
+        raise
     except Exception as error:  # numpy's parser fails in many ways
         raise IndexFormatError(f"{file}: damaged or truncated: {error}") from None
     return Stored(file, offset, dtype.newbyteorder("="), shape, swapped=not dtype.isnative)
@@ -180,9 +187,15 @@ def read_lengths(file: Path) -> np.ndarray:
     """int64[n], the lengths of a chunk's documents, from a JSON list."""
     require(file)
     values = read_json(file)
-    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
-        raise IndexFormatError(f"{file}: expected a list of whole numbers >= 0")
+    right = isinstance(values, list) and all(type(v) is int and 0 <= v < 2**31 for v in values)
+    if not right:
+        raise IndexFormatError(f"{file}: expected a list of whole numbers >= 0, below 2^31")
     return np.array(values, np.int64)
+
+
+def are_lengths(lengths: np.ndarray) -> bool:
+    """Whether whole numbers can be lengths of lists, so that their sum means something."""
+    return bool(((lengths >= 0) & (lengths <= np.iinfo(np.int32).max)).all())
 
 
 def read_fields(file: Path, **kinds: type) -> dict[str, Any]:
@@ -199,7 +212,9 @@ def read_fields(file: Path, **kinds: type) -> dict[str, Any]:
 
 
 def require(file: Path) -> None:
-    """Raises FileNotFoundError unless the file is there."""
+    """Raises FileNotFoundError unless the file is there, IndexFormatError if it is no file."""
+    if file.exists() and not file.is_file():
+        raise IndexFormatError(f"{file}: is no file but a folder, pipe or device")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; the index is incomplete: copy it whole")
 

@@ -320,6 +320,18 @@ STANFORD_DAMAGE = {
     "other dim": (config(dim=32), "centroids.pt.*dim 32"),
     "other nbits": (config(nbits=4), "buckets.pt.*nbits 4"),
     "odd nbits": (config(nbits=3), "metadata.json.*nbits"),
+    "huge nbits": (config(nbits=10**10), "metadata.json.*nbits must be one of"),
+    "huge dim": (config(dim=10**30), "centroids.pt.*dim 10000"),
+    "huge num_chunks": (settings(num_chunks=10**15), "doclens.2.json"),
+    "huge length": (lengths(lambda values: values.__setitem__(0, 10**30)), "doclens.0.json"),
+    "huge lengths of lists": (
+        rewrite("ivf.pid.pt", lambda a: np.full(len(a), 2**62, np.int64), 1),
+        "ivf.pid.pt.*512 lists",
+    ),
+    "a centroid beyond float16": (
+        rewrite("centroids.pt", lambda a: put((3, 4), 1e30)(a.astype("f4"))),
+        "centroids.pt.*infinite",
+    ),
     "no dim": (config(dim=None), r"metadata.json.*config\.dim"),
     "nan centroid": (rewrite("centroids.pt", put((3, 4), np.nan)), "centroids.pt.*NaN"),
     "whole centroids": (rewrite("centroids.pt", lambda a: a.astype("i4")), "centroids.pt.*int32"),
@@ -362,6 +374,23 @@ STANFORD_DAMAGE = {
     ),
     "lengths of other K": (rewrite("ivf.pid.pt", lambda a: a[1:], 1), "ivf.pid.pt.*512 lists"),
     "lengths negative": (rewrite("ivf.pid.pt", put(0, -1), 1), "ivf.pid.pt.*512 lists"),
+}
+
+
+def in_place_of(name, kind):
+    """Not a file but a folder, or a pipe that nobody writes into."""
+
+    def change(folder):
+        (folder / name).unlink()
+        (os.mkfifo if kind == "pipe" else os.mkdir)(folder / name)
+
+    return change
+
+
+NO_FILES = [(n, k) for n in ("0.codes.pt", "doclens.1.json") for k in ("pipe", "folder")]
+STANFORD_DAMAGE |= {
+    f"{name} a {kind}": (in_place_of(name, kind), f"{name}: is no file but a folder, pipe")
+    for name, kind in NO_FILES
 }
 
 
@@ -617,6 +646,14 @@ FASTPLAID_DAMAGE = {
         "ivf.npy.*object",
     ),
     "other nbits": (settings(nbits=4), "bucket_cutoffs.npy.*nbits 4"),
+    "huge nbits": (settings(nbits=10**10), "metadata.json.*nbits must be one of"),
+    "words": (npy("bucket_cutoffs.npy", lambda a: a.astype(str)), "bucket_cutoffs.npy.*<U"),
+    "a weight beyond float16": (npy("bucket_weights.npy", put(0, 1e30)), "bucket_weights.npy.*inf"),
+    "huge lengths of lists": (
+        npy("ivf_lengths.npy", lambda a: np.full(len(a), 2**62, np.int64)),
+        "ivf_lengths.npy.*256",
+    ),
+    "a pipe": (in_place_of("ivf.npy", "pipe"), "ivf.npy: is no file but a folder, pipe"),
     "more chunks": (settings(num_chunks=4), "doclens.3.json"),
     "other manifest": (
         lambda folder: edit(
