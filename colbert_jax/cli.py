@@ -17,6 +17,7 @@ from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import MODES
+from colbert_jax.data.collections import numbered_lines
 from colbert_jax.data.documents import Documents
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
@@ -35,8 +36,8 @@ from colbert_jax.evaluation.metrics import (
 from colbert_jax.evaluation.runs import FORMATS, check_run_ids
 from colbert_jax.files import NO_ROOM, output_place
 from colbert_jax.index import Index
-from colbert_jax.index.format import FORMAT_VERSION
-from colbert_jax.index.index import UnknownIdError
+from colbert_jax.index.columns import UnknownIdError
+from colbert_jax.index.format import CHANGED_VERSION, FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
 from colbert_jax.progress import log_to_stderr, tqdm
 from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_model
@@ -152,6 +153,46 @@ def index(args: argparse.Namespace) -> None:
     print(_summary(retriever.index))
 
 
+def add(args: argparse.Namespace) -> None:
+    _grow(args, "add")
+
+
+def update(args: argparse.Namespace) -> None:
+    _grow(args, "update")
+
+
+def upsert(args: argparse.Namespace) -> None:
+    _grow(args, "upsert")
+
+
+def _grow(args: argparse.Namespace, kind: str) -> None:
+    documents = Documents(args.collection)  # a bad file is named before the model is loaded
+    retriever = Retriever.open(args.index, args.checkpoint)
+    getattr(retriever, kind)(documents)
+    print(_summary(retriever.index))
+
+
+def delete(args: argparse.Namespace) -> None:
+    if bool(args.id) == bool(args.ids):
+        raise ValueError("give ids on the command line or --ids FILE, one of the two")
+    ids = args.id or [id for _, id in numbered_lines(Path(args.ids))]
+    before = Index.open(args.index)
+    after = before.delete(ids)
+    print(f"{len(before) - len(after)} documents deleted")
+    print(_summary(after))
+
+
+def compact(args: argparse.Namespace) -> None:
+    opened = Index.open(args.index)
+    if args.retrain:
+        retriever = Retriever.open(opened, args.checkpoint)
+        retriever.compact(retrain=True)
+        opened = retriever.index
+    else:
+        opened = opened.compact()
+    print(_summary(opened))
+
+
 def search(args: argparse.Namespace) -> None:
     if bool(args.query) == bool(args.queries):
         raise ValueError("give queries on the command line or --queries FILE, one of the two")
@@ -201,9 +242,14 @@ def evaluate(args: argparse.Namespace) -> None:
         if number > len(queries):
             _warn(f"{number - len(queries)} queries {name}: left out")
     opened = Index.open(args.index)
+    if len(opened) == 0:
+        raise ValueError(f"{args.index}: holds no document")
     known = opened.ids
     message = check_judged(
-        qrels, lambda pid: known.position(pid) is not None, known[0], f"the index {args.index}"
+        qrels,
+        lambda pid: known.position(pid, opened.deleted) is not None,
+        known[int(opened.deleted.argmin())],
+        f"the index {args.index}",
     )
     if message is not None:
         _warn(message)
@@ -236,8 +282,13 @@ def info(args: argparse.Namespace) -> None:
     model = remembered_model(opened)
     print(_summary(opened))
     print(f"model        {model['load']['name_or_path'] if model else 'none: ready embeddings'}")
-    print(f"format       {FORMAT_VERSION}")
+    change = opened.metadata.change
+    print(f"format       {FORMAT_VERSION if change is None else CHANGED_VERSION}")
     print(f"settings     {json.dumps(opened.metadata.settings)}")
+    if change is not None:
+        print(f"changes      {change.generation}")
+    for advice in opened.advice():
+        print(f"advice       {advice}")
     if args.verify:
         print("checksums    all files are whole")
 
@@ -300,11 +351,21 @@ def _search(
         ncells=args.ncells,
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
+        where=_condition(args.where),
         texts=texts,
         # A bar among results on the same terminal would hide them.
         progress=False if texts and sys.stdout.isatty() else None,
     )
     return zip(queries, hits, strict=True)
+
+
+def _condition(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--where: not valid JSON: {error}: {text:.80}") from None
 
 
 def _print_hits(hits: Sequence[Hit]) -> None:
@@ -317,8 +378,9 @@ def _summary(opened: Index) -> str:
     size = sum(file.stat().st_size for file in opened.path.iterdir())
     return (
         f"{opened.path}\n"
-        f"documents    {m.num_documents} ({m.num_empty_documents} without a token)\n"
-        f"tokens       {m.num_tokens}\n"
+        f"documents    {len(opened)} ({m.num_empty_documents} without a token)\n"
+        + (f"deleted      {m.num_deleted}, still in their place\n" if m.num_deleted else "")
+        + f"tokens       {m.num_tokens}\n"
         f"dimensions   {m.dim} at {m.nbits} bits\n"
         f"centroids    {m.num_centroids}\n"
         f"size         {size / 1e6:.1f} MB"
@@ -359,6 +421,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
     sub.add_argument("--no-texts", action="store_true", help="do not keep the documents' texts")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
+
+    for run, summary in (
+        (add, "add documents to an index"),
+        (update, "replace documents of an index by new ones of the same ids"),
+        (upsert, "add documents to an index, replacing those of the same ids"),
+    ):
+        sub = command(run, summary, "; run again, it goes on where it was")
+        sub.add_argument("index")
+        sub.add_argument("collection", help="TSV (pid, text[, title]), JSONL, or one per line")
+        sub.add_argument("--checkpoint", help="default: the one the index was built with")
+
+    sub = command(delete, "delete documents of an index by their ids")
+    sub.add_argument("index")
+    sub.add_argument("id", nargs="*")
+    sub.add_argument("--ids", help="file of ids, one a line")
+
+    sub = command(compact, "free the room of an index's deleted documents")
+    sub.add_argument("index")
+    sub.add_argument(
+        "--retrain", action="store_true", help="encode all texts and train the centroids again"
+    )
+    sub.add_argument("--checkpoint", help="for --retrain; default: the one it was built with")
 
     sub = command(search, "search an index")
     sub.add_argument("index")
@@ -453,6 +537,7 @@ def _search_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ncells", type=int, help="centroids probed per query token")
     sub.add_argument("--centroid-score-threshold", type=float)
     sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")
+    sub.add_argument("--where", help='condition on fields, in JSON: \'{"year": {"gte": 2020}}\'')
 
 
 if __name__ == "__main__":

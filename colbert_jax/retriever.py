@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -54,11 +55,13 @@ class Hit(NamedTuple):
 class Retriever:
     """A late-interaction model together with an index of documents that it has embedded.
 
-    Any number of threads may share one: searching changes nothing in it.
+    Any number of threads may share one. It searches the state of the index that it opened, or made
+    last; what other processes change is seen after `refresh`. A search that is under way goes on
+    with the state that it began with.
 
     Attributes:
       model: the `ColBERT` that encodes queries.
-      index: the `Index`.
+      index: the `Index`, another one after every change.
     """
 
     def __init__(self, model: ColBERT, index: Index):
@@ -73,6 +76,7 @@ class Retriever:
         """
         _check_together(model, index)
         self.model, self.index = model, index
+        self._changing = threading.Lock()
 
     def __reduce__(self) -> Any:
         """Pickle the names of model and index, see theirs."""
@@ -183,6 +187,8 @@ class Retriever:
         queries: str,
         k: int = 10,
         *,
+        where: Mapping[str, Any] | None = None,
+        ids: Iterable[str] | None = None,
         mode: str = "accurate",
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
@@ -197,6 +203,8 @@ class Retriever:
         queries: Sequence[str],
         k: int = 10,
         *,
+        where: Mapping[str, Any] | None = None,
+        ids: Iterable[str] | None = None,
         mode: str = "accurate",
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
@@ -210,6 +218,8 @@ class Retriever:
         queries: str | Sequence[str],
         k: int = 10,
         *,
+        where: Mapping[str, Any] | None = None,
+        ids: Iterable[str] | None = None,
         mode: str = "accurate",
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
@@ -221,7 +231,10 @@ class Retriever:
 
         Args:
           queries: one query, or a list of them; for very many see `search_many`.
-          k: results per query; fewer come only where fewer documents have a token.
+          k: results per query; fewer come only where fewer documents match and have a token.
+          where: a condition on the documents' fields, such as `{"year": {"gte": 2020}}`, see
+            docs/filters.md.
+          ids: find only documents of these ids.
           mode: "accurate", "fast" (PLAID at Stanford's settings) or "exact", see `Index.search`.
           ncells, centroid_score_threshold, ndocs: single settings of PLAID, see `Index.search`.
           texts: False leaves `Hit.text` None and reads no text.
@@ -232,13 +245,17 @@ class Retriever:
           such lists, in the order of the queries.
 
         Raises:
-          ValueError, TypeError: an empty or blank query, by its place in the list; a bad setting.
+          ValueError, TypeError: an empty or blank query, by its place in the list; a bad setting or
+            condition.
+          UnknownIdError (a KeyError): no document has one of `ids`.
         """
         listed = as_queries(queries)
         found = list(
             self.search_many(
                 listed,
                 k,
+                where=where,
+                ids=ids,
                 mode=mode,
                 ncells=ncells,
                 centroid_score_threshold=centroid_score_threshold,
@@ -254,6 +271,8 @@ class Retriever:
         queries: Iterable[str],
         k: int = 10,
         *,
+        where: Mapping[str, Any] | None = None,
+        ids: Iterable[str] | None = None,
         mode: str = "accurate",
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
@@ -282,11 +301,14 @@ class Retriever:
             centroid_score_threshold=centroid_score_threshold,
             ndocs=ndocs,
         )
-        self.index.search(np.zeros((0, 1, self.index.dim), np.float32), k, **settings)
-        return self._search_many(queries, k, settings, texts, progress)
+        index = self.index  # the same for all of it, whoever changes it meanwhile
+        settings["where"] = index.select(where, ids)
+        index.search(np.zeros((0, 1, index.dim), np.float32), k, **settings)
+        return self._search_many(index, queries, k, settings, texts, progress)
 
     def _search_many(
         self,
+        index: Index,
         queries: Iterable[str],
         k: int,
         settings: dict[str, Any],
@@ -295,7 +317,7 @@ class Retriever:
     ) -> Iterator[list[Hit]]:
         total = operator.length_hint(queries) or None
         queries = iter(queries)
-        share = min(_READ, _HITS // max(min(k, len(self)), 1))
+        share = min(_READ, _HITS // max(min(k, len(index)), 1))
         size, done = max(share // _SEARCHED, 1) * _SEARCHED, 0
         with progress_bar(total, "searching", "query", progress) as bar:
             while block := list(itertools.islice(queries, size)):
@@ -303,7 +325,7 @@ class Retriever:
                 done += len(listed)
                 found: list[list[Hit]] = [[]] * len(listed)
                 for places, encoded in self._encoded(listed):
-                    hits = self._hits(self.index.search(encoded, k, **settings), texts)
+                    hits = _hits(index, index.search(encoded, k, **settings), texts)
                     for place, row in zip(places.tolist(), hits, strict=True):
                         found[place] = row
                     bar.update(len(hits))
@@ -361,21 +383,101 @@ class Retriever:
 
     def _text(self, document: str | Hit) -> str:
         """The text of a hit or an id; any other string is a text itself."""
+        index = self.index
         if isinstance(document, Hit):
-            return document.text if document.text is not None else self.index.text(document.id)
+            return document.text if document.text is not None else index.text(document.id)
         try:
-            return self.index.text(document)
+            return index.text(document)
         except KeyError:
             return document
 
-    def _hits(self, hits: Hits, texts: bool) -> list[list[Hit]]:
-        """Positions and scores of a batch, [B, k], as plain Python values."""
-        ids, kept = self.index.ids, self.index.texts if texts else None
-        found = []
-        for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
-            passages = [None] * len(positions) if kept is None else kept[positions]
-            found.append(list(map(Hit, ids[positions], scores, passages, positions)))
-        return found
+    def add(self, documents: Any, *, progress: bool | None = None) -> None:
+        """Add documents to the index, while others search it; the next search finds them.
+
+        Interrupted, the index stays as it was, and the same call goes on where it was.
+
+        Args:
+          documents: anything that `build` takes. Their ids must be new; without ids they get the
+            next numbers, where the others have numbers too.
+          progress: see `build`.
+
+        Raises:
+          DuplicateIdError (a ValueError): ids that are there, before anything is encoded.
+          RuntimeError: somebody else builds or changes the index.
+          ValueError, TypeError: bad input, named.
+        """
+        listed: Any = Documents(documents)
+        self._change(lambda index: index.add(self.model, listed, progress=progress))
+
+    def update(self, documents: Any, *, progress: bool | None = None) -> None:
+        """Replace documents by new ones of the same ids; as `add` else.
+
+        Raises:
+          UnknownIdError (a KeyError): ids that are not there, before anything is encoded.
+        """
+        listed: Any = Documents(documents)
+        self._change(lambda index: index.update(self.model, listed, progress=progress))
+
+    def upsert(self, documents: Any, *, progress: bool | None = None) -> None:
+        """Add documents, replacing those whose ids are there; as `add` else."""
+        listed: Any = Documents(documents)
+        self._change(lambda index: index.upsert(self.model, listed, progress=progress))
+
+    def delete(self, ids: str | Iterable[str]) -> None:
+        """Delete documents by their ids; the next search does not find them.
+
+        Raises:
+          UnknownIdError (a KeyError): naming ids that no document has; nothing is deleted.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        self._change(lambda index: index.delete(ids))
+
+    def compact(self, *, retrain: bool = False, progress: bool | None = None) -> None:
+        """Free the room of deleted documents; positions change, ids stay.
+
+        Args:
+          retrain: encode all texts and train the centroids again, as a build does. `colbert-jax
+            info` says when that pays.
+          progress: see `build`.
+
+        Raises:
+          ValueError: `retrain` of an index that keeps no texts.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        if retrain:
+            self._change(lambda index: index.retrain(self.model, progress))
+        else:
+            self._change(lambda index: index.compact(progress))
+
+    def refresh(self) -> bool:
+        """Search the index as it is on disk now.
+
+        Returns:
+          whether it had changed.
+
+        Raises:
+          FileNotFoundError, ValueError: it is gone, damaged, or built anew with another model.
+        """
+        before = self.index
+        self._change(lambda index: index.refresh())
+        return self.index is not before
+
+    def _change(self, change: Callable[[Index], Index]) -> None:
+        with self._changing:
+            index = change(self.index)
+            if index is not self.index:
+                _check_together(self.model, index)
+                self.index = index
+
+
+def _hits(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
+    """Positions and scores of a batch, [B, k], as plain Python values."""
+    ids, kept = index.ids, index.texts if texts else None
+    found = []
+    for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
+        passages = [None] * len(positions) if kept is None else kept[positions]
+        found.append(list(map(Hit, ids[positions], scores, passages, positions)))
+    return found
 
 
 def rank_documents(

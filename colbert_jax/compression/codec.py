@@ -83,14 +83,34 @@ def train_codec(
     Raises:
       ValueError: unknown `buckets`, or D values of `nbits` bits do not fill whole bytes.
     """
+    return codec_from_residuals(centroids, residuals_of(centroids, heldout), nbits, buckets)
+
+
+def residuals_of(centroids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Subtract the nearest centroid, that with the largest dot product, from each embedding.
+
+    Args:
+      centroids: float32[K, D].
+      values: [n, D].
+
+    Returns:
+      float32[n, D].
+    """
+    if runtime.use_cpu_kernels():
+        codes = cpu.nearest(cpu.group_centroids(centroids, distance=False), values)
+    else:
+        codes = nearest_blocks(values, jnp.asarray(centroids))
+    return np.asarray(values, np.float32) - centroids[codes]
+
+
+def codec_from_residuals(
+    centroids: np.ndarray, residuals: np.ndarray, nbits: int, buckets: str = "optimal"
+) -> ResidualCodec:
+    """Choose bucket cutoffs and weights by residuals float32[n, D]; as `train_codec` else."""
     check_packable(centroids.shape[1], nbits)
     if buckets not in BUCKETS:
         raise ValueError(f"buckets must be one of {BUCKETS}, got {buckets!r}")
-    if runtime.use_cpu_kernels():
-        codes = cpu.nearest(cpu.group_centroids(centroids, distance=False), heldout)
-    else:
-        codes = nearest_blocks(heldout, jnp.asarray(centroids))
-    residuals = (np.asarray(heldout, np.float32) - centroids[codes]).ravel()
+    residuals = residuals.ravel().copy()
     residuals.sort()
     levels = np.arange(1 << nbits) / (1 << nbits)
     cutoffs = np.quantile(residuals, levels[1:])

@@ -139,7 +139,7 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
     """
     path = Path(path)
     suffix, layout, warned, count = passage_suffix(path), None, False, 0
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         try:
             if layout is None:
                 layout = passage_layout(suffix, line)
@@ -219,7 +219,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
     """
     queries: dict[str, str] = {}
     layout: Layout | None = None
-    for number, line in _lines(Path(path)):
+    for number, line in numbered_lines(Path(path)):
         try:
             if layout is None:
                 layout = query_layout(line)
@@ -250,7 +250,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """
     qrels: dict[str, dict[str, int]] = {}
     form: list[str] | None = None
-    for number, line in _lines(Path(path)):
+    for number, line in numbered_lines(Path(path)):
         if form is None:
             form, is_header = _qrels_form(line)
             if is_header:
@@ -369,7 +369,7 @@ def _check_unicode(identity: str, text: str) -> None:
                 ) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank, strictly UTF-8, with or without a byte-order mark."""
     number = 0
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open

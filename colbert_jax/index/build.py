@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from colbert_jax import processes
-from colbert_jax.compression.codec import ResidualCodec, check_packable, compress, train_codec
+from colbert_jax.compression.codec import (
+    ResidualCodec,
+    check_packable,
+    codec_from_residuals,
+    compress,
+    residuals_of,
+)
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
 from colbert_jax.config import IndexConfig
@@ -47,6 +53,7 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.runtime import on_cpu
 
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
+OUTLIERS = 0.1  # of held-out embeddings are farther from their centroid than `outlier_distance`
 _JOINED = 1 << 18  # rows copied at a time where parts are joined
 
 
@@ -55,7 +62,7 @@ def build_index(
     make_source: Callable[[], DocumentSource],
     config: IndexConfig,
     *,
-    model: dict[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
     store_texts: bool = True,
     overwrite: bool = False,
     mesh: Mesh | None = None,
@@ -89,16 +96,19 @@ def build_index(
         own = None if mesh is None or own_way else local_part(mesh)
         show = progress if group.is_first else False
         with building(path, overwrite, group) as folder:
-            state = _State(folder, group)
+            state = BuildState(folder, group)
             source = make_source()
             check_packable(source.dim, config.nbits)
             source.prepare(folder, group, show)
             state.start(_key(source, config, model, store_texts, group), group)
             if not group.exchange("the start", state["finished"])[0]:
-                _sample(folder, source, config, state, group, show)
-                codec = _train(folder, source, config, state, group, mesh, show)
-                _compress(folder, source, codec, state, group, own, show)
-                _finish(folder, source, codec, state, group)
+                if source.num_documents:
+                    encode_sample(folder, source, config, state, group, show)
+                    codec = _train(folder, source, config, state, group, mesh, show)
+                    compress_documents(folder, source, codec, state, group, own, show)
+                    _finish(folder, source, codec, state, group)
+                elif group.is_first:
+                    _finish_empty(folder, source, config, state)
             if group.is_first:
                 _tidy(folder, group)
                 publish(folder, path)
@@ -121,7 +131,7 @@ def _choose_mesh(group: Group, mesh: Mesh | None) -> Mesh | None:
 def _key(
     source: DocumentSource,
     config: IndexConfig,
-    model: dict[str, Any] | None,
+    model: Mapping[str, Any] | None,
     store_texts: bool,
     group: Group,
 ) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def _part(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.{index}"
 
 
-class _State:
+class BuildState:
     """How far a process's build has come: a file replaced in one step after every chunk."""
 
     def __init__(self, folder: Path, group: Group):
@@ -178,16 +188,20 @@ class _State:
         The others go on only with what belongs to the build that the first process goes on with.
         """
         fresh = {"key": json.loads(json.dumps(key)), "build": uuid.uuid4().hex}
-        known = self._values.get("key") == fresh["key"] and "build" in self._values
+        known = self.is_of(key) and "build" in self._values
         build = group.exchange("the state", self.build if known else fresh["build"])[0]
         if not known or self.build != build:
             self._values = fresh | {"build": build}
             self._commit()
 
-    def __getitem__(self, name: str) -> int:
+    def __getitem__(self, name: str) -> Any:
         return self._values.get(name, 0)
 
-    def update(self, **values: int) -> None:
+    def is_of(self, key: dict[str, Any]) -> bool:
+        """Whether it is the state of the build, or change, of that key."""
+        return self._values.get("key") == json.loads(json.dumps(key))
+
+    def update(self, **values: Any) -> None:
         self._values |= values
         self._commit()
 
@@ -195,11 +209,11 @@ class _State:
         write_state(self._folder, self._values, self._process)
 
 
-def _sample(
+def encode_sample(
     folder: Path,
     source: DocumentSource,
     config: IndexConfig,
-    state: _State,
+    state: BuildState,
     group: Group,
     progress: bool | None,
 ) -> None:
@@ -248,7 +262,7 @@ def _train(
     folder: Path,
     source: DocumentSource,
     config: IndexConfig,
-    state: _State,
+    state: BuildState,
     group: Group,
     mesh: Mesh | None,
     progress: bool | None,
@@ -256,12 +270,13 @@ def _train(
     """Centroids from the sample, bucket statistics from a part of it that was held out."""
     files = [folder / f"{f.name}.npy" for f in dataclasses.fields(ResidualCodec)]
     if not group.exchange("training", state["trained"])[0]:
-        points = _SampleRows(folder, group.count).array()
-        codec = _train_codec(points, source.num_documents, config, group, mesh, progress)
-        if codec is not None:
+        points = SampleRows(folder, group.count).array()
+        trained = _train_codec(points, source.num_documents, config, group, mesh, progress)
+        if trained is not None:
+            codec, distance = trained
             for file, field in zip(files, dataclasses.fields(ResidualCodec), strict=True):
                 fmt.write_array(file, np.asarray(getattr(codec, field.name)))
-            state.update(trained=1)
+            state.update(trained=1, outlier_distance=distance)
     group.exchange("the codec")
     return ResidualCodec(*(jnp.asarray(np.load(file)) for file in files))
 
@@ -273,8 +288,9 @@ def _train_codec(
     group: Group,
     mesh: Mesh | None,
     progress: bool | None,
-) -> ResidualCodec | None:
-    """The codec, in the first process; the others only help with the centroids."""
+) -> tuple[ResidualCodec, float] | None:
+    """The codec and `Metadata.outlier_distance`, in the first process; the others only help with
+    the centroids."""
     n = len(points)
     if n == 0:
         raise ValueError("nothing to index: no sampled document has a token")
@@ -302,10 +318,12 @@ def _train_codec(
     # Stanford's index files keep centroids as float16. Rounding before residuals are taken makes an
     # index convertible without loss.
     centroids = centroids.astype(np.float16).astype(np.float32)
-    return train_codec(centroids, points[np.flatnonzero(held_out)], config.nbits, config.buckets)
+    residuals = residuals_of(centroids, points[np.flatnonzero(held_out)])
+    distance = float(np.quantile(np.linalg.norm(residuals, axis=1), 1 - OUTLIERS))
+    return codec_from_residuals(centroids, residuals, config.nbits, config.buckets), distance
 
 
-class _SampleRows:
+class SampleRows:
     """The sample of all processes, one part after the other."""
 
     def __init__(self, folder: Path, count: int):
@@ -331,11 +349,11 @@ class _SampleRows:
         )
 
 
-def _compress(
+def compress_documents(
     folder: Path,
     source: DocumentSource,
     codec: ResidualCodec,
-    state: _State,
+    state: BuildState,
     group: Group,
     mesh: Mesh | None,
     progress: bool | None,
@@ -396,7 +414,7 @@ class _Sample:
 
 
 def _finish(
-    folder: Path, source: DocumentSource, codec: ResidualCodec, state: _State, group: Group
+    folder: Path, source: DocumentSource, codec: ResidualCodec, state: BuildState, group: Group
 ) -> None:
     """Inverted lists of each process's documents; then, in the first, everything joined."""
     suffix = _part("", group.index, group.count)
@@ -418,10 +436,11 @@ def _finish(
         entries = join_inverted_lists(folder, suffixes)
     lengths = np.load(folder / "lengths.npy")
     fmt.write_array(folder / "offsets.npy", offsets_from_lengths(lengths))
-    fmt.write_metadata(
-        folder,
+    metadata = fmt.Metadata(
         build=state.build,
-        lengths=lengths,
+        num_documents=len(lengths),
+        num_empty_documents=int((lengths == 0).sum()),
+        num_tokens=int(lengths.sum()),
         num_centroids=len(codec.centroids),
         num_list_entries=entries,
         dim=source.dim,
@@ -429,7 +448,46 @@ def _finish(
         settings=state.key["settings"],
         model=state.key["model"],
         columns=state.key["columns"],
+        outlier_distance=state["outlier_distance"],
+        checksums={},
     )
+    fmt.write_metadata(folder, metadata)
+    state.update(finished=1)
+
+
+def _finish_empty(
+    folder: Path, source: DocumentSource, config: IndexConfig, state: BuildState
+) -> None:
+    """An index without documents, and without centroids: these are trained on the first it gets."""
+    metadata = fmt.Metadata(
+        build=state.build,
+        num_documents=0,
+        num_empty_documents=0,
+        num_tokens=0,
+        num_centroids=0,
+        num_list_entries=0,
+        dim=source.dim,
+        nbits=config.nbits,
+        settings=state.key["settings"],
+        model=state.key["model"],
+        columns=state.key["columns"],
+        checksums={},
+    )
+    specs = fmt.array_specs(metadata)
+    for name, (dtype, shape) in specs.items():
+        fmt.write_array(folder / f"{name}.npy", np.zeros(shape, dtype))
+    change = fmt.Change(
+        generation=1,
+        name=state.build,
+        files={name: f"{name}.npy" for name in specs},
+        num_deleted=0,
+        num_listed_documents=0,
+        num_listed_centroids=0,
+        next_id=None,
+        num_added_tokens=0,
+        num_outliers=0,
+    )
+    fmt.write_metadata(folder, dataclasses.replace(metadata, change=change))
     state.update(finished=1)
 
 

@@ -27,6 +27,13 @@ class DuplicateIdError(ValueError):
     """Two documents have one id."""
 
 
+class UnknownIdError(KeyError):
+    """An id that no document of the index has."""
+
+    def __str__(self) -> str:  # a KeyError's is its message in quotes
+        return str(self.args[0])
+
+
 class WrittenIds(NamedTuple):
     """The documents' own ids on disk: bytes (None: they are 0..N-1) and a hash of them."""
 
@@ -44,29 +51,34 @@ class WrittenDocuments(NamedTuple):
 
 
 def write_documents(
-    folder: Path, documents: Iterable[Any], ids: Iterable[Any] | None = None, bar: Any = None
+    folder: Path,
+    documents: Iterable[Any],
+    ids: Iterable[Any] | None = None,
+    bar: Any = None,
+    first: int | None = 0,
 ) -> WrittenDocuments:
-    """Write texts, and ids where they are not 0..N-1, reading the documents once.
+    """Write texts, and ids where they are not positions, reading the documents once.
 
     Args:
       documents: texts, or pairs (id, text).
       ids: the ids of documents that are texts. If None, 0..N-1.
       bar: a progress bar of documents.
+      first: the position of the first document; None: ids are written whatever they are.
 
     Raises:
       TypeError: a document that is neither text nor pair, or both kinds; `ids` beside pairs.
       ValueError: text that is not valid Unicode, another number of ids than documents, an id twice.
     """
     documents = iter(documents)
-    first = list(itertools.islice(documents, 1))
-    paired = bool(first) and _is_pair(first[0])
+    head = list(itertools.islice(documents, 1))
+    paired = bool(head) and _is_pair(head[0])
     if paired and ids is not None:
         raise TypeError("the documents are pairs (id, text), so ids= must be left out")
-    pairs = _as_pairs(itertools.chain(first, documents), paired)
+    pairs = _as_pairs(itertools.chain(head, documents), paired)
     digest, count = hashlib.sha256(), 0
     with contextlib.ExitStack() as stack:
         texts = stack.enter_context(StringWriter(folder, TEXT))
-        own = stack.enter_context(IdWriter(folder)) if paired else None
+        own = stack.enter_context(IdWriter(folder, first)) if paired else None
         for block in _blocks(pairs, _BLOCK):
             encoded = [_encode(text, f"document {i}") for i, (_, text) in enumerate(block, count)]
             for text in encoded:
@@ -77,19 +89,21 @@ def write_documents(
             count += len(block)
             if bar is not None:
                 bar.update(len(block))
-    written = write_ids(folder, ids, count) if own is None else own.finish()
+    written = write_ids(folder, ids, count, first) if own is None else own.finish()
     return WrittenDocuments(count, texts.num_bytes, digest.hexdigest(), written)
 
 
-def write_ids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> WrittenIds:
-    """Write the documents' own ids, unless they are 0..N-1.
+def write_ids(
+    folder: Path, ids: Iterable[Any] | None, num_documents: int, first: int | None = 0
+) -> WrittenIds:
+    """Write the documents' own ids, unless they are positions from `first` on.
 
     Raises:
       ValueError: another number of ids than documents, or an id twice.
     """
     if ids is None:
         return WrittenIds(None, None)
-    with IdWriter(folder) as writer:
+    with IdWriter(folder, first) as writer:
         for block in _blocks(ids, _BLOCK):
             writer.extend(block)
     if writer.count != num_documents:
@@ -100,15 +114,17 @@ def write_ids(folder: Path, ids: Iterable[Any] | None, num_documents: int) -> Wr
 class IdWriter:
     """Ids of any type, as their strings. About 8 bytes of memory each, to find duplicates."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first: int | None = 0):
+        """`first`: the position of the first document; None: the ids count as no positions."""
         self.count = 0
         self._folder, self._writer = folder, StringWriter(folder, ID)
-        self._are_positions = True
+        self._first, self._are_positions = first or 0, first is not None
         self._hashes: list[np.ndarray] = []
 
     def extend(self, ids: Iterable[Any]) -> None:
         strings = [str(i) for i in ids]
-        positions = map(str, range(self.count, self.count + len(strings)))
+        start = self._first + self.count
+        positions = map(str, range(start, start + len(strings)))
         self._are_positions = self._are_positions and strings == list(positions)
         encoded = [_encode(s, f"the id of document {i}") for i, s in enumerate(strings, self.count)]
         digests = (hashlib.blake2b(e, digest_size=8).digest() for e in encoded)
@@ -243,8 +259,12 @@ class Column:
         """The string at a position 0..N-1."""
         raise NotImplementedError
 
-    def position(self, string: str) -> int | None:
-        """Where a string is; None if it is nowhere. Safe to call from several threads."""
+    def position(self, string: str, deleted: np.ndarray | None = None) -> int | None:
+        """Where a string is; None if it is nowhere. Safe to call from several threads.
+
+        Args:
+          deleted: bool[N], positions that do not count.
+        """
         raise NotImplementedError
 
     def find(self, pattern: re.Pattern[str]) -> int | None:
@@ -259,11 +279,13 @@ class Positions(Column):
     def one(self, i: int) -> str:
         return str(i)
 
-    def position(self, string: str) -> int | None:
+    def position(self, string: str, deleted: np.ndarray | None = None) -> int | None:
         if not (string.isascii() and string.isdigit()) or len(string) > len(str(self._n)):
             return None
         i = int(string)
-        return i if i < self._n and str(i) == string else None
+        if i >= self._n or str(i) != string or (deleted is not None and deleted[i]):
+            return None
+        return i
 
     def find(self, pattern: re.Pattern[str]) -> int | None:
         # Digits are in all of them that are long enough to have them.
@@ -299,7 +321,7 @@ class Strings(Column):
         if not right:
             raise IndexFormatError(f"{self._files[1]}: damaged: its offsets do not ascend")
 
-    def position(self, string: str) -> int | None:
+    def position(self, string: str, deleted: np.ndarray | None = None) -> int | None:
         """The first call reads the column, and keeps 16 bytes a string."""
         with self._lock:
             if self._table is None:
@@ -308,8 +330,9 @@ class Strings(Column):
         wanted = hash(string.encode("utf-8", "surrogatepass"))
         at = int(np.searchsorted(hashes, wanted))
         while at < len(hashes) and hashes[at] == wanted:
-            if self.one(order[at]) == string:
-                return int(order[at])
+            i = int(order[at])
+            if (deleted is None or not deleted[i]) and self.one(i) == string:
+                return i
             at += 1
         return None
 

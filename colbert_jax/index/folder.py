@@ -1,7 +1,9 @@
 """The folder of an index: where it is put together, who may write, how it takes its place.
 
 The index for `path` is put together in `path.building`, which `build.json` marks as ours, and takes
-the place of the index at `path` when it is whole.
+the place of the index at `path` when it is whole. What a change of the index writes is put together
+in a folder beside it too (`changing`), and published with the one rename of `metadata.json`. Who
+builds or changes an index holds its one lock.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def building(path: Path, overwrite: bool, group: Group | None = None) -> Iterato
     group = Group() if group is None else group
     if group.is_first:
         check_free(path, overwrite)
-    with _held(path, group) as folder:
+    with _held(path, building_folder(path), group) as folder:
         try:
             if group.is_first:
                 recover(path)
@@ -98,6 +100,30 @@ def building(path: Path, overwrite: bool, group: Group | None = None) -> Iterato
                 yield folder
         except Exception:
             if group.is_first and not read_state(folder).keys() - _MARK.keys():
+                discard(folder)
+            raise
+
+
+@contextlib.contextmanager
+def changing(path: Path, what: str) -> Iterator[Path]:
+    """Hold the index at `path`, and make the folder where a change of it is put together.
+
+    It holds what an interrupted change of the same kind has left, or nothing.
+
+    Args:
+      what: the kind of change, a word for the folder's name.
+
+    Raises:
+      RuntimeError: somebody else builds or changes the index.
+      DiskFullError: see `naming_space`.
+    """
+    with _held(path, beside(path, what), Group()) as folder:
+        try:
+            recover(path)
+            with naming_space(folder):
+                yield folder
+        except Exception:
+            if not read_state(folder).keys() - _MARK.keys():
                 discard(folder)
             raise
 
@@ -210,15 +236,14 @@ def await_visible(seen: Callable[[], bool], path: Path, group: Group) -> None:
 
 
 @contextlib.contextmanager
-def _held(path: Path, group: Group) -> Iterator[Path]:
-    """Make the building folder and lock it; the system lets go of it when the process ends.
+def _held(path: Path, folder: Path, group: Group) -> Iterator[Path]:
+    """Lock the index at `path` and make a folder; the system unlocks it when the process ends.
 
     What is locked is a file beside it. The first process makes sure that nobody is there; then all
     of the group share the lock, so that it is held until the last of them has ended, however it
     ends. The last one deletes the file.
     """
-    folder = building_folder(path)
-    file = beside(folder, "lock")
+    file = beside(building_folder(path), "lock")
     descriptor = None
     try:
         if group.is_first:
@@ -234,7 +259,9 @@ def _held(path: Path, group: Group) -> Iterator[Path]:
         group.exchange("all locks")
         yield folder
     except BlockingIOError:
-        raise RuntimeError(f"{folder}: another process is building this index") from None
+        raise RuntimeError(
+            f"{path}: another process is building or changing this index; wait until it is done"
+        ) from None
     finally:
         unlock_file(file, descriptor)
 

@@ -11,8 +11,17 @@
     list_offsets.npy           int64   [K + 1]
     pids.npy, pid_offsets.npy    uint8, int64   document ids as UTF-8, where they are not 0..N-1
     texts.npy, text_offsets.npy  uint8, int64   the documents' texts, where they are kept
+    fields.sqlite                               the documents' fields, where they have any
 
 Codes, residual bytes and bucket order are Stanford ColBERT's.
+
+A build writes format version 1. The first change (`index.changes`) makes it version 2, in which
+`metadata.json` also names the file of every array and a generation:
+  * arrays of tokens, documents and centroids grow at their end. Committed bytes never change: the
+    header of such a file states the rows that it began with, `metadata.json` those that count.
+  * `lists.npy` may cover only the first documents and centroids; searchers invert the others.
+  * `deleted.npy`, uint8 [ceil(N / 8)]: bit i % 8 of byte i // 8, where document i is deleted.
+  * a file that is replaced gets a new name, with the generation in it: `lists-7.npy`.
 """
 
 from __future__ import annotations
@@ -23,10 +32,11 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -38,9 +48,18 @@ from colbert_jax.config import NBITS
 from colbert_jax.files import write_json
 from colbert_jax.index.folder import METADATA, building_folder, locate, naming
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of what a build writes
+CHANGED_VERSION = 2  # of what was changed since
+# Arrays that grow at their end.
+_STRINGS = ("pids", "pid_offsets", "texts", "text_offsets")
+GROWING = frozenset(("codes", "residuals", "offsets", "centroids", "deleted", *_STRINGS))
+_ARRAYS = GROWING | {"bucket_cutoffs", "bucket_weights", "lists", "list_offsets"}
+FIELDS = "fields"
 _TRIES = 20  # to open an index that stays as it is
+_HEADER = 128  # bytes of the header of an array's file
 _ZEROS = 1 << 20  # bytes written at a time
+_READ = 1 << 22  # bytes read at a time
+_FARTHEST = 4.0  # no two embeddings of unit length are; centroids are about as long
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -60,16 +79,20 @@ class Metadata:
 
     Attributes:
       build: a name of its own for every index that was built.
-      num_documents, num_empty_documents: N, and how many of them have no token.
+      num_documents, num_empty_documents: N, deleted ones included, and how many have no token.
       num_tokens, num_centroids: T and K.
-      num_list_entries: entries of all inverted lists.
+      num_list_entries: entries of all inverted lists on disk.
       dim, nbits: D, and bits per dimension of the residuals.
       settings: what the index was built with.
       model: how to load the model, how to know it, and its search settings (`ColBERT.describe`);
         None: unknown.
       columns: the bytes of each column of strings that is there.
-      checksums: CRC-32 of each file.
+      checksums: CRC-32 of each array's file, of its committed bytes.
       origin: of a converted index, where it comes from.
+      outlier_distance: the distance from its centroid that one in ten held-out token embeddings
+        exceeded when the centroids were trained; None: not known.
+      fields: the file of the documents' fields; None where they have none.
+      change: what changed since the build; None: nothing.
     """
 
     build: str
@@ -85,12 +108,37 @@ class Metadata:
     columns: Mapping[str, int]
     checksums: Mapping[str, int]
     origin: Mapping[str, Any] | None = None
+    outlier_distance: float | None = None
+    fields: str | None = None
+    change: Change | None = None
+
+    @property
+    def generation(self) -> int:
+        """How often the index was changed since it was built."""
+        return 0 if self.change is None else self.change.generation
+
+    @property
+    def state(self) -> str:
+        """A name of its own for every state of every index."""
+        return self.build if self.change is None else self.change.name
+
+    @property
+    def num_deleted(self) -> int:
+        return 0 if self.change is None else self.change.num_deleted
+
+    def file(self, array: str) -> str:
+        """The name of an array's file."""
+        return f"{array}.npy" if self.change is None else self.change.files[array]
 
     def to_json(self) -> dict[str, Any]:
         """The fields of `metadata.json`."""
-        fields: dict[str, Any] = {"format_version": FORMAT_VERSION, **vars(self)}
-        if self.origin is None:
-            del fields["origin"]
+        version = FORMAT_VERSION if self.change is None else CHANGED_VERSION
+        fields: dict[str, Any] = {"format_version": version, **vars(self)}
+        for name in ("origin", "outlier_distance", "fields", "change"):
+            if fields[name] is None:
+                del fields[name]
+        if self.change is not None:
+            fields["change"] = vars(self.change)
         columns, checksums = fields.pop("columns"), fields.pop("checksums")
         fields["text_columns"] = sorted(columns)
         fields |= {_size_field(name): columns[name] for name in sorted(columns)}
@@ -99,34 +147,111 @@ class Metadata:
     @classmethod
     def from_json(cls, file: Path, fields: Mapping[str, Any]) -> Metadata:
         """Raises IndexFormatError, naming file and field, for one that is missing or damaged."""
-
-        def checked(name: str, right: Any) -> Any:
-            if name not in fields or not right(fields[name]):
-                raise IndexFormatError(f"{file}: field {name!r} is missing or damaged")
-            return fields[name]
-
+        changed = fields["format_version"] == CHANGED_VERSION
+        checked = _Checked(file, fields)
         names = checked("text_columns", _are_columns)
         values = {name: checked(name, right) for name, right in _FIELDS.items()}
         columns = {name: checked(_size_field(name), _is_count) for name in names}
-        if values["num_empty_documents"] >= values["num_documents"]:
-            raise IndexFormatError(
-                f"{file}: damaged: {values['num_empty_documents']} of {values['num_documents']} "
-                "documents are empty"
-            )
+        change = Change.from_json(file, checked("change", _is_object)) if changed else None
+        sizes = ("num_documents", "num_tokens", "num_centroids")
+        for name in () if changed else sizes:
+            checked(name, bool)  # a build has one of each
+        empty, whole = values["num_empty_documents"], values["num_documents"]
+        if empty > whole or (empty == whole and not changed):
+            raise IndexFormatError(f"{file}: damaged: {empty} of {whole} documents are empty")
         try:
             check_packable(values["dim"], values["nbits"])
         except ValueError as error:
             raise IndexFormatError(f"{file}: damaged: {error}") from None
         _check_model(file, values["model"])
-        origin = checked("origin", _is_object) if fields.get("origin") is not None else None
-        metadata = cls(**values, columns=columns, origin=origin)
-        demanded = {f"{name}.npy" for name in array_specs(metadata)}
-        if metadata.checksums.keys() != demanded:
-            other = ", ".join(sorted(metadata.checksums.keys() ^ demanded))
+        given = {
+            name: checked(name, right)
+            for name, right in _OPTIONAL.items()
+            if fields.get(name) is not None
+        }
+        metadata = cls(**values, **given, columns=columns, change=change)
+        demanded = array_specs(metadata)
+        if change is not None:
+            change.check(file, metadata, demanded)
+        if metadata.checksums.keys() != {metadata.file(name) for name in demanded}:
+            other = ", ".join(
+                sorted(metadata.checksums.keys() ^ {metadata.file(name) for name in demanded})
+            )
             raise IndexFormatError(
                 f"{file}: damaged: field 'checksums' and the other fields differ in {other}"
             )
         return metadata
+
+
+@dataclass(frozen=True)
+class Change:
+    """What `metadata.json` says of an index that was changed since it was built.
+
+    Attributes:
+      generation: the number of changes.
+      name: of the last change, one that nothing else has.
+      files: array -> file.
+      num_deleted: documents that are deleted, but still have their place.
+      num_listed_documents, num_listed_centroids: what the inverted lists on disk cover.
+      next_id: the id of the next document without one, where ids are numbers that the index gave;
+        None: ids are positions, or the documents' own.
+      num_added_tokens, num_outliers: of the documents added, and how many of these tokens are
+        farther than `outlier_distance` from their centroid.
+    """
+
+    generation: int
+    name: str
+    files: Mapping[str, str]
+    num_deleted: int
+    num_listed_documents: int
+    num_listed_centroids: int
+    next_id: int | None
+    num_added_tokens: int
+    num_outliers: int
+
+    @classmethod
+    def from_json(cls, file: Path, fields: Mapping[str, Any]) -> Change:
+        checked = _Checked(file, fields, "change.")
+        return cls(**{name: checked(name, right) for name, right in _CHANGE.items()})
+
+    def check(self, file: Path, metadata: Metadata, demanded: Mapping[str, Any]) -> None:
+        """Raises IndexFormatError where the fields contradict each other."""
+        for name in demanded.keys() ^ self.files.keys():
+            raise IndexFormatError(f"{file}: damaged: field 'change.files' and {name!r} differ")
+        for name, of in self.files.items():
+            if not is_array_file(of, name):
+                raise IndexFormatError(f"{file}: damaged: field 'change.files' names {of!r:.80}")
+        for part, whole in (
+            ("num_deleted", "num_documents"),
+            ("num_listed_documents", "num_documents"),
+            ("num_listed_centroids", "num_centroids"),
+        ):
+            if getattr(self, part) > getattr(metadata, whole):
+                raise IndexFormatError(f"{file}: damaged: {part} exceeds {whole}")
+
+
+def is_array_file(file: str, array: str) -> bool:
+    """Whether a file's name is one that an index gives to an array."""
+    return re.fullmatch(rf"{array}(-[1-9][0-9]{{0,17}})?\.npy", file, re.ASCII) is not None
+
+
+def is_fields_file(file: str) -> bool:
+    """Whether a file's name is one that an index gives to the documents' fields."""
+    return re.fullmatch(rf"{FIELDS}(-[1-9][0-9]{{0,17}})?\.sqlite", file, re.ASCII) is not None
+
+
+class _Checked:
+    """The fields of a JSON object, each held to what it may be."""
+
+    def __init__(self, file: Path, fields: Mapping[str, Any], where: str = ""):
+        self._file, self._fields, self._where = file, fields, where
+
+    def __call__(self, name: str, right: Any) -> Any:
+        if name not in self._fields or not right(self._fields[name]):
+            raise IndexFormatError(
+                f"{self._file}: field {self._where + name!r} is missing or damaged"
+            )
+        return self._fields[name]
 
 
 def _is_count(value: Any) -> bool:
@@ -134,8 +259,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    """A number of documents or centroids: there is one, and its place is an int32."""
-    return _is_count(value) and 1 <= value <= np.iinfo(np.int32).max
+    """A number of documents or centroids, whose places are int32."""
+    return _is_count(value) and value <= np.iinfo(np.int32).max
 
 
 def _is_object(value: Any) -> bool:
@@ -166,14 +291,30 @@ _FIELDS: dict[str, Any] = {
     "build": lambda value: isinstance(value, str),
     "num_documents": _is_size,
     "num_empty_documents": _is_count,
-    "num_tokens": lambda value: _is_count(value) and value > 0,
+    "num_tokens": _is_count,
     "num_centroids": _is_size,
     "num_list_entries": _is_count,
-    "dim": _is_size,
+    "dim": lambda value: _is_size(value) and value > 0,
     "nbits": lambda value: _is_count(value) and value in NBITS,
     "settings": _is_object,
     "model": lambda value: value is None or _is_object(value),
     "checksums": lambda value: _is_object(value) and all(map(_is_count, value.values())),
+}
+_OPTIONAL: dict[str, Any] = {
+    "origin": _is_object,
+    "outlier_distance": lambda value: isinstance(value, float) and 0 <= value <= _FARTHEST,
+    "fields": lambda value: isinstance(value, str) and is_fields_file(value),
+}
+_CHANGE: dict[str, Any] = {
+    "generation": lambda value: _is_count(value) and value > 0,
+    "name": lambda value: isinstance(value, str),
+    "files": lambda value: _is_object(value) and all(isinstance(v, str) for v in value.values()),
+    "num_deleted": _is_count,
+    "num_listed_documents": _is_count,
+    "num_listed_centroids": _is_count,
+    "next_id": lambda value: value is None or _is_count(value),
+    "num_added_tokens": _is_count,
+    "num_outliers": _is_count,
 }
 
 
@@ -181,47 +322,20 @@ def _size_field(column: str) -> str:
     return f"num_{column}_bytes"
 
 
-def write_metadata(
-    folder: Path,
-    *,
-    build: str,
-    lengths: np.ndarray,
-    num_centroids: int,
-    num_list_entries: int,
-    dim: int,
-    nbits: int,
-    settings: Mapping[str, Any],
-    model: Mapping[str, Any] | None,
-    columns: Mapping[str, int],
-    origin: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `metadata.json`, with the checksums of all arrays: the index is whole.
-
-    Args:
-      lengths: int[N], tokens of each document.
-      others: see `Metadata`.
-    """
-    metadata = Metadata(
-        build=build,
-        num_documents=len(lengths),
-        num_empty_documents=int((lengths == 0).sum()),
-        num_tokens=int(lengths.sum()),
-        num_centroids=num_centroids,
-        num_list_entries=num_list_entries,
-        dim=dim,
-        nbits=nbits,
-        settings=settings,
-        model=model,
-        columns=columns,
-        checksums={},
-        origin=origin,
-    )
-    names = [f"{name}.npy" for name in array_specs(metadata)]
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write `metadata.json` with the checksums of all arrays: the index is whole."""
     with IndexFiles(folder) as files:
-        checksums = {name: files.checksum(name) for name in names}
-    whole = dataclasses.replace(metadata, checksums=checksums)
+        checksums = {
+            metadata.file(name): files.checksum(metadata.file(name), dtype, shape)
+            for name, (dtype, shape) in array_specs(metadata).items()
+        }
+    replace_metadata(folder, dataclasses.replace(metadata, checksums=checksums))
+
+
+def replace_metadata(folder: Path, metadata: Metadata) -> None:
+    """Replace `metadata.json` in one step: from now on the index is what it says."""
     with naming(folder / METADATA):
-        write_json(folder / METADATA, whole.to_json())
+        write_json(folder / METADATA, metadata.to_json())
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -248,6 +362,15 @@ class IndexFiles:
             flags = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 self._descriptor = os.open(folder, flags)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether all files are opened in the same folder, wherever that is by now.
+
+        Then what metadata names is what was published with it: committed bytes never change, and a
+        file that has gone by now is missing.
+        """
+        return self._descriptor is not None
 
     def __enter__(self) -> IndexFiles:
         return self
@@ -296,19 +419,46 @@ class IndexFiles:
             ) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise IndexFormatError(f"{file}: damaged: {error!r}") from None
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, CHANGED_VERSION):
             raise IndexFormatError(
-                f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
+                f"{file}: format version {version}, this library reads {FORMAT_VERSION} and "
+                f"{CHANGED_VERSION}"
             )
         return Metadata.from_json(file, fields)
 
-    def checksum(self, name: str) -> int:
-        """CRC-32 of a file, read in blocks."""
-        crc = 0
-        with self.open(name) as stream:
-            while block := stream.read(1 << 22):
-                crc = zlib.crc32(block, crc)
+    def checksum(self, name: str, dtype: Any, shape: tuple[int, ...]) -> int:
+        """CRC-32 of the committed bytes of an array's file, read in blocks.
+
+        Raises IndexFormatError where it is shorter.
+        """
+        size = _HEADER + math.prod(shape) * np.dtype(dtype).itemsize
+        crc, read = self._checksum(name, size)
+        if read < size:
+            raise IndexFormatError(f"{self.folder / name}: damaged: shorter than {size} bytes")
         return crc
+
+    def whole_checksum(self, name: str) -> int:
+        """CRC-32 of a file."""
+        return self._checksum(name)[0]
+
+    def _checksum(self, name: str, most: int | None = None) -> tuple[int, int]:
+        """CRC-32 of a file, or of its first bytes, and how many they are."""
+        crc = done = 0
+        with self.open(name) as stream:
+            while block := stream.read(_READ if most is None else min(most - done, _READ)):
+                crc = zlib.crc32(block, crc)
+                done += len(block)
+        return crc, done
+
+
+def delete_others(folder: Path, metadata: Metadata) -> None:
+    """Delete the files of other states of an index; whoever has them mapped keeps them."""
+    kept = {METADATA, metadata.fields, *map(metadata.file, array_specs(metadata))}
+    for file in folder.iterdir():
+        database = file.name.removesuffix("-wal").removesuffix("-shm")
+        ours = any(is_array_file(file.name, name) for name in _ARRAYS) or is_fields_file(database)
+        if ours and file.name not in kept and database not in kept:
+            file.unlink(missing_ok=True)
 
 
 # --- Arrays ---------------------------------------------------------------------------------
@@ -325,12 +475,19 @@ def array_specs(metadata: Metadata) -> dict[str, tuple[type, tuple[int, ...]]]:
         "residuals": (np.uint8, (m.num_tokens, m.dim * m.nbits // 8)),
         "offsets": (np.int64, (m.num_documents + 1,)),
         "lists": (np.int32, (m.num_list_entries,)),
-        "list_offsets": (np.int64, (m.num_centroids + 1,)),
+        "list_offsets": (np.int64, (_num_listed_centroids(m) + 1,)),
     }
+    if m.num_deleted:
+        specs["deleted"] = (np.uint8, (-(-m.num_documents // 8),))
     for column, size in m.columns.items():
         data, offsets = string_arrays(column)
         specs |= {data: (np.uint8, (size,)), offsets: (np.int64, (m.num_documents + 1,))}
     return specs
+
+
+def _num_listed_centroids(metadata: Metadata) -> int:
+    change = metadata.change
+    return metadata.num_centroids if change is None else change.num_listed_centroids
 
 
 def string_arrays(column: str) -> tuple[str, str]:
@@ -338,13 +495,22 @@ def string_arrays(column: str) -> tuple[str, str]:
     return f"{column}s", f"{column}_offsets"
 
 
-def open_array(files: IndexFiles, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Map one array read-only. Raises IndexFormatError where it is missing, damaged or another."""
-    file = files.folder / f"{name}.npy"
+def open_array(
+    files: IndexFiles, name: str, dtype: type, shape: tuple[int, ...], grown: bool = False
+) -> np.ndarray:
+    """Map one array read-only. Raises IndexFormatError where it is missing, damaged or another.
+
+    Args:
+      name: of its file.
+      grown: its header may state fewer rows than it has by now.
+    """
+    file = files.folder / name
     try:
         with files.open(file.name) as stream:
             found = _read_header(stream)
-            if found != (np.dtype(dtype), shape):
+            fits = found[0] == np.dtype(dtype) and found[1][1:] == shape[1:]
+            rows = found[1][0] if len(found[1]) == len(shape) else None
+            if not fits or rows is None or rows > shape[0] or (rows < shape[0] and not grown):
                 raise IndexFormatError(
                     f"{file}: holds {found[0]} {list(found[1])}, but {METADATA} promises "
                     f"{np.dtype(dtype)} {list(shape)}"
@@ -387,7 +553,11 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     def read(files: IndexFiles) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
         metadata = files.metadata()
         specs = array_specs(metadata)
-        arrays = {name: open_array(files, name, *spec) for name, spec in specs.items()}
+        changed = metadata.change is not None
+        arrays = {
+            name: open_array(files, metadata.file(name), *spec, changed and name in GROWING)
+            for name, spec in specs.items()
+        }
         return files.folder, metadata, arrays
 
     folder, metadata, arrays = _undisturbed(path, read, _TRIES)
@@ -398,10 +568,12 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
             or offsets[-1] != getattr(metadata, total)
             or (offsets[1:] < offsets[:-1]).any()  # differences may overflow
         ):
-            raise IndexFormatError(f"{folder / name}.npy: damaged: not ascending from 0 to {total}")
+            file = folder / metadata.file(name)
+            raise IndexFormatError(f"{file}: damaged: not ascending from 0 to {total}")
     for name in ("bucket_cutoffs", "bucket_weights"):
         if not np.isfinite(arrays[name]).all():
-            raise IndexFormatError(f"{folder / name}.npy: damaged: holds NaN or infinite values")
+            file = folder / metadata.file(name)
+            raise IndexFormatError(f"{file}: damaged: holds NaN or infinite values")
     return folder, metadata, arrays
 
 
@@ -416,14 +588,16 @@ def verify(path: Path) -> None:
     """
 
     def read(files: IndexFiles) -> None:
-        for name, expected in files.metadata().checksums.items():
+        metadata = files.metadata()
+        for array, spec in array_specs(metadata).items():
+            name = metadata.file(array)
             try:
-                found = files.checksum(name)
+                found = files.checksum(name, *spec)
             except FileNotFoundError:
                 raise IndexFormatError(
                     f"{files.folder / name}: missing; the index is incomplete: build it again"
                 ) from None
-            if found != expected:
+            if found != metadata.checksums[name]:
                 raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
 
     _undisturbed(path, read, 1)
@@ -442,8 +616,8 @@ def _undisturbed(path: Path, read: Callable[[IndexFiles], _T], tries: int) -> _T
         try:
             with IndexFiles(folder) as files:
                 value = read(files)
-            if there is not None and identity(folder) == there:
-                return value
+                if files.is_anchored or (there is not None and identity(folder) == there):
+                    return value
             problem: Exception = IndexFormatError(f"{path}: replaced while it was being read")
         except (IndexFormatError, FileNotFoundError) as error:
             problem = error
@@ -456,8 +630,10 @@ def _undisturbed(path: Path, read: Callable[[IndexFiles], _T], tries: int) -> _T
 
 
 def identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells the index in a folder from every other that was or will be there. That of the
-    folder changes when it is moved away and back."""
+    """What tells the state of the index in a folder from every other that was or will be there.
+
+    That of the folder changes when it is moved away and back.
+    """
     try:
         stats = folder.stat(), (folder / METADATA).stat()
     except OSError:
@@ -562,5 +738,38 @@ class ArrayWriter:
         shape = (rows, *self.row)
         text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
         magic = b"\x93NUMPY\x01\x00"
-        room = 128 - len(magic) - 2
+        room = _HEADER - len(magic) - 2
         return magic + room.to_bytes(2, "little") + text.ljust(room - 1).encode() + b"\n"
+
+
+def append_rows(file: Path, rows: int, parts: Iterable[np.ndarray], crc: int) -> tuple[int, int]:
+    """Append to the committed rows of an array's file, durably; what follows them is cut off.
+
+    Readers have the committed rows mapped, so neither these nor the header are touched.
+
+    Args:
+      rows: how many are committed.
+      parts: arrays of rows.
+      crc: CRC-32 of what is committed.
+
+    Returns:
+      rows and CRC-32 of what is there now.
+    """
+    with file.open("r+b", buffering=0) as stream, naming(file):
+        dtype, shape = _read_header(stream)
+        row = math.prod(shape[1:]) * dtype.itemsize
+        end = stream.tell() + rows * row
+        if os.fstat(stream.fileno()).st_size < end:
+            raise IndexFormatError(f"{file}: truncated")
+        stream.truncate(end)
+        stream.seek(end)
+        for part in parts:
+            part = np.ascontiguousarray(part, dtype)
+            assert part.shape[1:] == shape[1:], (file, part.shape, shape)
+            left = memoryview(part.reshape(-1).view(np.uint8).data)
+            crc = zlib.crc32(left, crc)
+            while len(left):
+                left = left[stream.write(left) :]
+            rows += len(part)
+        os.fsync(stream.fileno())
+    return rows, crc

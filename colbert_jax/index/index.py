@@ -6,24 +6,32 @@ import contextlib
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from colbert_jax.compression.codec import ResidualCodec, decompress
+from colbert_jax.compression.kmeans import num_centroids_for
 from colbert_jax.compression.sharding import check_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.files import resolved
+from colbert_jax.index import changes
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
-from colbert_jax.index.columns import ID, TEXT, Column, Positions, open_column
-from colbert_jax.index.folder import METADATA
-from colbert_jax.index.sources import DocumentEncoder, EmbeddingSource, TextSource
+from colbert_jax.index.columns import ID, TEXT, Column, Positions, UnknownIdError, open_column
+from colbert_jax.index.folder import METADATA, locate
+from colbert_jax.index.inverted import recent_lists
+from colbert_jax.index.sources import (
+    DocumentEncoder,
+    DocumentSource,
+    EmbeddingSource,
+    TextSource,
+)
 from colbert_jax.runtime import check_process
 from colbert_jax.search.arrays import (
     DamagedArrayError,
@@ -34,16 +42,26 @@ from colbert_jax.search.arrays import (
 )
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
+_MANY_DELETED = 0.2  # of the documents: worth compacting
+_MANY_OUTLIERS = 0.25  # of the tokens added: worth new centroids; a build has a tenth
 
-class UnknownIdError(KeyError):
-    """An id that no document of the index has."""
 
-    def __str__(self) -> str:  # a KeyError's is its message in quotes
-        return str(self.args[0])
+class Selection(NamedTuple):
+    """Documents that a search may find.
+
+    allowed: bool[N] by position; None: all of them.
+    num_results: how many of them have a token.
+    """
+
+    allowed: np.ndarray | None
+    num_results: int
 
 
 class Index:
     """A compressed collection, searched with PLAID or exactly. Safe to share between threads.
+
+    It is one state of the index, the one that was opened: changes by others or by its own methods
+    do not touch it, they return the next state, as `refresh` does.
 
     Attributes:
       path: its folder.
@@ -51,8 +69,9 @@ class Index:
       ids: the documents' own ids, as strings; `ids[i]` for the document at position i.
       texts: the documents' texts by position; None where they are not kept.
       lengths: int64[N], tokens of each document.
+      deleted: bool[N], documents that are deleted and still have their place.
       arrays: the arrays that are searched, as they are on disk.
-      backend: what searches them.
+      backend: what searches them; None where there is nothing to find.
     """
 
     def __init__(
@@ -63,13 +82,14 @@ class Index:
         mesh: Mesh | None = None,
     ):
         self.path, self.metadata, self._files = path, metadata, files
+        self._mesh = mesh
         self.lengths = np.diff(files["offsets"])
-        self.arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
-        try:
-            with self._naming_the_file():
-                self.backend: Backend = choose_backend(self.arrays, mesh)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{path}: {error}") from None
+        self.deleted = self._read_deleted()
+        self._num_results = int(((self.lengths > 0) & ~self.deleted).sum())
+        arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
+        with self._naming_the_file():
+            self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
+        self.backend = self._choose_backend()
         self.texts: Column | None = open_column(path, TEXT, files)
         self.ids: Column = open_column(path, ID, files) or Positions(len(self.lengths))
         try:
@@ -77,12 +97,11 @@ class Index:
         except (TypeError, ValueError) as error:
             file = path / METADATA
             raise fmt.IndexFormatError(f"{file}: field 'model' is damaged: {error}") from None
-        self._num_results = int((self.lengths > 0).sum())
-        empty = len(self.lengths) - self._num_results
+        empty = int((self.lengths == 0).sum())
         if empty != metadata.num_empty_documents:
             raise fmt.IndexFormatError(
-                f"{path / 'offsets.npy'}: damaged: {empty} documents have no token, but {METADATA} "
-                f"says {metadata.num_empty_documents}"
+                f"{self._file('offsets')}: damaged: {empty} documents have no token, but "
+                f"{METADATA} says {metadata.num_empty_documents}"
             )
 
     @classmethod
@@ -137,16 +156,7 @@ class Index:
           RuntimeError: another process builds there.
           ValueError, TypeError: bad input, named.
         """
-        if isinstance(embeddings, DocumentEmbeddings) and lengths is None:
-            embeddings, lengths = embeddings.values, embeddings.lengths
-        by_text = model is not None and documents is not None
-        by_array = embeddings is not None and lengths is not None
-        if by_text == by_array or (model is None) != (documents is None):
-            raise TypeError(
-                "Index.build takes a model and documents, or embeddings= and lengths=, not both"
-            )
-        if isinstance(documents, (str, bytes)):
-            raise TypeError("documents must be an iterable of strings or of pairs, got one string")
+        make_source = _source("build", model, documents, embeddings, lengths, ids)
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
             nbits=nbits,
@@ -160,11 +170,7 @@ class Index:
         path = resolved(path)
         build_index(
             path,
-            lambda: (
-                EmbeddingSource(embeddings, lengths, ids)
-                if by_array
-                else TextSource(model, documents, ids)  # type: ignore[arg-type]
-            ),
+            lambda: make_source(0),
             config,
             model=None if model is None else model.describe(),
             store_texts=store_texts,
@@ -205,10 +211,11 @@ class Index:
             raise pickle.PicklingError(
                 f"{self.path}: spread over a mesh of devices: open it in each process"
             )
-        return _open_again, (str(self.path), self.metadata.build)
+        return _open_again, (str(self.path), self.metadata.state)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        """The number of documents, without those that are deleted."""
+        return len(self.lengths) - self.metadata.num_deleted
 
     def __repr__(self) -> str:
         return (
@@ -238,6 +245,8 @@ class Index:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        where: Mapping[str, Any] | Selection | None = None,
+        ids: Iterable[str] | None = None,
     ) -> Hits:
         """The k best documents of each query.
 
@@ -259,17 +268,17 @@ class Index:
           centroid_score_threshold: a document token counts in the first ranking of candidates where
             its centroid scores at least this for some query token.
           ndocs: candidates kept by that ranking; a quarter of them are scored on their residuals.
+          where, ids: find only these documents, see `select`; or `where` is what it returned.
 
         Returns:
           positions int32[B, min(k, N)] and scores float32 of that shape; here N counts documents
-          with a token.
+          with a token that may be found.
 
         Raises:
           ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
             mode, or settings of PLAID beside mode="exact"; a damaged file of the index, named.
         """
-        queries = self._checked(queries)
-        k = min(check_k(k), self._num_results)
+        queries, k = self._checked(queries), check_k(k)
         given = {
             name: plain(value)
             for name, value in (
@@ -287,12 +296,45 @@ class Index:
             )
         defaults = SearchConfig() if mode == "fast" else self._search_defaults
         settings = dataclasses.replace(defaults, **given)
-        if len(queries) == 0:
-            return Hits(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
+        selection = where if isinstance(where, Selection) else self.select(where, ids)
+        k = min(k, selection.num_results)
+        if len(queries) == 0 or self.backend is None or k == 0:
+            shape = len(queries), k
+            return Hits(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         with self._naming_the_file():
             if mode == "exact":
-                return self.backend.exact(queries, k)
-            return self.backend.plaid(queries, k, settings.resolve(k, mode))
+                return self.backend.exact(queries, k, selection.allowed)
+            return self.backend.plaid(queries, k, settings.resolve(k, mode), selection.allowed)
+
+    def select(
+        self, where: Mapping[str, Any] | None = None, ids: Iterable[str] | None = None
+    ) -> Selection:
+        """The documents that a search may find, for several searches of the same ones.
+
+        Args:
+          where: a condition on the documents' fields, such as `{"year": {"gte": 2020}}`
+            (docs/filters.md). If None, all.
+          ids: of documents. If None, all.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has one of the ids.
+          ValueError, TypeError: a condition that is none, saying where in it.
+        """
+        if where is None and ids is None:
+            # None: so that searches need not look.
+            return Selection(
+                ~self.deleted if self.metadata.num_deleted else None, self._num_results
+            )
+        allowed = ~self.deleted
+        if ids is not None:
+            chosen = np.zeros(len(allowed), bool)
+            chosen[[self.position(id) for id in ([ids] if isinstance(ids, str) else ids)]] = True
+            allowed &= chosen
+        if where is not None:
+            chosen = np.zeros(len(allowed), bool)
+            chosen[self._matching(where)] = True
+            allowed &= chosen
+        return Selection(allowed, int((allowed & (self.lengths > 0)).sum()))
 
     def position(self, id: str) -> int:
         """Where the document with an id is: `index.ids[index.position(id)] == id`.
@@ -303,7 +345,7 @@ class Index:
         """
         if not isinstance(id, str):
             raise TypeError(f"a document's id is a string, got {id!r:.80}")
-        position = self.ids.position(id)
+        position = self.ids.position(id, self.deleted)
         if position is None:
             raise UnknownIdError(f"{self.path}: no document has the id {id!r:.80}")
         return position
@@ -331,6 +373,222 @@ class Index:
             check_codes(((codes >= 0) & (codes < count)).all(), count)
         return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
 
+    # --- Changes ---
+
+    def refresh(self) -> Index:
+        """The index as it is at `path` now; this one, where nothing has changed.
+
+        Raises:
+          FileNotFoundError, ValueError: as `open`.
+        """
+        if fmt.read_metadata(locate(self.path)).state == self.metadata.state:
+            return self
+        return Index.open(self.path, self._mesh)
+
+    def add(
+        self,
+        model: DocumentEncoder | None = None,
+        documents: Iterable[str] | Iterable[tuple[Any, str]] | None = None,
+        *,
+        embeddings: Any = None,
+        lengths: Any = None,
+        ids: Iterable[Any] | None = None,
+        progress: bool | None = None,
+    ) -> Index:
+        """Add documents at the end, and return the index with them; this one stays as it is.
+
+        Searches go on meanwhile, here and in other processes. Interrupted, the index stays as it
+        was, and the same call goes on from its last finished chunk. New documents are compressed
+        with the index's centroids; where these do not fit them, new ones are added.
+
+        Args:
+          model, documents, embeddings, lengths, ids: as of `build`. Documents without ids get the
+            next numbers, where the others have numbers too.
+          progress: None: bars on a terminal.
+
+        Raises:
+          DuplicateIdError (a ValueError): ids that are there, before anything is encoded.
+          RuntimeError: somebody else builds or changes the index.
+          ValueError, TypeError: bad input, named.
+        """
+        return self._grown("add", model, documents, embeddings, lengths, ids, progress)
+
+    def update(
+        self,
+        model: DocumentEncoder | None = None,
+        documents: Iterable[tuple[Any, str]] | None = None,
+        *,
+        embeddings: Any = None,
+        lengths: Any = None,
+        ids: Iterable[Any] | None = None,
+        progress: bool | None = None,
+    ) -> Index:
+        """Replace documents by new ones of the same ids; as `add` else.
+
+        Raises:
+          UnknownIdError (a KeyError): ids that are not there, before anything is encoded.
+        """
+        return self._grown("update", model, documents, embeddings, lengths, ids, progress)
+
+    def upsert(
+        self,
+        model: DocumentEncoder | None = None,
+        documents: Iterable[tuple[Any, str]] | None = None,
+        *,
+        embeddings: Any = None,
+        lengths: Any = None,
+        ids: Iterable[Any] | None = None,
+        progress: bool | None = None,
+    ) -> Index:
+        """Add documents, replacing those whose ids are there; as `add` else."""
+        return self._grown("upsert", model, documents, embeddings, lengths, ids, progress)
+
+    def delete(self, ids: str | Iterable[str]) -> Index:
+        """Delete documents by their ids, and return the index without them.
+
+        Raises:
+          UnknownIdError (a KeyError): naming ids that no document has; nothing is deleted.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        changes.delete_documents(self.path, self._opened_now, ids)
+        return self.refresh()
+
+    def compact(self, progress: bool | None = None) -> Index:
+        """Free the room of deleted documents; positions change, ids stay.
+
+        Raises:
+          RuntimeError: somebody else builds or changes the index.
+        """
+        changes.compact(self.path, self._opened_now, progress)
+        return self.refresh()
+
+    def retrain(self, model: DocumentEncoder, progress: bool | None = None) -> Index:
+        """Build the index again from the texts that it keeps, and return that.
+
+        Raises:
+          ValueError: it keeps no texts.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        if self.texts is None:
+            raise ValueError(
+                f"{self.path}: keeps no texts to encode again (store_texts=False): build it again"
+            )
+
+        def documents() -> Iterator[tuple[str, str]]:
+            now = self.refresh()  # whoever builds holds the index: it stays as it is
+            assert now.texts is not None
+            for i in np.flatnonzero(~now.deleted).tolist():
+                yield now.ids.one(i), now.texts.one(i)
+
+        build_index(
+            self.path,
+            lambda: TextSource(model, documents()),
+            changes.config_of(self.metadata),
+            model=model.describe(),
+            overwrite=True,
+            progress=progress,
+            mesh=self._mesh,
+        )
+        return self.refresh()
+
+    def _grown(
+        self,
+        kind: str,
+        model: DocumentEncoder | None,
+        documents: Any,
+        embeddings: Any,
+        lengths: Any,
+        ids: Iterable[Any] | None,
+        progress: bool | None,
+    ) -> Index:
+        kept = _source(kind, model, documents, embeddings, lengths, ids)
+        now = self.refresh()
+        if now.metadata.num_centroids == 0 and kind != "update":
+            # Nothing was ever in it: its first documents are what a build starts from.
+            build_index(
+                self.path,
+                lambda: kept(0),
+                changes.config_of(now.metadata),
+                model=now.metadata.model,
+                store_texts=TEXT in now.metadata.columns,
+                overwrite=True,
+                progress=progress,
+                mesh=self._mesh,
+            )
+        else:
+            changes.add_documents(self.path, self._opened_now, kept, kind, progress)
+        return self.refresh()
+
+    def _opened_now(self) -> changes.Opened:
+        now = self.refresh()
+        return changes.Opened(now.path, now.metadata, now._files, now.ids, now.deleted)
+
+    def advice(self) -> list[str]:
+        """What would make searches of a changed index faster or better, in words."""
+        change, found = self.metadata.change, []
+        if change is None or not len(self):
+            return found
+        if self.metadata.num_deleted > _MANY_DELETED * len(self.lengths):
+            share = self.metadata.num_deleted / len(self.lengths)
+            found.append(f"{share:.0%} of the documents are deleted: compact frees their room")
+        tokens = int(self.lengths[~self.deleted].sum())
+        fit = num_centroids_for(tokens)
+        own = self.metadata.settings.get("num_centroids") is not None
+        if not own and not fit / 2 <= self.metadata.num_centroids <= 2 * fit:
+            found.append(
+                f"{self.metadata.num_centroids} centroids, a build of as many tokens would have "
+                f"{fit}: compact with retrain makes them anew"
+            )
+        elif change.num_outliers > _MANY_OUTLIERS * change.num_added_tokens:
+            found.append(
+                f"{change.num_outliers / change.num_added_tokens:.0%} of the tokens added are far "
+                "from all centroids: compact with retrain makes them anew"
+            )
+        return found
+
+    # --- Files ---
+
+    def _file(self, array: str) -> Path:
+        name = f"{array}.npy"  # of an array that is not on disk
+        known = self.metadata.change is None or array in self.metadata.change.files
+        return self.path / (self.metadata.file(array) if known else name)
+
+    def _choose_backend(self) -> Backend | None:
+        if self._num_results == 0:
+            return None
+        try:
+            with self._naming_the_file():
+                return choose_backend(self.arrays, self._mesh)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self.path}: {error}") from None
+
+    def _read_deleted(self) -> np.ndarray:
+        """bool[N]. Raises IndexFormatError unless as many are deleted as the metadata says."""
+        count, marks = len(self.lengths), self._files.get("deleted")
+        if marks is None:
+            return np.zeros(count, bool)
+        bits = np.unpackbits(np.asarray(marks), bitorder="little")
+        found, known = int(bits[:count].sum()), self.metadata.num_deleted
+        if found != known or bits[count:].any():
+            raise fmt.IndexFormatError(
+                f"{self._file('deleted')}: damaged: marks {int(bits.sum())} documents, but "
+                f"{METADATA} says {known}"
+            )
+        return bits[:count].astype(bool)
+
+    def _recent_lists(self) -> dict[str, np.ndarray]:
+        """Inverted lists of the documents that those on disk do not cover."""
+        change = self.metadata.change
+        if change is None or change.num_listed_documents == len(self.lengths):
+            return {}
+        lists = recent_lists(
+            self._files["codes"],
+            self._files["offsets"],
+            change.num_listed_documents,
+            self.metadata.num_centroids,
+        )
+        return dict(zip(("recent_lists", "recent_list_offsets"), lists, strict=True))
+
     def verify(self) -> None:
         """Read every file of the index that is at `path`, and compare checksums.
 
@@ -344,7 +602,7 @@ class Index:
         try:
             yield
         except DamagedArrayError as error:
-            file = self.path / f"{error.array}.npy"
+            file = self._file(error.array)
             raise fmt.IndexFormatError(
                 f"{file}: damaged: holds {error.holds}; copy the index again, or build it again"
             ) from None
@@ -367,10 +625,37 @@ class Index:
         return queries
 
 
-def _open_again(path: str, build: str) -> Index:
+def _source(
+    what: str,
+    model: DocumentEncoder | None,
+    documents: Any,
+    embeddings: Any,
+    lengths: Any,
+    ids: Iterable[Any] | None,
+) -> Callable[[int | None], DocumentSource]:
+    """What makes the source of documents, given the position of the first.
+
+    Raises TypeError for arguments that do not go together.
+    """
+    if isinstance(embeddings, DocumentEmbeddings) and lengths is None:
+        embeddings, lengths = embeddings.values, embeddings.lengths
+    by_text = model is not None and documents is not None
+    by_array = embeddings is not None and lengths is not None
+    if by_text == by_array or (model is None) != (documents is None):
+        raise TypeError(
+            f"Index.{what} takes a model and documents, or embeddings= and lengths=, not both"
+        )
+    if isinstance(documents, (str, bytes)):
+        raise TypeError("documents must be an iterable of strings or of pairs, got one string")
+    if model is not None:
+        return lambda first: TextSource(model, documents, ids, first=first)
+    return lambda first: EmbeddingSource(embeddings, lengths, ids, first=first)
+
+
+def _open_again(path: str, state: str) -> Index:
     """Open an index that `Index.__reduce__` has pickled."""
     index = Index.open(path)
-    if index.metadata.build != build:
+    if index.metadata.state != state:
         raise ValueError(f"{path}: another index than the one that was pickled; open it again")
     return index
 

@@ -96,3 +96,7 @@ def _pairs(codes: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[np.ndarray,
         pairs = np.unique(block * num_documents + documents)
         yield pairs // num_documents, pairs % num_documents
         start = stop
+
+
+def recent_lists(codes, offsets, first, num_centroids):
+    raise NotImplementedError

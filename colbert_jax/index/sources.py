@@ -99,8 +99,19 @@ class EmbeddingSource:
     Every process of a group has all of them, best as a mapped file, and reads its own share.
     """
 
-    def __init__(self, values: Any, lengths: Any, ids: Iterable[Any] | None = None):
-        """Raises ValueError for arrays that do not fit together."""
+    def __init__(
+        self,
+        values: Any,
+        lengths: Any,
+        ids: Iterable[Any] | None = None,
+        *,
+        first: int | None = 0,
+    ):
+        """
+        Args:
+          ids, first: see `columns.write_documents`.
+
+        Raises ValueError for arrays that do not fit together."""
         values, lengths = np.asarray(values), np.asarray(lengths)
         if values.dtype.name == "bfloat16":
             values = values.astype(np.float32)
@@ -119,12 +130,13 @@ class EmbeddingSource:
             raise ValueError("nothing to index: no document has a token")
         self.num_documents, self.dim = len(lengths), values.shape[1]
         self._values, self._offsets, self._ids = values, offsets_from_lengths(lengths), ids
+        self._first = first
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
         """Raises ValueError for a row of another length than one."""
         written = None
         if group.is_first:
-            written = write_ids(folder, self._ids, self.num_documents)
+            written = write_ids(folder, self._ids, self.num_documents, self._first)
         first, last = (int(self._offsets[i]) for i in self.share(group))
         digest = hashlib.sha256(self._offsets.tobytes())
         for start in range(first, last, _CHECK_ROWS):
@@ -168,13 +180,16 @@ class TextSource:
         model: DocumentEncoder,
         documents: Iterable[str] | Iterable[tuple[Any, str]],
         ids: Iterable[Any] | None = None,
+        *,
+        first: int | None = 0,
     ):
         """
         Args:
           documents: texts, or pairs (id, text).
-          ids: of texts without. If None, 0..N-1.
+          ids: of texts without. If None, their positions.
+          first: see `columns.write_documents`.
         """
-        self._model, self._documents, self._ids = model, documents, ids
+        self._model, self._documents, self._ids, self._first = model, documents, ids, first
         self.dim = model.dim
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
@@ -183,9 +198,7 @@ class TextSource:
         if group.is_first:
             total = operator.length_hint(self._documents) or None
             with progress_bar(total, "reading documents", "doc", show) as bar:
-                known = write_documents(folder, self._documents, self._ids, bar)
-            if not known.num_documents:
-                raise ValueError("the collection is empty: nothing to index")
+                known = write_documents(folder, self._documents, self._ids, bar, self._first)
         written = WrittenDocuments(*group.exchange("the documents", known)[0])
         ids = WrittenIds(*written.ids)
         self.num_documents = written.num_documents

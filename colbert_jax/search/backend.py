@@ -66,7 +66,7 @@ class Backend(ABC):
         self._num_centroids = len(arrays.centroids)
 
     @abstractmethod
-    def exact(self, queries: np.ndarray, k: int) -> Hits:
+    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         """The k best documents of each query by their scores on decompressed embeddings.
 
         Args:
@@ -74,7 +74,9 @@ class Backend(ABC):
           k: at most the number of documents that have a token.
         """
 
-    def plaid(self, queries: np.ndarray, k: int, settings: SearchConfig) -> Hits:
+    def plaid(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None = None
+    ) -> Hits:
         """The k best documents of each query by PLAID.
 
         A query with fewer candidates than k is searched again with more probes, and in the end
@@ -119,7 +121,7 @@ class CpuBackend(Backend):
         check_centroids(centroids.min(), centroids.max())
         return self._mapped
 
-    def exact(self, queries: np.ndarray, k: int) -> Hits:
+    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         return Hits(*cpu_exact(self._arrays, queries, k))
 
     def _plaid(
@@ -164,7 +166,7 @@ class DeviceBackend(Backend):
         check_placed(placed)
         return with_inverse_norms(placed)
 
-    def exact(self, queries: np.ndarray, k: int) -> Hits:
+    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         runtime.check_process()
         return exact_search(self.arrays, self._lengths, jnp.asarray(queries), k)
 
@@ -189,7 +191,7 @@ class ShardedBackend(Backend):
         self._capacities = _Capacities(arrays, mesh.devices.size)
         self._lock = threading.Lock()
 
-    def exact(self, queries: np.ndarray, k: int) -> Hits:
+    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         runtime.check_process()
         with self._lock:
             return sharded_exact_search(self._shards, self._lengths, queries, k)

@@ -44,7 +44,6 @@ def test_pairs_are_texts_with_their_ids(tmp_path, model, texts):
         ([("a", "x"), ("\ud800", "y")], ValueError, "the id of document 1 is not valid Unicode"),
         ([("a", "x"), ("b", "y"), ("a", "z")], ValueError, "duplicate .* 'a': documents 1 and 3"),
         ([(1, "x"), ("1", "y")], ValueError, "duplicate document id '1'"),
-        (iter([]), ValueError, "the collection is empty"),
     ],
 )
 def test_bad_documents(tmp_path, model, monkeypatch, documents, error, message):

@@ -185,7 +185,7 @@ def test_damaged_metadata(copy):
     file = copy / "metadata.json"
     metadata = json.loads(file.read_text())
     for change, message in [
-        ({"format_version": 99}, "format version 99, this library reads 1"),
+        ({"format_version": 99}, "format version 99, this library reads 1 and 2"),
         ({"num_tokens": None}, "field 'num_tokens' is missing or damaged"),
         ({"model": "x"}, "field 'model' is missing or damaged"),
         ({"model": {"search": {"depth": 3}}}, "field 'model' is damaged"),

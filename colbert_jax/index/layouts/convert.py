@@ -41,6 +41,7 @@ from colbert_jax.index.layouts.stanford import (
 from colbert_jax.index.layouts.stored import DiskIndex, read_npy
 from colbert_jax.index.sources import DocumentEncoder
 from colbert_jax.progress import progress_bar
+from colbert_jax.tensors.stored import Stored
 
 TARGETS = ("native", "stanford")
 
@@ -155,6 +156,19 @@ def detect_index(folder: Path) -> str:
 def read_ours(path: Path) -> DiskIndex:
     """An index of ours. Raises FileNotFoundError or IndexFormatError as `Index.open`."""
     folder, metadata, arrays = fmt.open_arrays(path)
+    if metadata.num_deleted:
+        raise ValueError(f"{path}: {metadata.num_deleted} of its documents are deleted: compact it")
+    change = metadata.change
+    listed = change is None or (
+        change.num_listed_documents == metadata.num_documents
+        and change.num_listed_centroids == metadata.num_centroids
+    )
+    specs = fmt.array_specs(metadata)
+
+    def stored(name: str) -> Stored:
+        # The header of an array that has grown states the rows that it began with.
+        return replace(read_npy(folder / metadata.file(name)), shape=specs[name][1])
+
     origin = metadata.origin or {}
     codec = ResidualCodec(*(np.array(arrays[f.name]) for f in fields(ResidualCodec)))
     config, average = origin.get("config") or {}, origin.get("avg_residual")
@@ -169,10 +183,10 @@ def read_ours(path: Path) -> DiskIndex:
         codec=codec,
         avg_residual=average,
         lengths=np.diff(arrays["offsets"]),
-        codes=[read_npy(folder / "codes.npy")],
-        residuals=[read_npy(folder / "residuals.npy")],
-        lists=read_npy(folder / "lists.npy"),
-        list_lengths=np.diff(arrays["list_offsets"]),
+        codes=[stored("codes")],
+        residuals=[stored("residuals")],
+        lists=stored("lists") if listed else None,
+        list_lengths=np.diff(arrays["list_offsets"]) if listed else None,
         config=config,
         checkpoint=checkpoint,
     )
@@ -213,10 +227,11 @@ def _write_ours(
             yield whole - done
             done = whole
     entries = _write_lists(index, folder, offsets)
-    fmt.write_metadata(
-        folder,
+    metadata = fmt.Metadata(
         build=uuid.uuid4().hex,
-        lengths=index.lengths,
+        num_documents=len(index.lengths),
+        num_empty_documents=int((index.lengths == 0).sum()),
+        num_tokens=int(index.lengths.sum()),
         num_centroids=index.num_centroids,
         num_list_entries=entries,
         dim=index.dim,
@@ -229,7 +244,9 @@ def _write_ours(
             "config": dict(index.config),
             "avg_residual": index.avg_residual,
         },
+        checksums={},
     )
+    fmt.write_metadata(folder, metadata)
 
 
 def _write_columns(
