@@ -9,7 +9,8 @@ integer maxima vectorise, while float maxima do not because of NaN. Nothing is r
 
 Codes and entries of inverted lists come from mapped files that nobody has read before: each is held
 to its range before memory is addressed with it. Negative ones are larger than all as uint32. A
-block of codes costs a maximum, which vectorises; an entry a minimum beside its scattered write.
+block of codes costs a maximum, which vectorises over a slice from 0 on (with an index that might be
+negative, numba wraps each access around); an entry a minimum beside its scattered write.
 """
 
 from __future__ import annotations
@@ -127,10 +128,10 @@ def candidates(cells, lists, list_offsets, marks, words, positions):
 
 
 @compiled
-def largest(codes, start, stop):
-    """The largest of codes start..stop-1, as uint32; 0 of none."""
+def largest(codes):
+    """The largest of some codes, as uint32; 0 of none."""
     most = np.uint32(0)
-    for t in range(start, stop):
+    for t in range(len(codes)):
         most = max(most, np.uint32(codes[t]))
     return most
 
@@ -159,11 +160,11 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
         any_kept = False
         while token < end:
             n = 0
-            stop_token = min(token + 256, end)
-            if largest(codes, token, stop_token) >= num_centroids:
+            block = codes[token : min(token + 256, end)]
+            if largest(block) >= num_centroids:
                 return False
-            for t in range(token, stop_token):
-                code = np.uint32(codes[t])
+            for t in range(len(block)):
+                code = np.uint32(block[t])
                 kept[n] = code
                 n += centroid_best[code] >= threshold
             token += 256
@@ -216,20 +217,20 @@ def keep_best(positions, scores, count, n):
 
 
 @compiled
-def decompress(centroids, table, codes, residuals, first, n, tokens, words, scale):
-    """Decompress tokens first..first+n-1, without normalising them.
+def decompress(centroids, table, codes, residuals, tokens, words, scale):
+    """Decompress n tokens, without normalising them.
 
     Args:
-      codes: all of them centroids.
+      codes, residuals: of these tokens; all codes are centroids.
       table: [256, m], m words of memory that hold the 8 / b bucket weights of a residual byte.
       tokens: float32[rows, D], the first n rows are filled.
       words: [rows, P * m], the memory of `tokens` as such words.
       scale: float32[rows], the first n are filled: 1 / the length of each token embedding.
     """
-    dim = tokens.shape[1]
+    n, dim = len(codes), tokens.shape[1]
     per_byte = table.shape[1]
     for t in range(n):
-        packed = residuals[first + t]
+        packed = residuals[t]
         target = words[t]
         if per_byte == 1:
             for p in range(len(packed)):
@@ -241,7 +242,7 @@ def decompress(centroids, table, codes, residuals, first, n, tokens, words, scal
                     target[p * per_byte + m] = row[m]
     # Not in the loop above: loads would wait for the smaller stores to the same memory.
     for t in range(n):
-        centroid = centroids[np.uint32(codes[first + t])]
+        centroid = centroids[np.uint32(codes[t])]
         values = tokens[t]
         square = _ZERO
         for d in range(dim):
@@ -301,9 +302,10 @@ def score_exactly(
         best[:] = -np.inf
         for base in range(first, end, len(tokens)):
             n = min(len(tokens), end - base)
-            if largest(codes, base, base + n) >= len(centroids):
+            block = codes[base : base + n]
+            if largest(block) >= len(centroids):
                 return False
-            decompress(centroids, table, codes, residuals, base, n, tokens, words, scale)
+            decompress(centroids, table, block, residuals[base : base + n], tokens, words, scale)
             for b in range(num_queries):
                 update_best(tokens, scale, n, queries[b], best[b])
         for b in range(num_queries):

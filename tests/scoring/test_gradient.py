@@ -103,7 +103,8 @@ def test_scores_and_gradients(data, form, monkeypatch, elements):
 
 
 def test_plain_forms_have_the_same_scores(data):
-    queries, documents, mask, *_ = data
+    """All similarities are positive: where they cancel, the last bits of a sum are most of it."""
+    queries, documents, mask = np.abs(data[0]), np.abs(data[1]), data[2]
     np.testing.assert_allclose(
         nway_scores(queries, documents, mask), maxsim_nway(queries, documents, mask), rtol=1e-6
     )

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 import pytest
 import support
+from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import stanford_examples
 from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.run import Checkpoints
 from colbert_jax.training.step import make_gradients
@@ -256,15 +258,33 @@ def test_frozen_layers(stanford_folder, source, tmp_path):
     assert metrics(tmp_path)[1]["lr"] > 0
 
 
+def some_batch() -> ExampleBatch:
+    """Two queries with four documents each."""
+    ids = np.random.default_rng(0).integers(10, 200, (8, 12)).astype(np.int32)
+    rows = TokenBatch(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
+    return ExampleBatch(
+        TokenBatch(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_on_two_devices(activation, start, eight_devices):
+    """JAX refuses the derivatives of some functions where it checks what differs by device."""
+    model = start()
+    backbone = dataclasses.replace(model.encoder_config.backbone, hidden_act=activation)
+    encoder = dataclasses.replace(model.encoder_config, backbone=backbone)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=eight_devices[:2])
+    gradients = make_gradients(encoder, changed(remat=True, chunk=1), "float32", mesh)
+    batch = some_batch()._replace(scores=np.zeros((2, 4), np.float32))
+    traced = gradients.trace(model.params, batch, 0, 0, trained=("backbone", "head"))
+    assert jax.tree.structure(traced.out_info[0]) == jax.tree.structure(model.params)
+
+
 @pytest.mark.slow
 def test_gradients_of_what_is_not_frozen(stanford_folder):
     """They are those of training everything."""
     model = ColBERT.from_pretrained(stanford_folder, dtype="float32", devices=jax.devices()[:1])
-    ids = np.random.default_rng(0).integers(10, 200, (8, 12)).astype(np.int32)
-    rows = TokenBatch(ids, np.full(8, 12, np.int32), np.ones((8, 12), bool))
-    batch = ExampleBatch(
-        TokenBatch(*(x[:2] for x in rows)), (rows,), np.arange(8, dtype=np.int32), None
-    )
+    batch = some_batch()
 
     def of(freeze_layers: int) -> dict:
         config = changed(loss="cross-entropy", freeze_layers=freeze_layers)
