@@ -365,7 +365,7 @@ class Index:
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         check_process()
-        i = range(len(self))[i]
+        i = range(len(self.lengths))[i]
         start, stop = self._files["offsets"][i : i + 2]
         codes, residuals = self._files["codes"][start:stop], self._files["residuals"][start:stop]
         count = len(self._files["centroids"])
