@@ -54,7 +54,6 @@ CHANGED_VERSION = 2  # of what was changed since
 _STRINGS = ("pids", "pid_offsets", "texts", "text_offsets")
 GROWING = frozenset(("codes", "residuals", "offsets", "centroids", "deleted", *_STRINGS))
 _ARRAYS = GROWING | {"bucket_cutoffs", "bucket_weights", "lists", "list_offsets"}
-FIELDS = "fields"
 _TRIES = 20  # to open an index that stays as it is
 _HEADER = 128  # bytes of the header of an array's file
 _ZEROS = 1 << 20  # bytes written at a time
@@ -237,7 +236,7 @@ def is_array_file(file: str, array: str) -> bool:
 
 def is_fields_file(file: str) -> bool:
     """Whether a file's name is one that an index gives to the documents' fields."""
-    return re.fullmatch(rf"{FIELDS}(-[1-9][0-9]{{0,17}})?\.sqlite", file, re.ASCII) is not None
+    return re.fullmatch(r"fields(-[1-9][0-9]{0,17})?\.sqlite", file, re.ASCII) is not None
 
 
 class _Checked:
@@ -455,7 +454,7 @@ def delete_others(folder: Path, metadata: Metadata) -> None:
     """Delete the files of other states of an index; whoever has them mapped keeps them."""
     kept = {METADATA, metadata.fields, *map(metadata.file, array_specs(metadata))}
     for file in folder.iterdir():
-        database = file.name.removesuffix("-wal").removesuffix("-shm")
+        database = re.sub("-(wal|shm|journal)$", "", file.name)
         ours = any(is_array_file(file.name, name) for name in _ARRAYS) or is_fields_file(database)
         if ours and file.name not in kept and database not in kept:
             file.unlink(missing_ok=True)
@@ -577,10 +576,13 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     return folder, metadata, arrays
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, others: Callable[[Path, Metadata], None]) -> None:
     """Read every file that an index has, and compare checksums.
 
     An index that is replaced meanwhile is not damaged: the new one is read.
+
+    Args:
+      others: checks what else metadata names, in the index's folder.
 
     Raises:
       IndexFormatError: naming a file that is damaged or missing.
@@ -599,6 +601,7 @@ def verify(path: Path) -> None:
                 ) from None
             if found != metadata.checksums[name]:
                 raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
+        others(files.folder, metadata)
 
     _undisturbed(path, read, 1)
 

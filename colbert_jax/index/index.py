@@ -18,12 +18,15 @@ from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.compression.kmeans import num_centroids_for
 from colbert_jax.compression.sharding import check_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
+from colbert_jax.data.fields import Value
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.files import resolved
 from colbert_jax.index import changes
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.columns import ID, TEXT, Column, Positions, UnknownIdError, open_column
+from colbert_jax.index.fields import FieldStore, verify_fields
+from colbert_jax.index.filters import FilterError, parse_filter
 from colbert_jax.index.folder import METADATA, locate
 from colbert_jax.index.inverted import recent_lists
 from colbert_jax.index.sources import (
@@ -90,6 +93,9 @@ class Index:
         with self._naming_the_file():
             self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
         self.backend = self._choose_backend()
+        self._fields: FieldStore | None = None
+        if metadata.fields is not None:
+            self._fields = FieldStore(path / metadata.fields, len(self.lengths))
         self.texts: Column | None = open_column(path, TEXT, files)
         self.ids: Column = open_column(path, ID, files) or Positions(len(self.lengths))
         try:
@@ -114,6 +120,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         nbits: int | None = None,
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
@@ -132,12 +139,14 @@ class Index:
 
         Args:
           path: the index folder.
-          model, documents: a model, and any iterable of texts or of pairs (id, text). It is read
-            once.
+          model, documents: a model, and any iterable of texts, of pairs (id, text), or of triples
+            (id, text, fields). It is read once.
           embeddings, lengths: or float[T, D] token embeddings of unit length (in memory or mapped),
             and the documents' lengths [N]; or a `DocumentEmbeddings` alone.
           ids: the documents' own ids, one each, where `documents` does not bring them. If None,
             0..N-1.
+          fields: the documents' fields, a dict or None for each, where `documents` does not bring
+            them: for searches of some documents only (docs/filters.md).
           nbits: bits per dimension of the residuals, 1, 2, 4 or 8. None: what the checkpoint asks
             for, else 2.
           kmeans_niters: None: what the checkpoint asks for, else 4.
@@ -156,7 +165,7 @@ class Index:
           RuntimeError: another process builds there.
           ValueError, TypeError: bad input, named.
         """
-        make_source = _source("build", model, documents, embeddings, lengths, ids)
+        make_source = _source("build", model, documents, embeddings, lengths, ids, fields)
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
             nbits=nbits,
@@ -196,7 +205,17 @@ class Index:
         """
         if mesh is not None:
             check_mesh(mesh)
-        return cls(*fmt.open_arrays(resolved(path)), mesh)
+        path = resolved(path)
+        while True:
+            folder, metadata, arrays = fmt.open_arrays(path)
+            try:
+                opened = cls(folder, metadata, arrays, mesh)
+                if metadata.fields is None or _state_of(path) == metadata.state:
+                    return opened
+            except FileNotFoundError:
+                if _state_of(path) == metadata.state:
+                    raise
+            # It has changed since, so the fields may be another state's than the arrays.
 
     def __reduce__(self) -> Any:
         """Pickle the path, not the arrays.
@@ -318,7 +337,8 @@ class Index:
 
         Raises:
           UnknownIdError (a KeyError): no document has one of the ids.
-          ValueError, TypeError: a condition that is none, saying where in it.
+          FilterError (a ValueError), TypeError: a condition that is none, saying where in it; or on
+            a field that no document has.
         """
         if where is None and ids is None:
             # None: so that searches need not look.
@@ -331,9 +351,10 @@ class Index:
             chosen[[self.position(id) for id in ([ids] if isinstance(ids, str) else ids)]] = True
             allowed &= chosen
         if where is not None:
-            chosen = np.zeros(len(allowed), bool)
-            chosen[self._matching(where)] = True
-            allowed &= chosen
+            if self._fields is None:
+                parse_filter(where)
+                raise FilterError(f"{self.path}: its documents have no fields")
+            allowed &= self._fields.allowed(where)
         return Selection(allowed, int((allowed & (self.lengths > 0)).sum()))
 
     def position(self, id: str) -> int:
@@ -362,6 +383,19 @@ class Index:
             raise ValueError(f"{self.path}: keeps no texts (it was built with store_texts=False)")
         return self.texts[position]
 
+    def fields(self, id: str) -> dict[str, Value]:
+        """The fields of the document with an id; empty where it has none.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has it.
+        """
+        position = self.position(id)
+        return {} if self._fields is None else self._fields.fields(position)
+
+    def field_names(self) -> dict[str, list[str]]:
+        """The fields that documents have, and what they hold: number, string, bool, list."""
+        return {} if self._fields is None else self._fields.names()
+
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         check_process()
@@ -381,7 +415,7 @@ class Index:
         Raises:
           FileNotFoundError, ValueError: as `open`.
         """
-        if fmt.read_metadata(locate(self.path)).state == self.metadata.state:
+        if _state_of(self.path) == self.metadata.state:
             return self
         return Index.open(self.path, self._mesh)
 
@@ -393,6 +427,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Add documents at the end, and return the index with them; this one stays as it is.
@@ -402,8 +437,8 @@ class Index:
         with the index's centroids; where these do not fit them, new ones are added.
 
         Args:
-          model, documents, embeddings, lengths, ids: as of `build`. Documents without ids get the
-            next numbers, where the others have numbers too.
+          model, documents, embeddings, lengths, ids, fields: as of `build`. Documents without ids
+            get the next numbers, where the others have numbers too.
           progress: None: bars on a terminal.
 
         Raises:
@@ -411,7 +446,7 @@ class Index:
           RuntimeError: somebody else builds or changes the index.
           ValueError, TypeError: bad input, named.
         """
-        return self._grown("add", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("add", model, documents, embeddings, lengths, ids, fields, progress)
 
     def update(
         self,
@@ -421,6 +456,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Replace documents by new ones of the same ids; as `add` else.
@@ -428,7 +464,7 @@ class Index:
         Raises:
           UnknownIdError (a KeyError): ids that are not there, before anything is encoded.
         """
-        return self._grown("update", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("update", model, documents, embeddings, lengths, ids, fields, progress)
 
     def upsert(
         self,
@@ -438,10 +474,11 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Add documents, replacing those whose ids are there; as `add` else."""
-        return self._grown("upsert", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("upsert", model, documents, embeddings, lengths, ids, fields, progress)
 
     def delete(self, ids: str | Iterable[str]) -> Index:
         """Delete documents by their ids, and return the index without them.
@@ -474,11 +511,12 @@ class Index:
                 f"{self.path}: keeps no texts to encode again (store_texts=False): build it again"
             )
 
-        def documents() -> Iterator[tuple[str, str]]:
+        def documents() -> Iterator[tuple[str, str, dict[str, Value]]]:
             now = self.refresh()  # whoever builds holds the index: it stays as it is
             assert now.texts is not None
             for i in np.flatnonzero(~now.deleted).tolist():
-                yield now.ids.one(i), now.texts.one(i)
+                fields = {} if now._fields is None else now._fields.fields(i)
+                yield now.ids.one(i), now.texts.one(i), fields
 
         build_index(
             self.path,
@@ -499,9 +537,10 @@ class Index:
         embeddings: Any,
         lengths: Any,
         ids: Iterable[Any] | None,
+        fields: Iterable[Mapping[str, Any] | None] | None,
         progress: bool | None,
     ) -> Index:
-        kept = _source(kind, model, documents, embeddings, lengths, ids)
+        kept = _source(kind, model, documents, embeddings, lengths, ids, fields)
         now = self.refresh()
         if now.metadata.num_centroids == 0 and kind != "update":
             # Nothing was ever in it: its first documents are what a build starts from.
@@ -525,7 +564,8 @@ class Index:
 
     def advice(self) -> list[str]:
         """What would make searches of a changed index faster or better, in words."""
-        change, found = self.metadata.change, []
+        found: list[str] = []
+        change = self.metadata.change
         if change is None or not len(self):
             return found
         if self.metadata.num_deleted > _MANY_DELETED * len(self.lengths):
@@ -594,7 +634,7 @@ class Index:
 
         Raises ValueError naming a file that is damaged or missing.
         """
-        fmt.verify(self.path)
+        fmt.verify(self.path, _verify_fields)
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -632,6 +672,7 @@ def _source(
     embeddings: Any,
     lengths: Any,
     ids: Iterable[Any] | None,
+    fields: Iterable[Mapping[str, Any] | None] | None,
 ) -> Callable[[int | None], DocumentSource]:
     """What makes the source of documents, given the position of the first.
 
@@ -648,8 +689,17 @@ def _source(
     if isinstance(documents, (str, bytes)):
         raise TypeError("documents must be an iterable of strings or of pairs, got one string")
     if model is not None:
-        return lambda first: TextSource(model, documents, ids, first=first)
-    return lambda first: EmbeddingSource(embeddings, lengths, ids, first=first)
+        return lambda first: TextSource(model, documents, ids, fields, first=first)
+    return lambda first: EmbeddingSource(embeddings, lengths, ids, fields, first=first)
+
+
+def _state_of(path: Path) -> str:
+    return fmt.read_metadata(locate(path)).state
+
+
+def _verify_fields(folder: Path, metadata: fmt.Metadata) -> None:
+    if metadata.fields is not None:
+        verify_fields(folder / metadata.fields, metadata.num_documents)
 
 
 def _open_again(path: str, state: str) -> Index:

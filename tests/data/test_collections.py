@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from colbert_jax.data.collections import read_documents
 from colbert_jax.evaluation import read_collection, read_qrels, read_queries
 
 
@@ -76,6 +77,20 @@ def test_a_title_without_a_text_is_the_text(tmp_path):
 def test_empty_fields_at_the_end_are_no_text(tmp_path):
     assert list(read_collection(write(tmp_path / "c.tsv", "1\ta\tT\t\t\n"))) == [("1", "T | a")]
     assert read_queries(write(tmp_path / "q.tsv", "1\ta\t\n")) == {"1": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("c.tsv", "id\turl\ttitle\ttext\n7\thttp://x\tT\ta\n8\t\t\tb\n"),
+        ("c.tsv", "1\ta\tT\n2\tb\n"),
+        ("c.jsonl", '{"_id": 1, "title": "T", "text": "a", "metadata": {"x": 1}}\n'),
+        ("c.txt", "a\nb\n"),
+    ],
+)
+def test_fields_do_not_change_ids_and_texts(tmp_path, name, data):
+    file = write(tmp_path / name, data)
+    assert [found[:2] for found in read_documents(file)] == list(read_collection(file))
 
 
 @pytest.mark.parametrize(
