@@ -35,11 +35,12 @@ import numpy as np
 
 from colbert_jax.compression.codec import check_packable
 from colbert_jax.config import NBITS
-from colbert_jax.files import write_json
+from colbert_jax.files import present, write_json
 from colbert_jax.index.folder import METADATA, building_folder, locate, naming
 
 FORMAT_VERSION = 1
 _TRIES = 20  # to open an index that stays as it is
+_LARGEST = float(np.finfo(np.float16).max)  # weight; larger ones overflow in sums of squares
 _ZEROS = 1 << 20  # bytes written at a time
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -68,7 +69,7 @@ class Metadata:
       model: how to load the model, how to know it, and its search settings (`ColBERT.describe`);
         None: unknown.
       columns: the bytes of each column of strings that is there.
-      checksums: CRC-32 of each file.
+      checksums: CRC-32 of each file; that of `metadata.json` is of the other fields.
       origin: of a converted index, where it comes from.
     """
 
@@ -121,12 +122,20 @@ class Metadata:
         origin = checked("origin", _is_object) if fields.get("origin") is not None else None
         metadata = cls(**values, columns=columns, origin=origin)
         demanded = {f"{name}.npy" for name in array_specs(metadata)}
-        if metadata.checksums.keys() != demanded:
-            other = ", ".join(sorted(metadata.checksums.keys() ^ demanded))
+        named = metadata.checksums.keys() - {METADATA}
+        if named != demanded:
+            other = ", ".join(sorted(named ^ demanded))
             raise IndexFormatError(
                 f"{file}: damaged: field 'checksums' and the other fields differ in {other}"
             )
         return metadata
+
+
+def own_checksum(fields: Mapping[str, Any]) -> int:
+    """CRC-32 of the fields of `metadata.json`, whatever their order, but for itself."""
+    others = {name: sum_ for name, sum_ in fields["checksums"].items() if name != METADATA}
+    text = json.dumps({**fields, "checksums": others}, sort_keys=True)
+    return zlib.crc32(text.encode("ascii"))
 
 
 def _is_count(value: Any) -> bool:
@@ -219,9 +228,10 @@ def write_metadata(
     names = [f"{name}.npy" for name in array_specs(metadata)]
     with IndexFiles(folder) as files:
         checksums = {name: files.checksum(name) for name in names}
-    whole = dataclasses.replace(metadata, checksums=checksums)
+    fields = dataclasses.replace(metadata, checksums=checksums).to_json()
+    fields["checksums"] = {**checksums, METADATA: own_checksum(fields)}
     with naming(folder / METADATA):
-        write_json(folder / METADATA, whole.to_json())
+        write_json(folder / METADATA, fields)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -233,6 +243,17 @@ def read_metadata(folder: Path) -> Metadata:
     """
     with IndexFiles(folder) as files:
         return files.metadata()
+
+
+def read_build(path: Path) -> str | None:
+    """What the index at a path is called (`Metadata.build`); None where there is none.
+
+    Raises IndexFormatError for one that this version cannot read.
+    """
+    try:
+        return read_metadata(locate(path)).build
+    except FileNotFoundError:
+        return None
 
 
 class IndexFiles:
@@ -268,8 +289,11 @@ class IndexFiles:
         def opener(path: str, flags: int) -> int:
             where = path if self._descriptor is None else name
             flags |= getattr(os, "O_NONBLOCK", 0)
-            with naming(file):
+            try:
                 descriptor = os.open(where, flags, dir_fd=self._descriptor)
+            except OSError as error:
+                error.filename = str(file)  # not only its name in the folder
+                raise
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
                 raise IndexFormatError(f"{file}: is no file but a folder, pipe or device")
@@ -279,6 +303,10 @@ class IndexFiles:
 
     def metadata(self) -> Metadata:
         """See `read_metadata`."""
+        return Metadata.from_json(self.folder / METADATA, self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of `metadata.json`, of which only the version is checked."""
         file = self.folder / METADATA
         try:
             with self.open(METADATA) as stream:
@@ -300,7 +328,7 @@ class IndexFiles:
             raise IndexFormatError(
                 f"{file}: format version {version}, this library reads {FORMAT_VERSION}"
             )
-        return Metadata.from_json(file, fields)
+        return fields
 
     def checksum(self, name: str) -> int:
         """CRC-32 of a file, read in blocks."""
@@ -400,15 +428,18 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
         ):
             raise IndexFormatError(f"{folder / name}.npy: damaged: not ascending from 0 to {total}")
     for name in ("bucket_cutoffs", "bucket_weights"):
-        if not np.isfinite(arrays[name]).all():
-            raise IndexFormatError(f"{folder / name}.npy: damaged: holds NaN or infinite values")
+        if not (np.abs(arrays[name]) <= _LARGEST).all():
+            raise IndexFormatError(
+                f"{folder / name}.npy: damaged: holds NaN or infinite values, or too large ones"
+            )
     return folder, metadata, arrays
 
 
 def verify(path: Path) -> None:
     """Read every file that an index has, and compare checksums.
 
-    An index that is replaced meanwhile is not damaged: the new one is read.
+    An index that is replaced meanwhile is not damaged: the new one is read. Metadata that somebody
+    has edited are opened, but differ from their checksum; those of earlier versions have none.
 
     Raises:
       IndexFormatError: naming a file that is damaged or missing.
@@ -416,9 +447,10 @@ def verify(path: Path) -> None:
     """
 
     def read(files: IndexFiles) -> None:
-        for name, expected in files.metadata().checksums.items():
+        fields = files.fields()
+        for name, expected in Metadata.from_json(files.folder / METADATA, fields).checksums.items():
             try:
-                found = files.checksum(name)
+                found = own_checksum(fields) if name == METADATA else files.checksum(name)
             except FileNotFoundError:
                 raise IndexFormatError(
                     f"{files.folder / name}: missing; the index is incomplete: build it again"
@@ -489,7 +521,7 @@ class ArrayWriter:
         self.dtype, self.row, self.rows = np.dtype(dtype), row, rows
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
-        if rows and (not file.is_file() or file.stat().st_size < size):
+        if rows and (not present(file) or file.stat().st_size < size):
             raise IndexFormatError(
                 f"{file}: shorter than its build committed; delete {file.parent} and build again"
             )

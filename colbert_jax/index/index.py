@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from colbert_jax.search.arrays import (
     check_k,
 )
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
+
+_COMPARED = 1024  # texts in memory at a time
 
 
 class UnknownIdError(KeyError):
@@ -128,7 +130,7 @@ class Index:
           seed: of the sample and the centroids.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is there.
-          progress: None: bars on a terminal.
+          progress: True for bars. If None, bars on a terminal, else log lines.
           mesh: one axis of devices for k-means and compression. None: all of them, those of every
             process under `jax.distributed` (docs/distributed.md); on one machine's CPU, its cores.
 
@@ -365,6 +367,35 @@ class Index:
         if not np.isfinite(queries).all():
             raise ValueError("queries contain NaN or infinite values")
         return queries
+
+
+def check_documents(index: Index, documents: Sequence[str | tuple[str, str]], remedy: str) -> None:
+    """Hold an index that is there to the documents that one is wanted of.
+
+    Args:
+      documents: texts, or pairs (id, text).
+      remedy: what to do about another collection, for the error.
+
+    Raises:
+      FileExistsError: it holds other documents, or keeps no texts to be compared.
+    """
+    where = f"{index.path}: an index of another collection:"
+    if len(index) != len(documents):
+        raise FileExistsError(
+            f"{where} {len(index)} documents, not these {len(documents)}; {remedy}"
+        )
+    if index.texts is None:
+        raise FileExistsError(
+            f"{index.path}: keeps no texts, so nobody knows whether it is of this collection; "
+            f"{remedy}"
+        )
+    for start in range(0, len(documents), _COMPARED):
+        part = documents[start : start + _COMPARED]
+        positions = range(start, start + len(part))
+        for i, document, text in zip(positions, part, index.texts[positions], strict=True):
+            wanted = (index.ids[i], document) if isinstance(document, str) else document
+            if wanted != (index.ids[i], text):
+                raise FileExistsError(f"{where} document {i} is another one; {remedy}")
 
 
 def _open_again(path: str, build: str) -> Index:
