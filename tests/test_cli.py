@@ -371,6 +371,9 @@ def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
     assert "Indexing 80 docstrings" in first and "is there" in second
     for question in demo.QUESTIONS:
         assert question in first and question in second
+    documents["re.sub"] = "another Python's"
+    assert main(list(map(str, arguments))) == 2
+    assert "an index of another collection: 80 documents, not these 81" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -458,7 +458,8 @@ def decode(raw: bytes, *, first: bool = False) -> str:
     """A line's text without its end; `first`: without the byte-order mark too.
 
     Raises:
-      ValueError: not UTF-8, or several lines with the line ends of old Macs; without the place.
+      ValueError: not UTF-8, a NUL byte, or several lines with the line ends of old Macs; without
+        the place.
     """
     try:
         line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
@@ -467,6 +468,11 @@ def decode(raw: bytes, *, first: bool = False) -> str:
             f"not UTF-8 (byte {error.start + 1} of the line, "
             f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
         ) from None
+    if "\0" in line:
+        raise ValueError(
+            f"a NUL byte, after {line.partition(chr(0))[0][-40:]!r}: the file is damaged, or "
+            "UTF-16; copy it again, or convert it with iconv"
+        )
     if "\r" in line:
         raise ValueError(
             f"a carriage return inside the line, after {line.partition(chr(13))[0][-40:]!r}: if it "

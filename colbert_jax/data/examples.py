@@ -22,6 +22,7 @@ import numpy as np
 from colbert_jax.data.collections import json_object, json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, checked_text
+from colbert_jax.files import present
 from colbert_jax.progress import progress_bar
 
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
@@ -622,7 +623,7 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
     name = "the data set"
     if isinstance(dataset, (str, os.PathLike)):
         name, folder = str(dataset), Path(dataset)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if present(folder / "dataset_dict.json") or present(folder / "state.json"):
             dataset = datasets.load_from_disk(name)
         else:
             dataset = datasets.load_dataset(name, split=split, **load)

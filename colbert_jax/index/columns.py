@@ -406,18 +406,17 @@ class Strings(Column):
         return None
 
     def find(self, pattern: re.Pattern[str]) -> int | None:
-        for start in range(0, self._n, _HASHED):
-            offsets = self._offsets[start : start + _HASHED + 1]
-            block = self._data[offsets[0] : offsets[-1]].tobytes().decode("utf-8")
-            if pattern.search(block) or (np.diff(offsets) == 0).any():
+        for start, offsets, block in self._blocks():
+            text = block.decode("utf-8", "replace")
+            # `one` names what is not UTF-8
+            if pattern.search(text) or "\ufffd" in text or (np.diff(offsets) == 0).any():
                 for i in range(start, start + len(offsets) - 1):
                     if pattern.search(self.one(i)):
                         return i
         return None
 
-    def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The strings' hashes, ascending, and where each is."""
-        hashes = np.empty(self._n, np.int64)
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray, bytes]]:
+        """Strings start..start+n-1: their first, their n + 1 offsets, their bytes."""
         for start in range(0, self._n, _HASHED):
             offsets = self._offsets[start : start + _HASHED + 1]
             self._check_bounds(
@@ -425,7 +424,12 @@ class Strings(Column):
                 and offsets[-1] <= len(self._data)
                 and (offsets[:-1] <= offsets[1:]).all()
             )
-            block = self._data[offsets[0] : offsets[-1]].tobytes()
+            yield start, offsets, self._data[offsets[0] : offsets[-1]].tobytes()
+
+    def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The strings' hashes, ascending, and where each is."""
+        hashes = np.empty(self._n, np.int64)
+        for start, offsets, block in self._blocks():
             ends = (offsets - offsets[0]).tolist()
             for i, (begin, end) in enumerate(itertools.pairwise(ends), start):
                 hashes[i] = hash(block[begin:end])

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
 _MANY_DELETED = 0.2  # of the documents: worth compacting
 _MANY_OUTLIERS = 0.25  # of the tokens added: worth new centroids; a build has a tenth
+_COMPARED = 1024  # texts in memory at a time
 
 
 class Selection(NamedTuple):
@@ -156,7 +157,7 @@ class Index:
           seed: of the sample and the centroids.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is there.
-          progress: None: bars on a terminal.
+          progress: True for bars. If None, bars on a terminal, else log lines.
           mesh: one axis of devices for k-means and compression. None: all of them, those of every
             process under `jax.distributed` (docs/distributed.md); on one machine's CPU, its cores.
 
@@ -700,6 +701,35 @@ def _state_of(path: Path) -> str:
 def _verify_fields(folder: Path, metadata: fmt.Metadata) -> None:
     if metadata.fields is not None:
         verify_fields(folder / metadata.fields, metadata.num_documents)
+
+
+def check_documents(index: Index, documents: Sequence[str | tuple[str, str]], remedy: str) -> None:
+    """Hold an index that is there to the documents that one is wanted of.
+
+    Args:
+      documents: texts, or pairs (id, text).
+      remedy: what to do about another collection, for the error.
+
+    Raises:
+      FileExistsError: it holds other documents, or keeps no texts to be compared.
+    """
+    where = f"{index.path}: an index of another collection:"
+    if len(index) != len(documents):
+        raise FileExistsError(
+            f"{where} {len(index)} documents, not these {len(documents)}; {remedy}"
+        )
+    if index.texts is None:
+        raise FileExistsError(
+            f"{index.path}: keeps no texts, so nobody knows whether it is of this collection; "
+            f"{remedy}"
+        )
+    for start in range(0, len(documents), _COMPARED):
+        part = documents[start : start + _COMPARED]
+        positions = range(start, start + len(part))
+        for i, document, text in zip(positions, part, index.texts[positions], strict=True):
+            wanted = (index.ids[i], document) if isinstance(document, str) else document
+            if wanted != (index.ids[i], text):
+                raise FileExistsError(f"{where} document {i} is another one; {remedy}")
 
 
 def _open_again(path: str, state: str) -> Index:

@@ -27,7 +27,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from colbert_jax import processes
@@ -35,7 +34,8 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.data.collections import json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
+from colbert_jax.index.format import IndexFormatError, read_build
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,
@@ -357,13 +357,16 @@ def _retriever(
         built = None
         if group.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            built = (path / "metadata.json").is_file() and not overwrite
-            if built and meta.is_file():
-                check_settings(read_object(meta).get("settings"), settings, path, "was made")
+            there = _build_of(path, overwrite)
+            built = there is not None and not overwrite
+            if built:
+                _check_index(path, there, meta, settings)
+            else:  # before the build: it may be killed as soon as the index is there
+                write_json(meta, {"settings": settings, "replaces": there})
         built = group.exchange("the index", built)[0]
     if built:
         return Retriever.open(path, model)
-    retriever = Retriever.build(
+    return Retriever.build(
         path,
         model,
         collection.items(),
@@ -372,9 +375,32 @@ def _retriever(
         overwrite=overwrite,
         progress=progress,
     )
-    if jax.process_index() == 0:
-        write_json(meta, {"settings": settings})
-    return retriever
+
+
+def _build_of(path: Path, overwrite: bool) -> str | None:
+    try:
+        return read_build(path)
+    except IndexFormatError:
+        if overwrite:  # damaged, and to be replaced
+            return None
+        raise
+
+
+def _check_index(path: Path, build: str | None, meta: Path, settings: Mapping[str, Any]) -> None:
+    """Raises FileExistsError for an index that is of another collection or model, or may be: it
+    keeps no texts to be compared."""
+    if not present(meta):
+        raise FileExistsError(
+            f"{path}: {meta.name} is missing, so nobody knows whether the index is of this "
+            "collection; name another folder, or pass overwrite=True to make it anew"
+        )
+    made = read_object(meta)
+    if made.get("replaces") == build:
+        raise FileExistsError(
+            f"{path}: the index that was to be replaced is still there; pass overwrite=True to "
+            "make the new one"
+        )
+    check_settings(made.get("settings"), settings, path, "was made")
 
 
 # --- The frame of a stage -------------------------------------------------------------------

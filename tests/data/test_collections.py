@@ -1,8 +1,10 @@
+import gzip
 import json
 
 import pytest
 
 from colbert_jax.data.collections import read_documents
+from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation import read_collection, read_qrels, read_queries
 
 
@@ -205,3 +207,16 @@ def test_contradicting_or_unreadable_judgements(tmp_path, data, message):
 
 def test_a_judgement_may_be_given_twice(tmp_path):
     assert read_qrels(write(tmp_path / "r.tsv", "1 0 a 1\n1 0 a 1\n")) == {"1": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", ["c.tsv", "c.jsonl", "c.txt", "c.tsv.gz"])
+def test_a_zero_byte_is_refused(tmp_path, name):
+    """A disk that lost power leaves blocks of them, and UTF-16 has them beside its letters."""
+    form = {"c.jsonl": '{"_id": "%d", "text": "%s"}', "c.txt": "%d %s"}.get(name, "%d\t%s")
+    data = "".join(form % (i, text) + "\n" for i, text in enumerate(["whole", "on\0e"])).encode()
+    file = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    for read in (read_collection, lambda path: Texts.passages(path).items(checked=True)):
+        with pytest.raises(
+            ValueError, match=rf"{name}, line 2: a NUL byte, after '.*on': the file"
+        ):
+            list(read(file))

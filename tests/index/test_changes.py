@@ -379,3 +379,60 @@ def test_killed_at_every_step(index, tmp_path, monkeypatch, often, name):
         assert left(path) == ["i"], step
     countdown[0] = 10**9
     assert step > 15 and state(Index.open(path)) == after
+
+
+# --- Fields ---------------------------------------------------------------------------------
+
+
+def with_fields(seed, n, prefix, year):
+    values = named(seed, n, prefix)
+    return values | {"fields": [{"year": year + i, "of": prefix} for i in range(n)]}
+
+
+def test_fields_go_with_their_documents(tmp_path, often):
+    index = Index.build(tmp_path / "i", **with_fields(0, 20, "d", 2000), num_centroids=8)
+    queries = unit_rows(np.random.default_rng(3), 4, DIM)[None]
+
+    def found(one, where, **others):
+        return {one.ids[p] for p in one.search(queries, 100, where=where, **others).positions[0]}
+
+    assert found(index, {"year": {"lt": 2003}}) == {"d0", "d1", "d2"}
+    more = index.add(**with_fields(1, 10, "e", 2000)).add(**named(2, 3, "f"))
+    both = {"d0", "d1", "d2", "e0", "e1", "e2"}
+    assert found(more, {"year": {"lt": 2003}}) == both
+    assert found(index, {"year": {"lt": 2003}}) == {"d0", "d1", "d2"}  # as it was opened
+    assert found(more, {"of": {"exists": False}}) == {"f0", "f1", "f2"}
+    assert found(more, {"of": "e"}, ids=["e1", "d1", "f1"]) == {"e1"}
+    fewer = more.delete(["d1", "e0"])
+    assert found(fewer, {"year": {"lt": 2003}}) == both - {"d1", "e0"}
+    changed = fewer.update(**(named(3, 1) | {"ids": ["d2"], "fields": [{"year": 1999, "of": "d"}]}))
+    assert changed.fields("d2") == {"year": 1999, "of": "d"} and more.fields("d2")["year"] == 2002
+    for one in (changed, changed.compact()):
+        assert found(one, {"year": {"lt": 2001}}) == {"d0", "d2"}
+        assert one.fields("e5") == {"year": 2005, "of": "e"} and one.fields("f1") == {}
+        one.verify()
+    assert found(more, {"year": {"lt": 2003}}) == both  # its file is gone
+    assert changed.refresh().field_names() == {"of": ["string"], "year": ["number"]}
+    with pytest.raises(ValueError, match="no document has a field 'yaer'"):
+        index.search(queries, where={"yaer": 2000})
+
+
+def test_the_first_fields_come_with_an_add(index):
+    with pytest.raises(ValueError, match="documents have no fields"):
+        index.search(unit_rows(np.random.default_rng(0), 2, DIM)[None], where={"year": 2000})
+    more = index.add(**with_fields(1, 3, "e", 2000))
+    assert more.fields("e2") == {"year": 2002, "of": "e"} and more.fields("d0") == {}
+    gone = more.delete(["e0", "e1", "e2"]).compact()
+    assert gone.metadata.fields is None and gone.fields("d0") == {}
+    assert not list(index.path.glob("*.sqlite*"))
+
+
+def test_fields_that_a_killed_add_has_left(index, monkeypatch):
+    """They are not taken for those of the next documents at these places."""
+    index = index.add(**with_fields(5, 2, "x", 1990))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fmt, "replace_metadata", lambda *_: (_ for _ in ()).throw(Killed))
+        index.add(**with_fields(1, 10, "e", 2000))
+    after = Index.open(index.path).add(**named(2, 10, "f"))
+    assert [after.fields(f"f{i}") for i in range(10)] == [{}] * 10
+    after.verify()
