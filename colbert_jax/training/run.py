@@ -335,13 +335,15 @@ class Best:
     """The best measures on the dev collection so far.
 
     Attributes:
+      folder: of the best model.
       measured: by name; None before the first evaluation.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]):
         """`history`: what the run logged before it stopped."""
+        self.folder = folder / BEST
         self.measured: dict[str, float] | None = None
-        for values in history if (folder / BEST).exists() else ():
+        for values in history if self.folder.exists() else ():
             found = {k[len(DEV) :]: v for k, v in values.items() if k.startswith(DEV)}
             if found:
                 self.improves(found)
