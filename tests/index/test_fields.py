@@ -718,7 +718,7 @@ def test_damage_is_named(file, tmp_path, kind):
         except (ValueError, OSError) as error:
             assert str(file) in str(error), error
         found[stage] += 1
-    assert found["open"] and found["answer"], found
+    assert found["open"] and (found["answer"] or kind == "cut"), found
     assert found["right"] <= (70 if kind == "bit" else 40), found
 
 
