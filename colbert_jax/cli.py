@@ -224,7 +224,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def rank(args: argparse.Namespace) -> None:
-    documents = Documents(args.file)  # a bad file is named before the model is loaded
+    documents = Documents(args.file, fields=False)  # a bad file is named before the model is loaded
     model = ColBERT.from_pretrained(args.checkpoint)
     _print_hits(rank_documents(model, args.query, documents, args.k))
 

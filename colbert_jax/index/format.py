@@ -607,7 +607,7 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
     return folder, metadata, arrays
 
 
-def verify(path: Path, others: Callable[[Path, Metadata], None]) -> None:
+def verify(path: Path, others: Callable[[Path, Metadata], None] | None = None) -> None:
     """Read every file that an index has, and compare checksums.
 
     An index that is replaced meanwhile is not damaged: the new one is read. Metadata that somebody
@@ -637,7 +637,8 @@ def verify(path: Path, others: Callable[[Path, Metadata], None]) -> None:
                 ) from None
             if found != metadata.checksums[name]:
                 raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
-        others(files.folder, metadata)
+        if others is not None:
+            others(files.folder, metadata)
 
     _undisturbed(path, read, 1)
 
