@@ -232,7 +232,8 @@ def _extended(
         points = SampleRows(folder, 1).array()
         fresh, share = np.zeros((0, metadata.dim), np.float32), 0.0
         if len(points):
-            limit = metadata.outlier_distance or _typical_distance(now)
+            limit = metadata.outlier_distance
+            limit = _typical_distance(now) if limit is None else limit
             far = np.flatnonzero(_distances(arrays[0], points) > limit)
             scale = source.num_documents / sample_size_for(source.num_documents)
             count = _num_new_centroids(metadata, len(far), len(points), scale)
@@ -276,6 +277,8 @@ def _distances(centroids: np.ndarray, points: Any, rows: np.ndarray | None = Non
 
 def _typical_distance(now: Opened) -> float:
     """`Metadata.outlier_distance` of an index that does not know it, from its rounded residuals."""
+    if len(now.arrays["residuals"]) == 0:
+        return float("inf")
     weights = np.asarray(now.arrays["bucket_weights"])
     step = max(len(now.arrays["residuals"]) // _SAMPLED, 1)
     packed = np.asarray(now.arrays["residuals"][::step])

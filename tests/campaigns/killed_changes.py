@@ -70,6 +70,9 @@ def write(path: str, seed: int, first: int, last: int, pipe: Any, durable: bool)
     """Make changes first..last-1, saying when each begins and how many documents it left."""
     if not durable:
         os.fsync = lambda descriptor: None
+    # Loading compiled loops takes longer than many changes.
+    warm = Path(tempfile.mkdtemp(dir=Path(path).parent))
+    change(Index.open(built(warm)), [], 0, 0)
     index = Index.open(path)
     for number in range(first, last):
         pipe.send(number)
@@ -176,7 +179,7 @@ def kills(count: int, seed: int, readers: int = 2) -> Iterator[str]:
                 writer = context.Process(target=write, args=arguments, daemon=True)
                 writer.start()
                 assert get.poll(120), "the writer does not begin"
-                time.sleep(float(rng.choice([rng.uniform(0, 0.1), rng.uniform(0, 1.5)])))
+                time.sleep(float(rng.choice([rng.uniform(0, 0.3), rng.uniform(0, 3)])))
                 os.kill(writer.pid, signal.SIGKILL)
                 writer.join(60)
                 put.close()
