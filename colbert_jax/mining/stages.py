@@ -544,8 +544,8 @@ def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray)
         bad = np.flatnonzero(~np.isfinite(own))
         if len(bad):
             raise ValueError(
-                f"the teacher gave query {pairs.qids[i]!r:.80} and passage {pids[bad[0]]!r:.60} the "
-                f"score {own[bad[0]]}"
+                f"the teacher gave query {pairs.qids[i]!r:.80} and passage {pids[bad[0]]!r:.80} "
+                f"the score {own[bad[0]]}"
             )
         best_first = np.argsort(-own, kind="stable").tolist()
         lines.append(_line(pairs.qids[i], [(pids[n], _shortest(own[n])) for n in best_first]))
