@@ -4,8 +4,8 @@ On a machine with an accelerator, `COLBERT_JAX_TEST_PLATFORM=cuda make test` (or
 there; tests that need 8 devices skip where there are fewer.
 
 Programs of tests compile for seconds and run for milliseconds, so on a CPU they are compiled with
-few optimisations, in the processes that tests start too. `optimised` is for tests whose programs
-run for long; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` runs all as users run them.
+few optimisations, in the processes that tests start too;
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` runs all as users run them.
 """
 
 from __future__ import annotations
@@ -110,17 +110,6 @@ def one_length():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("colbert_jax.training.loader._LADDER", (48, 512))
         yield
-
-
-@pytest.fixture(scope="module")
-def optimised():
-    """For tests whose programs run for so long that optimising them pays."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -268,10 +268,10 @@ def read_queries(path: str | Path) -> dict[str, str]:
             assert layout.parse is not None
             qid, text = layout.parse(line)
             if not text.strip():
-                raise ValueError(f"expected 'qid<TAB>text', but query {qid!r} is empty")
+                raise ValueError(f"expected 'qid<TAB>text', but query {qid!r:.80} is empty")
             _check_unicode(qid, text)
             if qid in queries:
-                raise ValueError(f"query id {qid!r} appears twice")
+                raise ValueError(f"query id {qid!r:.80} appears twice")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         queries[qid] = text
@@ -305,8 +305,8 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
         before = qrels.setdefault(qid, {}).setdefault(pid, gain)
         if before != gain:
             raise ValueError(
-                f"{path}, line {number}: document {pid!r} of query {qid!r} has the gain {gain} "
-                f"here and {before} above: keep one of the two"
+                f"{path}, line {number}: document {pid!r:.80} of query {qid!r:.80} has the gain "
+                f"{gain} here and {before} above: keep one of the two"
             )
     if not qrels:
         raise ValueError(f"{path}: no judgements")
@@ -398,7 +398,7 @@ def _first_key(record: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 def _incomplete(record: Mapping[str, Any], kind: Kind) -> ValueError:
     return ValueError(
         f"expected an id ({', '.join(kind.ids)}) and a text "
-        f"({', '.join(kind.texts)}), got the fields {', '.join(map(str, record)) or 'none'}"
+        f"({', '.join(kind.texts)}), got the fields {', '.join(map(str, record))[:200] or 'none'}"
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from colbert_jax.data.collections import json_object, json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, checked_text
-from colbert_jax.files import present
+from colbert_jax.files import present, short_json
 from colbert_jax.progress import progress_bar
 
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
@@ -372,11 +372,11 @@ def _scored(items: list[Any]) -> tuple[list[Any], tuple[float, ...]]:
     for place, item in enumerate(items, 1):
         if type(item) is not list or len(item) < 2:
             raise ValueError(
-                f"passage {place}, {json.dumps(item)}, has no score: write [pid, score], or pass "
-                "scores=False to train without"
+                f"passage {place}, {short_json(item, 80)}, has no score: write [pid, score], or "
+                "pass scores=False to train without"
             )
         if len(item) > 2:
-            raise ValueError(f"passage {place}: expected [pid, score], got {json.dumps(item)}")
+            raise ValueError(f"passage {place}: expected [pid, score], got {short_json(item, 80)}")
     pids, scores = zip(*items, strict=True)
     return list(pids), _finite(scores)
 
@@ -416,7 +416,9 @@ class _Columns(NamedTuple):
         scores = None if self.scores is None else _field(record, self.scores)
         if self.scores is not None:
             if not isinstance(scores, (list, tuple)):
-                raise ValueError(f"field {self.scores!r} must be a list of scores, got {scores!r}")
+                raise ValueError(
+                    f"field {self.scores!r} must be a list of scores, got {scores!r:.80}"
+                )
             if len(scores) != len(documents):
                 raise ValueError(
                     f"{len(scores)} scores for {len(documents)} documents: give each one"
@@ -653,7 +655,9 @@ def _checked_nway(nway: int | None, count_first: Callable[[], int]) -> int:
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
-        raise ValueError(f"no field {name!r}, it has {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(
+            f"no field {name!r}, it has {', '.join(map(repr, record))[:200] or 'none'}"
+        )
     return record[name]
 
 

@@ -217,7 +217,7 @@ class IdWriter:
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
                 raise DuplicateIdError(
-                    f"duplicate document id {ids[first]!r}: documents {first + 1} and "
+                    f"duplicate document id {ids[first]!r:.80}: documents {first + 1} and "
                     f"{second + 1} (counted from 1)"
                 )
 
@@ -283,7 +283,7 @@ def _as_parts(documents: Iterable[Any], paired: bool) -> Iterator[_Parts]:
         identity, text, *fields = (None, document) if isinstance(document, str) else document
         if not isinstance(text, str):
             raise TypeError(
-                f"document {i} (id {str(identity)!r}): its text must be a string, got "
+                f"document {i} (id {str(identity)!r:.80}): its text must be a string, got "
                 f"{type(text).__name__}"
             )
         yield identity, text, fields[0] if fields else {}

@@ -544,8 +544,8 @@ def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray)
         bad = np.flatnonzero(~np.isfinite(own))
         if len(bad):
             raise ValueError(
-                f"the teacher gave query {pairs.qids[i]!r} and passage {pids[bad[0]]!r} the score "
-                f"{own[bad[0]]}"
+                f"the teacher gave query {pairs.qids[i]!r:.80} and passage {pids[bad[0]]!r:.80} "
+                f"the score {own[bad[0]]}"
             )
         best_first = np.argsort(-own, kind="stable").tolist()
         lines.append(_line(pairs.qids[i], [(pids[n], _shortest(own[n])) for n in best_first]))
@@ -581,7 +581,7 @@ def _example(
     hits = [pid for pid, _ in best_first if pid in labelled]
     if labelled and not hits:
         raise ValueError(
-            f"query {qid!r}: none of its labelled passages has a score; pass positives to "
+            f"query {qid!r:.80}: none of its labelled passages has a score; pass positives to "
             "score_ranking too"
         )
     positive = hits[0] if labelled else best_first[0][0]
@@ -612,9 +612,11 @@ def _parse_scored(line: str) -> tuple[str, dict[str, float]]:
             or not isinstance(score, int | float)
             or not math.isfinite(score)
         ):
-            raise ValueError(f"the score of passage {pid!r} must be a finite number, got {score!r}")
+            raise ValueError(
+                f"the score of passage {pid!r:.80} must be a finite number, got {score!r:.80}"
+            )
         if pid in scored:
-            raise ValueError(f"passage {pid!r} appears twice")
+            raise ValueError(f"passage {pid!r:.80} appears twice")
         scored[pid] = float(score)
     return str(row[0]), scored
 
@@ -632,7 +634,9 @@ def _as_text(positives: Positives | None) -> dict[str, list[str]] | None:
         return None
     for qid, pids in positives.items():
         if isinstance(pids, str):
-            raise TypeError(f"positives of query {qid!r} must be a collection of ids, got a string")
+            raise TypeError(
+                f"positives of query {qid!r:.80} must be a collection of ids, got a string"
+            )
     return {str(qid): sorted(map(str, pids)) for qid, pids in positives.items()}
 
 
@@ -653,12 +657,12 @@ def _check_queries(queries: Mapping[str, str]) -> None:
     for qid, text in queries.items():
         _tabless(qid, "query")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"query {qid!r} is empty, or not a string")
+            raise ValueError(f"query {qid!r:.80} is empty, or not a string")
 
 
 def _tabless(key: str, kind: str) -> str:
     if any(mark in key for mark in "\t\r\n"):
         raise ValueError(
-            f"the {kind} id {key!r} has a tab or a line end in it, which a ranking cannot hold"
+            f"the {kind} id {key!r:.80} has a tab or a line end in it, which a ranking cannot hold"
         )
     return key

@@ -52,11 +52,11 @@ def exact_search(
             ]
         )
     # A few numbers of queries and of results, so that calls of any size share a few programs.
-    batch, wanted = next_power_of_two(len(queries)), result_size(k)
+    batch, results = next_power_of_two(len(queries)), result_size(k)
     padded_queries = jnp.pad(jnp.asarray(queries), [(0, batch - len(queries)), (0, 0), (0, 0)])
     best = (
-        jnp.full((batch, wanted), jnp.inf, jnp.float32),
-        jnp.full((batch, wanted), len(lengths), jnp.int32),
+        jnp.full((batch, results), jnp.inf, jnp.float32),
+        jnp.full((batch, results), len(lengths), jnp.int32),
     )
     order = np.argsort(lengths, kind="stable").astype(np.int32)
     order = order[np.searchsorted(lengths[order], 1) :]  # a document without tokens is no result
@@ -66,19 +66,19 @@ def exact_search(
             length = ladder_length(int(lengths[order[start]]))
             limit = max(TOKENS // length, 1)
             stop = np.searchsorted(lengths[order], length, side="right")
-            ids = order[start : min(start + limit, stop)]
-            size = min(limit, next_power_of_two(len(ids)))
-            padded = np.pad(ids, (0, size - len(ids)), constant_values=len(lengths))
+            positions = order[start : min(start + limit, stop)]
+            size = min(limit, next_power_of_two(len(positions)))
+            padded = np.pad(positions, (0, size - len(positions)), constant_values=len(lengths))
             best = _merge(arrays, padded_queries, padded, *best, length=length)
-            start += len(ids)
-            bar.update(len(ids))
-    negated, ids = (np.asarray(part)[: len(queries), :k] for part in best)
-    return Hits(ids, -negated)
+            start += len(positions)
+            bar.update(len(positions))
+    negated, positions = (np.asarray(part)[: len(queries), :k] for part in best)
+    return Hits(positions, -negated)
 
 
 @partial(jax.jit, static_argnames="length")
 def score_documents(
-    arrays: RawArrays | IndexArrays, queries: jax.Array, ids: jax.Array, *, length: int
+    arrays: RawArrays | IndexArrays, queries: jax.Array, positions: jax.Array, *, length: int
 ) -> jax.Array:
     """Exact scores float32[B, n] of queries [B, Lq, D] with the same n documents."""
 
@@ -86,14 +86,16 @@ def score_documents(
         tokens, mask = load_tokens(arrays, doc[None], length)
         return jax.vmap(maxsim, in_axes=(0, None, None))(queries, tokens[0], mask[0])
 
-    step = block_rows(length * max(queries.shape[0] * queries.shape[1], queries.shape[2]), len(ids))
-    return jax.lax.map(score, ids, batch_size=step).T
+    step = block_rows(
+        length * max(queries.shape[0] * queries.shape[1], queries.shape[2]), len(positions)
+    )
+    return jax.lax.map(score, positions, batch_size=step).T
 
 
 @partial(jax.jit, static_argnames="length")
-def _merge(arrays, queries, ids, best_negated, best_ids, *, length: int):
-    """The running top k with n more documents: sorted by falling score, then by rising id."""
-    scores = score_documents(arrays, queries, ids, length=length)
+def _merge(arrays, queries, positions, best_negated, best_positions, *, length: int):
+    """The running top k with n more documents: sorted by falling score, then by rising position."""
+    scores = score_documents(arrays, queries, positions, length=length)
     negated = jnp.concatenate([best_negated, -scores], axis=1)
-    everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
-    return best_of(negated, everyone, best_ids.shape[1])
+    merged = jnp.concatenate([best_positions, jnp.broadcast_to(positions, scores.shape)], axis=1)
+    return best_of(negated, merged, best_positions.shape[1])
