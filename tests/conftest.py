@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,13 @@ def quick_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.stat)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_interrupt():
+    """A shell's background has Ctrl-C ignored, and so would have the runs that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,19 +1,20 @@
-"""Whether a training step fits into memory, before it is made.
+"""Whether a training step fits into memory, before the first one is made.
 
-What a step takes is what XLA has planned for its program; what is free is asked of the device, or
-on a CPU of the machine.
+What a step takes is what XLA has planned for its program; what is free is asked of the devices, or
+on a CPU of the machine. Later batches can be longer than the first: what the settings allow is held
+against memory too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from colbert_jax.config import TrainingConfig
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
@@ -21,53 +22,92 @@ from colbert_jax.training.batch import ExampleBatch, TokenBatch
 # Gives the compiled gradients of a batch, of arrays or `jax.ShapeDtypeStruct`, under settings.
 Compile = Callable[[TrainingConfig, ExampleBatch], Any]
 _TRIES = 4  # sizes that are compiled to find one that fits
+_SHARE = 0.9  # of what is free: so much may take what a message names
+
+
+class Room(NamedTuple):
+    """What there is for a step.
+
+    free: bytes, see `free_memory`; None where nobody says.
+    lengths: the most tokens of a query and of a document.
+    """
+
+    free: int | None
+    lengths: tuple[int, int]
 
 
 def check_memory(
-    config: TrainingConfig, batch: ExampleBatch, devices: Sequence[jax.Device], compiled: Compile
+    config: TrainingConfig,
+    batch: ExampleBatch,
+    devices: Sequence[jax.Device],
+    room: Room,
+    compiled: Compile,
 ) -> None:
     """Raise ValueError where the gradients of a micro-batch do not fit into what is free.
+
+    The message names the largest batch that fits, and settings under which this one does; so they
+    do with the longest texts. Warns where this batch fits and the longest may not.
 
     Args:
       batch: of all processes, on the devices.
       devices: of the whole job.
-
-    The message names the largest batch that fits, and settings under which this one does.
     """
-    free = free_memory(devices)
+    free = room.free
     if free is None:
         return
     micro, rows, count = len(batch.queries.ids), len(batch.order), len(devices)
 
+    def taken(program: Any, accumsteps: int = config.accumsteps) -> int:
+        return step_memory(program, devices, accumulating=accumsteps > 1)
+
     @cache
     def program(queries: int) -> Any:
-        return compiled(config, batch if queries == micro else resized(batch, queries))
+        return compiled(config, resized(batch, queries, room.lengths))
 
-    def needed(queries: int, accumsteps: int = config.accumsteps) -> int:
-        return step_memory(program(queries), devices, accumulating=accumsteps > 1)
+    def needed(queries: int) -> int:
+        return taken(program(queries))
 
-    if needed(micro) <= free:
+    now = taken(compiled(config, batch))
+    if now <= free:
+        # No part of what a step takes grows faster than the square of a length, so most batches
+        # are through without a program that may never be run.
+        grown = _grown(batch, room.lengths)
+        if now * grown**2 > free and (most := needed(micro)) > free:
+            warnings.warn(
+                f"the first step of bsize {config.bsize} takes about {_size(now)}, but one of "
+                f"queries of {room.lengths[0]} and documents of {room.lengths[1]} tokens would "
+                f"take {_size(most)}, and {_size(free)} of memory are free. If there are such "
+                "texts, lower bsize or chunk, or raise accumsteps",
+                stacklevel=5,  # who called `train`
+            )
         return
-    fits = _largest(micro, count, free, needed)
+    fitting = int(_SHARE * free)
+    fits = _largest(micro, count, fitting, needed)
     ways = []
     chunk = 1 << max((fits * rows // micro // count).bit_length() - 2, 0)  # half of what fits
     if chunk < (config.chunk or rows // count):
-        chunked = compiled(dataclasses.replace(config, chunk=chunk), batch)
-        if step_memory(chunked, devices, accumulating=config.accumsteps > 1) <= free:
+        longest = resized(batch, micro, room.lengths)
+        if taken(compiled(dataclasses.replace(config, chunk=chunk), longest)) <= fitting:
             ways.append(f"chunk {chunk}, which changes nothing else")
     # Cut finer, all gradients so far are kept beside those of a micro-batch.
     parts = [n for n in range(2, micro + 1) if micro % (n * count) == 0 and micro // n <= fits]
     for n in parts[:_TRIES]:
-        if needed(micro // n, 2) <= free:
+        if taken(program(micro // n), 2) <= fitting:
             ways.append(f"accumsteps {n * config.accumsteps}")
             break
     least = count * config.accumsteps
     smaller = f"bsize {fits * config.accumsteps} fits" if fits else f"not even bsize {least} fits"
     also = f", and this one does with {' or '.join(ways)}" if ways else ""
     raise ValueError(
-        f"a step of bsize {config.bsize} takes about {_size(needed(micro))}, and "
+        f"a step of bsize {config.bsize} takes about {_size(now)}, and "
         f"{_size(free)} of memory are free: {smaller}{also}"
     )
+
+
+def _grown(batch: ExampleBatch, lengths: tuple[int, int]) -> float:
+    """How many times longer queries or documents can be than those of the batch."""
+    seen = [(lengths[0], batch.queries), *((lengths[1], group) for group in batch.documents)]
+    return max(1.0, *(most / rows.ids.shape[1] for most, rows in seen))
 
 
 def _size(count: int) -> str:
@@ -176,33 +216,29 @@ def _page() -> int:
     return resource.getpagesize()
 
 
-def resized(batch: ExampleBatch, queries: int) -> ExampleBatch:
-    """The shapes of a batch of another number of queries, of the same lengths."""
-    size = len(batch.queries.ids)
-    rows = len(batch.order) // size * queries
+def resized(batch: ExampleBatch, queries: int, lengths: tuple[int, int]) -> ExampleBatch:
+    """The shapes of a batch of another number of queries, all texts of the greatest length."""
+    rows = len(batch.order) // len(batch.queries.ids) * queries
     shards = batch.order.sharding.num_devices
     groups = max(n for n in range(1, len(batch.documents) + 1) if rows % (n * shards) == 0)
 
-    def like(n: int, tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype, sharding=x.sharding), tree
-        )
+    def like(n: int, tree: Any, *length: int) -> Any:
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            shape = (n, *length) if x.ndim == 2 and length else (n, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+        return jax.tree.map(one, tree)
 
     documents: tuple[TokenBatch, ...] = tuple(
-        like(rows // groups, group) for group in batch.documents[:groups]
+        like(rows // groups, group, lengths[1]) for group in batch.documents[:groups]
     )
     passages = batch.passages
     if passages is not None:
         passages = like(queries, passages)._replace(documents=like(rows, passages.documents))
     return ExampleBatch(
-        like(queries, batch.queries),
+        like(queries, batch.queries, lengths[0]),
         documents,
         like(rows, batch.order),
         like(queries, batch.scores),
         passages,
     )
-
-
-def shapes(batch: ExampleBatch) -> tuple:
-    """What tells one program from another: the shapes of the arrays."""
-    return tuple(np.shape(x) for x in jax.tree.leaves(batch))

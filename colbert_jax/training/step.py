@@ -26,7 +26,7 @@ from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
 from colbert_jax.training.batch import ExampleBatch, Passages, TokenBatch
-from colbert_jax.training.memory import check_memory, shapes
+from colbert_jax.training.memory import Room, check_memory
 
 State = dict[str, Any]  # params, moments, step
 Logged = dict[str, jax.Array]  # float32[] each
@@ -54,6 +54,7 @@ def make_step(
     shardings: Any,
     teachers: Sequence[EncoderConfig] = (),
     coupled: Sequence[CoupledTeacher] = (),
+    room: Room | None = None,
 ) -> Callable[[State, int, int, Sequence[ExampleBatch]], tuple[State, Logged, Logged]]:
     """A function that makes an optimiser step of one or several micro-batches.
 
@@ -62,12 +63,13 @@ def make_step(
       dtype: of the dense layers' computation.
       shardings: the state's.
       teachers, coupled: the coupled teachers' architectures and parameters.
+      room: what there is for a step. If None, no step is held against it.
 
     Returns:
       a function of (state, number of the step, task, micro-batches with this process's rows), which
       takes over the state. It gives the new state, the loss and its parts, and what
-      `apply_gradients` logs. It raises ValueError, before it makes a step of a new shape, where
-      that does not fit into memory.
+      `apply_gradients` logs. It raises ValueError, before it makes the first step of a task,
+      where that does not fit into memory.
     """
     config = configs[0]
 
@@ -85,9 +87,9 @@ def make_step(
     checked = set()
 
     def check(params: dict, batch: ExampleBatch, task: int, trained: tuple[str, ...]) -> None:
-        key = task, trained, shapes(batch)
-        if key in checked:
+        if room is None or (task, trained) in checked:
             return
+        checked.add((task, trained))
         zero = np.int32(0)
 
         def compiled(own: TrainingConfig, batch: ExampleBatch):  # once: the call finds it again
@@ -96,8 +98,7 @@ def make_step(
                 params, batch, zero, zero, trained=trained, coupled=coupled
             ).compile()
 
-        check_memory(configs[task], batch, mesh.devices.flatten().tolist(), compiled)
-        checked.add(key)
+        check_memory(configs[task], batch, mesh.devices.flatten().tolist(), room, compiled)
 
     def step(state: State, number: int, task: int, batches: Sequence[ExampleBatch]):
         params = state["params"]

@@ -29,6 +29,7 @@ from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.progress import LOGGER, progress_bar
 from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Step, Task, check_divides
+from colbert_jax.training.memory import Room, free_memory
 from colbert_jax.training.run import (
     BEST,
     DEV,
@@ -115,7 +116,8 @@ def train(
 
         # --- Programs
         to_host = make_gather(mesh)
-        train_step = _make_step(model, plan, teachers, translations, mesh, shardings)
+        room = _room(model, devices, group)
+        train_step = _make_step(model, plan, teachers, translations, mesh, shardings, room)
 
         # --- Metrics and progress
         metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
@@ -336,6 +338,7 @@ def _make_step(
     translations: Sequence[np.ndarray | None],
     mesh: Mesh,
     shardings: Any,
+    room: Room,
 ) -> Callable[..., tuple[State, Logged, Logged]]:
     """`step.make_step` of the plan, with the coupled teachers on the devices."""
     config = plan.configs[0]
@@ -345,7 +348,16 @@ def _make_step(
         for teacher, ids in zip(teachers, translations, strict=True)
     ]
     encoders = [teacher.encoder_config for teacher in teachers]
-    return make_step(model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled)
+    return make_step(
+        model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled, room
+    )
+
+
+def _room(model: ColBERT, devices: Sequence[jax.Device], group: processes.Group) -> Room:
+    """What there is for a step; of the process with the least, so that all say the same."""
+    free = [one for one in group.exchange("memory", free_memory(devices)) if one is not None]
+    text = model.config.text
+    return Room(min(free, default=None), (text.query_maxlen, text.doc_maxlen))
 
 
 def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) -> Mixture:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +15,7 @@ from colbert_jax import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import pair_examples
 from colbert_jax.training import memory
-from colbert_jax.training.memory import available_memory, free_memory, resized, shapes
+from colbert_jax.training.memory import available_memory, free_memory, resized
 from colbert_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_length")
@@ -32,9 +34,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def learn(shallow_folder, source, tmp_path, monkeypatch):
-    """Train where so much memory is free; returns what the steps took at most."""
+    """Train where so much memory is free; returns what the first steps took at most."""
 
-    def run(free, name, devices=1, **changes):
+    def run(free, name, devices=1, doc_maxlen=48, **changes):
         taken, measure = [], memory.step_memory
 
         def measuring(*args, **settings):
@@ -45,15 +47,16 @@ def learn(shallow_folder, source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(memory, "step_memory", measuring)
             model = ColBERT.from_pretrained(
-                shallow_folder, dtype="float32", devices=jax.devices()[:1]
+                shallow_folder, dtype="float32", devices=jax.devices()[:1], doc_maxlen=doc_maxlen
             )
             config = dataclasses.replace(SETTINGS, **changes)
             train(model, source, tmp_path / name, config, devices=jax.devices()[:devices])
-        return max(taken)
+        return max(taken, default=0)
 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_is_named_fits(devices, learn, tmp_path, eight_devices):
     least = learn(1 << 40, "small", devices, bsize=64)
@@ -77,6 +80,42 @@ def test_what_is_named_fits(devices, learn, tmp_path, eight_devices):
         ({"bsize": bsize}, {"chunk": chunk}, {"accumsteps": accumsteps})
     ):
         assert learn(free, f"named{number}", devices, **changes) <= free
+
+
+def test_longer_texts_may_come(learn):
+    """The first batch is refused only by what it takes; a longer one is warned of."""
+    short = learn(1 << 40, "short", bsize=16, maxsteps=2)
+    assert learn(short * 5, "longest", bsize=16) == short  # all are as long as any can be
+    with pytest.warns(UserWarning, match="documents of 96 tokens would take") as warned:
+        learn(short * 1.2, "warned", bsize=16, doc_maxlen=96)
+    assert len(warned) == 1 and Path(warned[0].filename).name == Path(__file__).name
+    assert learn(short * 30, "room", bsize=16, doc_maxlen=96) == short
+    with pytest.raises(ValueError, match=r"a step of bsize 16 takes") as refused:
+        learn(short * 0.99, "refused", bsize=16, doc_maxlen=96)
+    named = int(re.search(r": bsize (\d+) fits", str(refused.value))[1])
+    assert named < 16
+    assert learn(short * 0.99, "named", bsize=named, doc_maxlen=96) <= short * 0.9
+
+
+def test_it_compiles_nothing_more(learn):
+    """The step finds the program that was asked, and runs that were warned of nothing ask no other.
+
+    Lowered and compiled, be it with the help of the cache on the disk."""
+    counts = []
+    for free in (1 << 40, None):
+        lowered = Counter()
+
+        def count(event, *_, lowered=lowered, **__):
+            lowered[event] += 1
+
+        jax.clear_caches()
+        jax.monitoring.register_event_duration_secs_listener(count)
+        try:
+            learn(free, f"run{free}", bsize=8, doc_maxlen=96, maxsteps=3)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(count)
+        counts.append({event: n for event, n in lowered.items() if "compile" in event})
+    assert counts[0] == counts[1] and min(counts[0].values()) > 2
 
 
 def test_nothing_fits(learn):
@@ -152,6 +191,9 @@ def test_shapes_of_another_size(eight_devices):
     mesh = jax.make_mesh((2,), ("data",), devices=eight_devices[:2])
     rows = jax.NamedSharding(mesh, jax.P("data"))
 
+    def shapes(batch):
+        return [x.shape for x in jax.tree.leaves(batch)]
+
     def tokens(n, length):
         return memory.TokenBatch(
             np.zeros((n, length), np.int32), np.zeros(n, np.int32), np.zeros((n, length), bool)
@@ -163,9 +205,14 @@ def test_shapes_of_another_size(eight_devices):
         ),
         rows,
     )
-    assert shapes(resized(batch, 8)) == shapes(batch)
-    half = resized(batch, 4)
-    assert [group.ids.shape for group in half.documents] == [(8, 48), (8, 32)]
+    assert shapes(resized(batch, 8, (16, 48))) == [
+        *((8, 16), (8,), (8, 16)),
+        *((16, 48), (16,), (16, 48), (16, 48), (16,), (16, 48)),
+        (32,),
+    ]
+    half = resized(batch, 4, (20, 64))
+    assert [group.ids.shape for group in half.documents] == [(8, 64), (8, 64)]
+    assert half.queries.kept.shape == (4, 20)
     assert half.queries.ids.sharding == rows
     batch = batch._replace(documents=batch.documents + (batch.documents[1],))
-    assert [group.ids.shape for group in resized(batch, 4).documents] == [(8, 48), (8, 32)]
+    assert [group.ids.shape for group in resized(batch, 4, (16, 48)).documents] == [(8, 48)] * 2
