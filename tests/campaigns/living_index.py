@@ -63,6 +63,11 @@ def documents(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.astype(np.float32), lengths
 
 
+def fields_of(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {"year": int(rng.integers(1990, 2000)), "of": ["a", "b", "c"][: rng.integers(1, 4)]}
+
+
 def decompressed(index: Index, i: int) -> np.ndarray:
     """float32[Ld, D], by the definition of the format, without the library."""
     start, stop = index._files["offsets"][i : i + 2]
@@ -113,6 +118,7 @@ class LivingIndex(RuleBasedStateMachine):
             progress=False,
         )
         self.known = self.stored(ids)
+        self.fields: dict[str, dict[str, Any]] = {}
         self.readers: list[tuple[Index, Known]] = []
 
     def teardown(self):
@@ -127,11 +133,8 @@ class LivingIndex(RuleBasedStateMachine):
         index = self.index
         return {id: decompressed(index, index.position(id)) for id in ids}
 
-    def change(self, how: Callable[[Index], Index], ids: list[str], kill: int | None, again: bool):
-        """Make a change, or be killed in it, and perhaps make it again.
-
-        ids: the documents that are new after it; None: it deletes.
-        """
+    def change(self, how: Callable[[Index], Index], kill: int | None, again: bool) -> bool:
+        """Make a change, or be killed in it, and perhaps make it again; whether it is made."""
         with dying_after(kill):
             try:
                 self.index = how(self.index)
@@ -152,9 +155,10 @@ class LivingIndex(RuleBasedStateMachine):
         number=st.integers(1, 6),
         kill=st.none() | st.integers(1, 60),
         again=st.booleans(),
+        with_fields=st.booleans(),
         data=st.data(),
     )
-    def grow(self, kind, seed, number, kill, again, data):
+    def grow(self, kind, seed, number, kill, again, with_fields, data):
         ids = []
         if kind != "add" and self.known:
             some = st.lists(st.sampled_from(sorted(self.known)), max_size=number, unique=True)
@@ -162,29 +166,19 @@ class LivingIndex(RuleBasedStateMachine):
         if kind != "update" and (self.own or kind == "upsert"):
             ids += self.new_ids(number - len(ids))
         if kind == "add" and not self.own:
-            values, lengths = documents(seed, number)
-            numbers = [str(self.next_number() + i) for i in range(number)]
-            if self.change(
-                lambda index: index.add(embeddings=values, lengths=lengths, progress=False),
-                numbers,
-                kill,
-                again,
-            ):
-                self.known |= self.stored(numbers)
-            return
+            given = None
+            ids = [str(self.next_number() + i) for i in range(number)]
+        else:
+            given = ids
         if not ids:
             return
         values, lengths = documents(seed, len(ids))
-        if self.change(
-            lambda index: getattr(index, kind)(
-                embeddings=values, lengths=lengths, ids=ids, progress=False
-            ),
-            ids,
-            kill,
-            again,
-        ):
-            self.own = self.own or kind in ("upsert", "update")
+        fields = [fields_of(seed + i) for i in range(len(ids))] if with_fields else None
+        rows = dict(embeddings=values, lengths=lengths, ids=given, fields=fields, progress=False)
+        if self.change(lambda index: getattr(index, kind)(**rows), kill, again):
+            self.own = self.own or given is not None
             self.known |= self.stored(ids)
+            self.fields |= zip(ids, fields or [{}] * len(ids), strict=True)
 
     def next_number(self) -> int:
         change = self.index.metadata.change
@@ -197,13 +191,14 @@ class LivingIndex(RuleBasedStateMachine):
         most = data.draw(st.sampled_from([1, 3, len(self.known)]))
         some = st.lists(st.sampled_from(sorted(self.known)), min_size=1, max_size=most, unique=True)
         ids = data.draw(some)
-        if self.change(lambda index: index.delete(ids), [], kill, again):
+        if self.change(lambda index: index.delete(ids), kill, again):
             for id in ids:
                 del self.known[id]
+                self.fields.pop(id, None)
 
     @rule(kill=st.none() | st.integers(1, 40), again=st.booleans())
     def compact(self, kill, again):
-        self.change(lambda index: index.compact(False), [], kill, again)
+        self.change(lambda index: index.compact(False), kill, again)
 
     @rule(unlisted=st.sampled_from([0, 20, 1 << 18]))
     def lists(self, unlisted):
@@ -243,6 +238,28 @@ class LivingIndex(RuleBasedStateMachine):
             assert len(found) == min(5, len(ids))
             for id, score in zip(found, hits.scores[0], strict=True):
                 assert abs(score - expected[id]) < 1e-5
+
+    @rule(year=st.integers(1990, 1999), seed=st.integers(0, 99))
+    def search_by_field(self, year, seed):
+        has = [id for id, fields in self.fields.items() if fields]
+        for id in [*self.known][:3]:
+            assert self.index.fields(id) == self.fields.get(id, {})
+        queries = documents(seed, 2)[0][:4][None]
+        where = {"year": {"gte": year}, "of": {"contains": "b"}}
+        try:
+            hits = self.index.search(queries, 5, where=where, mode="accurate")
+        except ValueError as error:
+            assert "no document has a field" in str(error) or "have no fields" in str(error)
+            assert not has
+            return
+        right = {
+            id for id in has if self.fields[id]["year"] >= year and "b" in self.fields[id]["of"]
+        }
+        expected = ranked({id: self.known[id] for id in right}, queries[0])
+        found = [self.index.ids[p] for p in hits.positions[0]]
+        assert len(found) == len(set(found)) == min(5, len(right)) and set(found) <= right
+        for id, score in zip(found, hits.scores[0], strict=True):
+            assert abs(score - expected[id]) < 1e-5
 
     @rule()
     def verify(self):
