@@ -92,9 +92,18 @@ def embeddings(arrays: IndexArrays) -> np.ndarray:
 
 
 def plaid_reference(
-    arrays: IndexArrays, query: np.ndarray, k: int, ncells: int, threshold: float, ndocs: int
+    arrays: IndexArrays,
+    query: np.ndarray,
+    k: int,
+    ncells: int,
+    threshold: float,
+    ndocs: int,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """PLAID by its definition, for one query [Lq, D]; rows of zeros are padding.
+
+    Args:
+      allowed: bool[N], the documents that become candidates. If None, all.
 
     Returns:
       ids int32[n] and scores float32[n], best first, equal scores by the smaller id; n <= k, fewer
@@ -109,6 +118,7 @@ def plaid_reference(
     cells = {c for column in table.T for c in _best(np.arange(len(table)), column, ncells)}
     lists = [arrays.lists[list_offsets[c] : list_offsets[c + 1]] for c in sorted(cells)]
     ids = np.unique(np.concatenate([np.zeros(0, np.int32), *lists]))
+    ids = ids if allowed is None else ids[allowed[ids]]
     tokens = [slice(offsets[i], offsets[i + 1]) for i in range(len(offsets) - 1)]
 
     strongest = table.max(axis=1, initial=-np.inf)
@@ -125,13 +135,15 @@ def plaid_reference(
 
 
 def exact_reference(
-    arrays: IndexArrays, query: np.ndarray, k: int
+    arrays: IndexArrays, query: np.ndarray, k: int, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best of all documents with a token, by MaxSim on the decompressed embeddings."""
     lengths = np.diff(arrays.offsets)
     ids = np.flatnonzero(lengths)
     similarity = embeddings(arrays) @ query.T.astype(np.float64)
     scores = np.maximum.reduceat(similarity, arrays.offsets[ids], axis=0).sum(axis=1)
+    if allowed is not None:
+        ids, scores = ids[allowed[ids]], scores[allowed[ids]]
     order = _best(np.arange(len(ids)), scores, k, ordered=True)
     return ids[order].astype(np.int32), scores[order].astype(np.float32)
 

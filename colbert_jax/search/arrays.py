@@ -91,6 +91,8 @@ class IndexArrays(NamedTuple):
       ascending.
     list_offsets: int32[K+1].
     inverse_norms: float32[T], see `with_inverse_norms`; None where nothing has asked for them.
+    recent_lists, recent_list_offsets: the lists of later documents, which `lists` does not cover;
+      None where it covers all. See `join_lists`.
     """
 
     centroids: jax.Array
@@ -101,6 +103,40 @@ class IndexArrays(NamedTuple):
     lists: jax.Array
     list_offsets: jax.Array
     inverse_norms: jax.Array | None = None
+    recent_lists: jax.Array | None = None
+    recent_list_offsets: jax.Array | None = None
+
+
+def list_lengths(arrays: IndexArrays) -> np.ndarray:
+    """int64[K], the entries of every inverted list, both its parts together, on the host."""
+    lengths = np.diff(_to_all_centroids(arrays, arrays.list_offsets))
+    if arrays.recent_list_offsets is not None:
+        lengths += np.diff(_to_all_centroids(arrays, arrays.recent_list_offsets))
+    return lengths
+
+
+def join_lists(arrays: IndexArrays) -> IndexArrays:
+    """Append to every inverted list its recent part, on the host: one part that covers all."""
+    list_offsets = _to_all_centroids(arrays, arrays.list_offsets)
+    lists: Any = arrays.lists
+    if arrays.recent_lists is not None:
+        recent_offsets = _to_all_centroids(arrays, arrays.recent_list_offsets)
+        ends = np.repeat(list_offsets[1:], np.diff(recent_offsets))
+        lists = np.insert(np.asarray(lists), ends, arrays.recent_lists)
+        list_offsets = list_offsets + recent_offsets
+    return arrays._replace(
+        lists=lists,
+        list_offsets=list_offsets,  # type: ignore[arg-type]
+        recent_lists=None,
+        recent_list_offsets=None,
+    )
+
+
+def _to_all_centroids(arrays: IndexArrays, list_offsets: Any) -> np.ndarray:
+    """int64[K+1]: lists are empty of centroids that were added after they were written."""
+    list_offsets = np.asarray(list_offsets, np.int64)
+    missing = len(arrays.centroids) + 1 - len(list_offsets)
+    return np.pad(list_offsets, (0, missing), mode="edge") if missing else list_offsets
 
 
 def check_placed(arrays: IndexArrays, num_documents: int | None = None) -> None:

@@ -23,18 +23,21 @@ from colbert_jax.search.arrays import (
     IndexArrays,
     check_centroids,
     check_placed,
-    with_inverse_norms,
+    list_lengths,
 )
 from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_search
 from colbert_jax.search.exact import exact_search
-from colbert_jax.search.plaid import initial_capacity, plaid_search
+from colbert_jax.search.placement import place, place_with_room
+from colbert_jax.search.plaid import initial_capacity, plaid_search, score_few
 from colbert_jax.search.sharded import (
     shard_arrays,
     sharded_exact_search,
     sharded_plaid_search,
+    sharded_score_few,
 )
 
 _WIDEN = 4  # times the probes for queries that found too few candidates
+_WIDER_FOR_ALLOWED = 2  # times that probes are widened where few documents are allowed
 _INT32 = np.iinfo(np.int32).max
 
 
@@ -66,27 +69,61 @@ class Backend(ABC):
         self._num_centroids = len(arrays.centroids)
 
     @abstractmethod
+    def grown(self, arrays: IndexArrays) -> Backend:
+        """The backend for arrays that continue those of this one, which stays usable.
+
+        Args:
+          arrays: on the host; documents and centroids have been added at the end, or none.
+        """
+
     def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         """The k best documents of each query by their scores on decompressed embeddings.
 
         Args:
           queries: float32[B, Lq, D], B >= 1; rows of zeros are padding.
-          k: at most the number of documents that have a token.
+          k: at most the number of allowed documents that have a token; may be 0.
+          allowed: bool[N], the documents that may be found, on the host. If None, all.
         """
+        if k == 0:
+            return _nothing(len(queries))
+        return self._exact(queries, k, self._selective(allowed))
 
     def plaid(
         self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None = None
     ) -> Hits:
         """The k best documents of each query by PLAID.
 
-        A query with fewer candidates than k is searched again with more probes, and in the end
-        exactly.
+        Only documents that are allowed become candidates, so that every later cut is among them. A
+        query with fewer candidates than k is searched again with more probes, and in the end
+        exactly. Where no more are allowed than PLAID scores exactly for one query, these are scored
+        exactly at once. Where at most a quarter are allowed, four times as many lists are probed,
+        and sixteen times where at most a sixteenth is: the candidates are no more than those of a
+        search in all documents.
 
         Args:
-          queries, k: as of `exact`.
+          queries, k, allowed: as of `exact`.
           settings: resolved (`SearchConfig.resolve`).
         """
-        positions, scores = self._plaid(queries, k, settings)
+        if k == 0:
+            return _nothing(len(queries))
+        allowed = self._selective(allowed)
+        if allowed is not None:
+            count = int(np.count_nonzero(allowed))
+            if count <= max(int(settings.ndocs or 1) // 4, k):
+                return self._few(queries, k, settings, allowed)
+            # The best of a few documents are less near to the query than the best of all are.
+            ncells = int(settings.ncells or 1)
+            for _ in range(_WIDER_FOR_ALLOWED):
+                count *= _WIDEN
+                if count <= self._num_documents:
+                    ncells *= _WIDEN
+            settings = dataclasses.replace(settings, ncells=ncells)
+        return self._until_enough(queries, k, settings, allowed)
+
+    def _until_enough(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
+    ) -> Hits:
+        positions, scores = self._plaid(queries, k, settings, allowed)
         short = np.flatnonzero((positions == self._num_documents).any(axis=1))
         if len(short):
             # Probing wider costs less than scoring everything, until it probes everything; a query
@@ -94,17 +131,44 @@ class Backend(ABC):
             wider = int(settings.ncells or 1) * _WIDEN
             again = queries[short]
             if wider < self._num_centroids and again.any(axis=(1, 2)).all():
-                hits = self.plaid(again, k, dataclasses.replace(settings, ncells=wider))
+                settings = dataclasses.replace(settings, ncells=wider)
+                hits = self._until_enough(again, k, settings, allowed)
             else:
-                hits = self.exact(again, k)
+                hits = self._exact(again, k, allowed)
             positions[short], scores[short] = hits
         return Hits(positions, scores)
 
     @abstractmethod
+    def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
+        """See `exact`; k >= 1."""
+
+    def _few(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray
+    ) -> Hits:
+        """As `_exact`, where at most max(ndocs // 4, k) documents are allowed."""
+        return self._exact(queries, k, allowed)
+
+    @abstractmethod
     def _plaid(
-        self, queries: np.ndarray, k: int, settings: SearchConfig
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Positions and scores [B, k], to be written to; position N where candidates ran out."""
+
+    def _selective(self, allowed: np.ndarray | None) -> np.ndarray | None:
+        """bool[N]; None where all are allowed. Raises ValueError for another shape."""
+        if allowed is None:
+            return None
+        allowed = np.asarray(allowed, bool)
+        if allowed.shape != (self._num_documents,):
+            raise ValueError(
+                f"allowed must be [{self._num_documents}], one for each document, got "
+                f"{list(allowed.shape)}"
+            )
+        return None if allowed.all() else allowed
+
+
+def _nothing(batch: int) -> Hits:
+    return Hits(np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32))
 
 
 class CpuBackend(Backend):
@@ -121,13 +185,16 @@ class CpuBackend(Backend):
         check_centroids(centroids.min(), centroids.max())
         return self._mapped
 
-    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
-        return Hits(*cpu_exact(self._arrays, queries, k))
+    def grown(self, arrays: IndexArrays) -> Backend:
+        return CpuBackend(arrays)
+
+    def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
+        return Hits(*cpu_exact(self._arrays, queries, k, allowed))
 
     def _plaid(
-        self, queries: np.ndarray, k: int, settings: SearchConfig
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        return cpu_search(self._arrays, queries, k, settings)
+        return cpu_search(self._arrays, queries, k, settings, allowed)
 
 
 class DeviceBackend(Backend):
@@ -145,6 +212,8 @@ class DeviceBackend(Backend):
         self._capacities = _Capacities(arrays, 1)
         self._lock = threading.Lock()
         self._placed: IndexArrays | None = None
+        # Those of an earlier state of the index, and how many of its first tokens they hold.
+        self._former: tuple[IndexArrays, int] | None = None
 
     @property
     def arrays(self) -> IndexArrays:
@@ -155,27 +224,46 @@ class DeviceBackend(Backend):
             return self._placed
 
     def _place(self) -> IndexArrays:
-        mapped = self._mapped
-        narrow = mapped._replace(
-            offsets=np.asarray(mapped.offsets).astype(np.int32),  # type: ignore[arg-type]
-            list_offsets=np.asarray(mapped.list_offsets).astype(np.int32),  # type: ignore[arg-type]
-        )
-        # On a CPU mapped arrays enter JAX without a copy; an accelerator gets its own.
-        put = functools.partial(jax.device_put, device=self._device, may_alias=True)
-        placed = jax.tree.map(put, narrow)
-        check_placed(placed)
-        return with_inverse_norms(placed)
+        cpu = runtime.on_cpu() if self._device is None else self._device.platform == "cpu"
+        if cpu and self._former is None:  # room would take a copy of mapped arrays
+            placed = place(self._mapped, self._device)
+        else:
+            placed = place_with_room(self._mapped, self._device, *(self._former or ()))
+        check_placed(placed, self._num_documents)
+        self._former = None
+        return placed
 
-    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
+    def grown(self, arrays: IndexArrays) -> Backend:
+        """Only what is new is copied to the device, beside the inverted lists."""
+        grown = DeviceBackend(arrays, self._device)
+        grown._capacities.learn(self._capacities)
+        with self._lock:
+            placed, former = self._placed, self._former
+        grown._former = former if placed is None else (placed, len(self._mapped.codes))
+        return grown
+
+    def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
         runtime.check_process()
-        return exact_search(self.arrays, self._lengths, jnp.asarray(queries), k)
+        return exact_search(self.arrays, self._lengths, jnp.asarray(queries), k, allowed)
+
+    def _few(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray
+    ) -> Hits:
+        runtime.check_process()
+        given = _by_length(allowed, self._lengths)
+        return Hits(*score_few(self.arrays, queries, k, settings, given))
 
     def _plaid(
-        self, queries: np.ndarray, k: int, settings: SearchConfig
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         runtime.check_process()
-        search = functools.partial(plaid_search, self.arrays)
-        return self._capacities.search(search, queries, k, settings)
+        arrays = self.arrays
+        room = len(arrays.offsets) - 1
+        if allowed is not None:
+            allowed = np.pad(allowed, (0, room - len(allowed)))
+        search = functools.partial(plaid_search, arrays, allowed=allowed)
+        positions, scores = self._capacities.search(search, queries, k, settings)
+        return np.minimum(positions, self._num_documents), scores
 
 
 class ShardedBackend(Backend):
@@ -187,22 +275,41 @@ class ShardedBackend(Backend):
     def __init__(self, arrays: IndexArrays, mesh: Mesh):
         super().__init__(arrays)
         self._lengths = np.diff(arrays.offsets)
-        self._shards = shard_arrays(arrays, mesh)
+        self._mesh = mesh
+        if self._lengths.any():  # else there is nothing to find, and nothing is searched
+            self._shards = shard_arrays(arrays, mesh)
         self._capacities = _Capacities(arrays, mesh.devices.size)
         self._lock = threading.Lock()
 
-    def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
+    def grown(self, arrays: IndexArrays) -> Backend:
+        return ShardedBackend(arrays, self._mesh)
+
+    def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
         runtime.check_process()
         with self._lock:
-            return sharded_exact_search(self._shards, self._lengths, queries, k)
+            return sharded_exact_search(self._shards, self._lengths, queries, k, allowed)
+
+    def _few(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray
+    ) -> Hits:
+        runtime.check_process()
+        given = _by_length(allowed, self._lengths)
+        with self._lock:
+            return Hits(*sharded_score_few(self._shards, queries, k, settings, given))
 
     def _plaid(
-        self, queries: np.ndarray, k: int, settings: SearchConfig
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         runtime.check_process()
         with self._lock:
-            search = functools.partial(sharded_plaid_search, self._shards)
+            search = functools.partial(sharded_plaid_search, self._shards, allowed=allowed)
             return self._capacities.search(search, queries, k, settings)
+
+
+def _by_length(allowed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int32[n], the allowed documents that have a token, short ones first."""
+    documents = np.flatnonzero(allowed & (lengths > 0))
+    return documents[np.argsort(lengths[documents], kind="stable")].astype(np.int32)
 
 
 class _Capacities:
@@ -210,9 +317,14 @@ class _Capacities:
     whoever comes next need not find it out again."""
 
     def __init__(self, arrays: IndexArrays, shards: int):
-        self._list_lengths, self._shards = np.diff(arrays.list_offsets), shards
+        self._list_lengths, self._shards = list_lengths(arrays), shards
         self._known: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
+
+    def learn(self, other: _Capacities) -> None:
+        """What was enough for the same index when it was smaller."""
+        with other._lock:
+            self._known.update(other._known)
 
     def search(
         self, search: Any, queries: np.ndarray, k: int, settings: SearchConfig

@@ -31,7 +31,8 @@ class CpuArrays(NamedTuple):
     residuals: uint8[T, D * b / 8].
     offsets: int64[N+1].
     lists: int32[sum].
-    list_offsets: int64[K+1].
+    list_offsets: int64[at most K+1]; further lists are empty.
+    recent_lists, recent_list_offsets: as these; of no list, offsets [0], where `lists` covers all.
     """
 
     centroids: np.ndarray
@@ -41,6 +42,8 @@ class CpuArrays(NamedTuple):
     offsets: np.ndarray
     lists: np.ndarray
     list_offsets: np.ndarray
+    recent_lists: np.ndarray
+    recent_list_offsets: np.ndarray
 
 
 def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
@@ -57,6 +60,8 @@ def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
         _view(arrays.offsets, np.int64),
         _view(arrays.lists, np.int32),
         _view(arrays.list_offsets, np.int64),
+        _view([] if arrays.recent_lists is None else arrays.recent_lists, np.int32),
+        _view([0] if arrays.recent_lists is None else arrays.recent_list_offsets, np.int64),
     )
 
 
@@ -67,7 +72,11 @@ def _view(array: Any, dtype: type) -> np.ndarray:
 
 
 def cpu_search(
-    arrays: CpuArrays, queries: np.ndarray, k: int, settings: SearchConfig
+    arrays: CpuArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search a batch of queries.
 
@@ -75,6 +84,7 @@ def cpu_search(
       queries: float32[B, Lq, D]; rows of zeros are padding.
       k: results for each query.
       settings: resolved (`SearchConfig.resolve`).
+      allowed: bool[N], the documents that may be candidates. If None, all.
 
     Returns:
       positions int32[B, k] and scores float32[B, k], best first, equal scores by the smaller
@@ -87,10 +97,11 @@ def cpu_search(
     positions = np.full((len(queries), k), num_documents, np.int32)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     threads = min(num_threads(), len(queries)) if len(queries) > 1 else 1
+    allowed = _view([] if allowed is None else allowed, bool)
 
     def worker(lane: int) -> None:
         for i in range(lane, len(queries), threads):
-            best = _search_one(arrays, queries[i], k, settings, threads == 1)
+            best = _search_one(arrays, queries[i], k, settings, allowed, threads == 1)
             n = len(best[0])
             positions[i, :n], scores[i, :n] = best
 
@@ -98,15 +109,20 @@ def cpu_search(
     return positions, scores
 
 
-def cpu_exact(arrays: CpuArrays, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k best documents by exact scores; arguments and result as for `cpu_search`."""
+def cpu_exact(
+    arrays: CpuArrays, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k best documents by exact scores; arguments and result as for `cpu_search`.
+
+    At least k documents have a token, of those that are allowed.
+    """
     packed = np.stack([_rows(query, len(query))[0] for query in queries])
-    documents = np.flatnonzero(np.diff(arrays.offsets)).astype(np.int32)
+    documents = np.arange(len(arrays.offsets) - 1) if allowed is None else np.flatnonzero(allowed)
+    lengths = arrays.offsets[documents + 1] - arrays.offsets[documents]
+    documents = documents[lengths > 0].astype(np.int32)
     scores = np.empty((len(queries), len(documents)), np.float32)
-    cuts = np.searchsorted(
-        arrays.offsets[documents],
-        np.linspace(0, arrays.offsets[-1], num_threads() + 1)[1:-1],
-    )
+    ends = np.cumsum(lengths[lengths > 0])
+    cuts = np.searchsorted(ends, np.linspace(0, lengths.sum(), num_threads() + 1)[1:-1])
     bounds = [0, *cuts.tolist(), len(documents)]
 
     spread(
@@ -137,7 +153,12 @@ _scratch = _Scratch()
 
 
 def _search_one(
-    arrays: CpuArrays, query: np.ndarray, k: int, settings: SearchConfig, parallel: bool
+    arrays: CpuArrays,
+    query: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    allowed: np.ndarray,
+    parallel: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     from colbert_jax.search import cpu_kernels
 
@@ -175,7 +196,15 @@ def _search_one(
     marks = _scratch("marks", (-(-(num_documents + 1) // 8) * 8,), np.uint8)
     positions = _scratch("positions", (num_documents,), np.int32)
     count = cpu_kernels.candidates(
-        cells, arrays.lists, arrays.list_offsets, marks, marks.view(np.uint64), positions
+        cells,
+        arrays.lists,
+        arrays.list_offsets,
+        arrays.recent_lists,
+        arrays.recent_list_offsets,
+        allowed,
+        marks,
+        marks.view(np.uint64),
+        positions,
     )
     check_lists(count >= 0, num_documents)
     approximate = _scratch("scores", (num_documents,), np.float32)

@@ -95,12 +95,34 @@ def probe(keys, block_best, num_rows, ncells, cells):
 
 
 @compiled
-def candidates(cells, lists, list_offsets, marks, words, positions):
+def mark(cells, lists, list_offsets, num_documents, marks):
+    """Mark the documents of the probed inverted lists; mark number N for one that is not there."""
+    num_lists = len(list_offsets) - 1
+    for row in cells:
+        for c in row:
+            if c < num_lists:
+                for entry in range(list_offsets[c], list_offsets[c + 1]):
+                    marks[min(np.uint32(lists[entry]), num_documents)] = 1
+
+
+@compiled
+def candidates(
+    cells,
+    lists,
+    list_offsets,
+    recent_lists,
+    recent_list_offsets,
+    allowed,
+    marks,
+    words,
+    positions,
+):
     """Collect the distinct documents of the probed inverted lists.
 
     Args:
       cells: int32[rows, ncells], from `probe`.
-      lists, list_offsets: see `cpu.CpuArrays`.
+      lists, list_offsets, recent_lists, recent_list_offsets: see `cpu.CpuArrays`.
+      allowed: bool[N], no others are collected; of length 0 if all are allowed.
       marks: uint8[at least N + 1], zeros; zeros again when this returns.
       words: uint64, the same memory.
       positions: int32[N], filled from the front, ascending.
@@ -109,18 +131,17 @@ def candidates(cells, lists, list_offsets, marks, words, positions):
       the number of documents; -1 if a list names one that is not there.
     """
     num_documents = np.uint32(len(positions))
-    for row in cells:
-        for c in row:
-            for entry in range(list_offsets[c], list_offsets[c + 1]):
-                marks[min(np.uint32(lists[entry]), num_documents)] = 1
+    mark(cells, lists, list_offsets, num_documents, marks)
+    mark(cells, recent_lists, recent_list_offsets, num_documents, marks)
     if marks[num_documents] != 0:
         words[:] = 0
         return -1
     count = 0
+    everyone = len(allowed) == 0
     for w in range(len(words)):
         if words[w] != 0:
             for i in range(8 * w, 8 * w + 8):
-                if marks[i] != 0:
+                if marks[i] != 0 and (everyone or allowed[i]):
                     positions[count] = i
                     count += 1
             words[w] = 0

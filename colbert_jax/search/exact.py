@@ -30,6 +30,7 @@ def exact_search(
     lengths: np.ndarray,
     queries: jax.Array | np.ndarray,
     k: int,
+    allowed: np.ndarray | None = None,
     *,
     progress: bool | None = False,
 ) -> Hits:
@@ -42,14 +43,13 @@ def exact_search(
       arrays: raw or compressed token embeddings.
       lengths: int[N], tokens of each document, on the host.
       queries: float32[B, Lq, D].
-      k: at most the number of documents that have a token.
+      k: at most the number of allowed documents that have a token.
+      allowed: bool[N], the documents to score. If None, all.
     """
     if len(queries) > QUERIES:
+        parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
         return concatenate_hits(
-            [
-                exact_search(arrays, lengths, queries[i : i + QUERIES], k, progress=progress)
-                for i in range(0, len(queries), QUERIES)
-            ]
+            [exact_search(arrays, lengths, part, k, allowed, progress=progress) for part in parts]
         )
     # A few numbers of queries and of results, so that calls of any size share a few programs.
     batch, results = next_power_of_two(len(queries)), result_size(k)
@@ -66,12 +66,20 @@ def exact_search(
             length = ladder_length(int(lengths[order[start]]))
             limit = max(TOKENS // length, 1)
             stop = np.searchsorted(lengths[order], length, side="right")
-            positions = order[start : min(start + limit, stop)]
-            size = min(limit, next_power_of_two(len(positions)))
-            padded = np.pad(positions, (0, size - len(positions)), constant_values=len(lengths))
-            best = _merge(arrays, padded_queries, padded, *best, length=length)
-            start += len(positions)
-            bar.update(len(positions))
+            alike = order[start:stop]
+            if allowed is not None:
+                # The sizes of a search in all documents: no program for these ones alone.
+                limit = min(limit, next_power_of_two(len(alike)))
+                alike = alike[allowed[alike]]
+            for at in range(0, len(alike), limit):
+                positions = alike[at : at + limit]
+                size = (
+                    limit if allowed is not None else min(limit, next_power_of_two(len(positions)))
+                )
+                padded = np.pad(positions, (0, size - len(positions)), constant_values=len(lengths))
+                best = _merge(arrays, padded_queries, padded, *best, length=length)
+            bar.update(int(stop) - start)
+            start = int(stop)
     negated, positions = (np.asarray(part)[: len(queries), :k] for part in best)
     return Hits(positions, -negated)
 

@@ -84,6 +84,7 @@ def plaid_search(
     k: int,
     settings: SearchConfig,
     capacity: int,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Search a batch of queries, widening the capacity until every candidate fits.
 
@@ -94,6 +95,7 @@ def plaid_search(
       settings: resolved (`SearchConfig.resolve`).
       capacity: room for this many entries of the inverted lists that a query probes, repetitions
         included: a power of two, see `initial_capacity`.
+      allowed: bool[N], the documents that may be candidates. If None, all.
 
     Returns:
       positions int32[B, k] and scores float32[B, k], best first, equal scores by the smaller
@@ -108,10 +110,48 @@ def plaid_search(
 
     def search(queries: np.ndarray, threshold: np.float32, capacity: int) -> SearchResult:
         static = (int(settings.ncells or 1), ndocs, size, capacity, memory)
-        return _search_batch(arrays, queries, threshold, *static, counts)
+        return _search_batch(arrays, queries, threshold, *static, counts, allowed)
 
     positions, scores, capacity = widening(search, queries, settings, capacity)
     return positions[:, :k], scores[:, :k], capacity
+
+
+def score_few(
+    arrays: IndexArrays,
+    queries: jax.Array | np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    given: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score a few documents exactly, as PLAID's last stage does.
+
+    Args:
+      arrays, queries, settings: as for `plaid_search`.
+      k: results for each query, at most as many as are given.
+      given: int32[n], documents with a token; n at most what `room_for_few` says.
+
+    Returns:
+      positions and scores, as `plaid_search`.
+    """
+    room, size = room_for_few(settings, k)
+    given = np.pad(given, (0, room - len(given)), constant_values=_PADDING)
+    static = (1, 1, size, room, memory_of(arrays.codes), None, None, given)
+    positions, scores, _ = widening(
+        lambda queries, threshold, _: _search_batch(arrays, queries, threshold, *static),
+        queries,
+        settings,
+        room,
+    )
+    return positions[:, :k], scores[:, :k]
+
+
+def room_for_few(settings: SearchConfig, k: int) -> tuple[int, int]:
+    """How many documents, and results, a program of `score_few` has room for.
+
+    At least as many documents as PLAID scores exactly.
+    """
+    ndocs, size, _ = sizes_of(settings, k)
+    return max(ndocs // 4, size), size
 
 
 def sizes_of(settings: SearchConfig, k: int) -> tuple[int, int, np.ndarray | None]:
@@ -195,7 +235,19 @@ def memory_of(array: jax.Array) -> Memory:
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory, counts=None):
+def _search_batch(
+    arrays,
+    queries,
+    threshold,
+    ncells,
+    ndocs,
+    k,
+    capacity,
+    memory,
+    counts=None,
+    allowed=None,
+    given=None,
+):
     return search_batch(
         arrays,
         queries,
@@ -206,6 +258,8 @@ def _search_batch(arrays, queries, threshold, ncells, ndocs, k, capacity, memory
         capacity=capacity,
         memory=memory,
         counts=counts,
+        allowed=allowed,
+        given=given,
     )
 
 
@@ -220,6 +274,8 @@ def search_batch(
     capacity: int,
     memory: Memory,
     counts: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+    given: jax.Array | None = None,
     first: jax.Array | int = 0,
     axis: str | None = None,
 ) -> SearchResult:
@@ -229,6 +285,8 @@ def search_batch(
       arrays, queries, k, capacity: as for `plaid_search`.
       threshold: float32[], see `SearchConfig`; so are ncells and ndocs.
       counts: int32[2], see `sizes_of`; at most what ndocs and k make of them, which it is if None.
+      allowed: bool[N], the documents in `arrays` that may be candidates. If None, all.
+      given: int32[capacity], documents to score exactly, padded; if None, PLAID finds them.
       first: int32[], position in the collection of the first document in `arrays`.
       axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`. If None, one
         device has them all.
@@ -250,6 +308,8 @@ def search_batch(
         capacity=capacity,
         block=memory.block,
         counts=counts,
+        allowed=allowed,
+        given=given,
         first=first,
         axis=axis,
     )
@@ -259,23 +319,37 @@ def search_batch(
 
 
 def _search_part(
-    arrays, queries, *, threshold, ncells, ndocs, k, capacity, block, counts, first, axis
+    arrays,
+    queries,
+    *,
+    threshold,
+    ncells,
+    ndocs,
+    k,
+    capacity,
+    block,
+    counts,
+    allowed,
+    given,
+    first,
+    axis,
 ) -> SearchResult:
+    num_documents = len(arrays.offsets) - 1
     table = centroid_scores(arrays.centroids, queries)
-    cells = probe(table, queries, ncells)
-    positions, entries = candidates(arrays, cells, capacity)
-
-    real = (queries != 0).any(axis=-1)
-    kept = table.max(axis=-1, where=real[:, None], initial=-jnp.inf) >= threshold
-    for i, (n, counted) in enumerate(((ndocs, kept), (ndocs // 4, None))):
-        approximate = centroid_interaction(arrays, table, positions, counted, block)
-        size, count = max(n, k), None if counts is None else counts[i]
-        positions = cut(
-            positions, approximate, size, len(arrays.offsets) - 1, first, axis, count=count
-        )
+    if given is None:
+        cells = probe(table, queries, ncells)
+        positions, entries = candidates(arrays, cells, capacity, allowed)
+        real = (queries != 0).any(axis=-1)
+        kept = table.max(axis=-1, where=real[:, None], initial=-jnp.inf) >= threshold
+        for i, (n, counted) in enumerate(((ndocs, kept), (ndocs // 4, None))):
+            approximate = centroid_interaction(arrays, table, positions, counted, block)
+            size, count = max(n, k), None if counts is None else counts[i]
+            positions = cut(positions, approximate, size, num_documents, first, axis, count=count)
+    else:
+        positions = jnp.broadcast_to(given, (len(queries), capacity))
+        entries = jnp.zeros(len(queries), jnp.int32)
     exact = exact_scores(arrays, queries, table, positions, block)
 
-    num_documents = len(arrays.offsets) - 1
     positions = jnp.where(positions < num_documents, first + positions, _PADDING)
     negated, positions = best_of(-exact, positions, k, axis)
     missing = [(0, 0), (0, k - positions.shape[1])]
@@ -316,13 +390,16 @@ def probe(table: jax.Array, queries: jax.Array, ncells: int) -> jax.Array:
     return jnp.where(_is_first(cells), cells, num_centroids)
 
 
-def candidates(arrays: IndexArrays, cells: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+def candidates(
+    arrays: IndexArrays, cells: jax.Array, capacity: int, allowed: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Collect the distinct documents of the probed inverted lists.
 
     It takes two sorts, the second of keys that combine a document's length class and its rank.
 
     Args:
       cells: int32[B, ...], centroids, ascending; K stands for no centroid.
+      allowed: bool[N], no others are collected. If None, all are allowed.
 
     Returns:
       int32[B, capacity], short documents first, then by position, padded with N; and int32[B], the
@@ -333,7 +410,10 @@ def candidates(arrays: IndexArrays, cells: jax.Array, capacity: int) -> tuple[ja
     positions = jnp.sort(positions)
     _, length = token_spans(arrays.offsets, positions)
     classes = jnp.minimum((length - 1) // _TILE, _CLASSES - 1)
-    classes = jnp.where(_is_first(positions) & (length > 0), classes, _CLASSES)
+    chosen = _is_first(positions) & (length > 0)
+    if allowed is not None:
+        chosen &= allowed[jnp.minimum(positions, num_documents - 1)]
+    classes = jnp.where(chosen, classes, _CLASSES)
     key = jnp.sort(classes * capacity + jnp.arange(capacity, dtype=jnp.int32))
     positions = jnp.take_along_axis(positions, key % capacity, axis=1)
     return jnp.where(key < _CLASSES * capacity, positions, num_documents), entries

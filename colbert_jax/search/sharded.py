@@ -33,6 +33,7 @@ from colbert_jax.search.arrays import (
     check_lists,
     check_placed,
     concatenate_hits,
+    join_lists,
     result_size,
     token_inverse_norms,
 )
@@ -41,6 +42,7 @@ from colbert_jax.search.exact import QUERIES, TOKENS, score_documents
 _INT32 = np.iinfo(np.int32).max
 _LIST_BLOCK = 1 << 22  # entries of the inverted lists read at a time
 _REPLICATED = ("centroids", "bucket_weights")
+_JOINED = ("recent_lists", "recent_list_offsets")  # in no placed arrays
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
       DamagedArrayError: a value out of range.
     """
     check_mesh(mesh)
+    arrays = join_lists(arrays)
     shards = mesh.devices.size
     offsets = np.asarray(arrays.offsets, np.int64)
     bounds = document_ranges(offsets, shards)
@@ -149,16 +152,48 @@ def sharded_plaid_search(
     k: int,
     settings: SearchConfig,
     capacity: int,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Run `plaid.plaid_search` over all devices; `capacity` is that of each device."""
     ndocs, size, counts = plaid.sizes_of(settings, k)
-    static = dict(
-        mesh=sharded.mesh,
-        ncells=int(settings.ncells or 1),
-        ndocs=ndocs,
-        k=size,
-        memory=plaid.memory_of(sharded.first),
-    )
+    static = dict(ncells=int(settings.ncells or 1), ndocs=ndocs, k=size, counts=counts)
+    if allowed is not None:
+        documents = (len(sharded.arrays.offsets) // sharded.mesh.devices.size) - 1
+        (static["allowed"],) = _place(
+            sharded.mesh, lambda s: (_part(allowed, sharded.bounds, s, documents),), 1
+        )
+    return _widening(sharded, queries, k, settings, capacity, static)
+
+
+def sharded_score_few(
+    sharded: ShardedArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    given: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run `plaid.score_few` over all devices, each with those of the documents that it has."""
+    room, size = plaid.room_for_few(settings, k)
+    bounds = sharded.bounds
+
+    def local(s: int) -> tuple[np.ndarray]:
+        own = given[(given >= bounds[s]) & (given < bounds[s + 1])] - bounds[s]
+        return _padded([own], room, 0)
+
+    (placed,) = _place(sharded.mesh, local, 1)
+    static = dict(ncells=1, ndocs=1, k=size, given=placed)
+    return _widening(sharded, queries, k, settings, room, static)[:2]
+
+
+def _widening(
+    sharded: ShardedArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    capacity: int,
+    arguments: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray, int]:
+    memory = plaid.memory_of(sharded.first)
 
     def search(queries: np.ndarray, threshold: np.float32, capacity: int) -> plaid.SearchResult:
         return _plaid(
@@ -166,9 +201,10 @@ def sharded_plaid_search(
             sharded.first,
             replicate(sharded.mesh, queries),
             threshold,
-            counts,
             capacity=capacity,
-            **static,
+            mesh=sharded.mesh,
+            memory=memory,
+            **arguments,
         )
 
     positions, scores, capacity = plaid.widening(search, queries, settings, capacity)
@@ -176,11 +212,18 @@ def sharded_plaid_search(
     return positions, scores[:, :k], capacity
 
 
+def _part(allowed: np.ndarray, bounds: np.ndarray, s: int, documents: int) -> np.ndarray:
+    """bool[documents], the s-th device's part, padded."""
+    own = allowed[bounds[s] : bounds[s + 1]]
+    return np.pad(own, (0, documents - len(own)))
+
+
 def sharded_exact_search(
     sharded: ShardedArrays,
     lengths: np.ndarray,
     queries: np.ndarray,
     k: int,
+    allowed: np.ndarray | None = None,
     *,
     progress: bool | None = False,
 ) -> Hits:
@@ -189,12 +232,16 @@ def sharded_exact_search(
     Args:
       lengths: int[N], tokens of each document, on the host.
       queries: float32[B, Lq, D].
-      k: at most the number of documents that have a token.
+      k: at most the number of allowed documents that have a token.
+      allowed: bool[N], the documents to score. If None, all.
     """
     if len(queries) > QUERIES:
         parts = [queries[i : i + QUERIES] for i in range(0, len(queries), QUERIES)]
         return concatenate_hits(
-            [sharded_exact_search(sharded, lengths, part, k, progress=progress) for part in parts]
+            [
+                sharded_exact_search(sharded, lengths, part, k, allowed, progress=progress)
+                for part in parts
+            ]
         )
     mesh, bounds = sharded.mesh, sharded.bounds
     batch, size_k = next_power_of_two(len(queries)), result_size(k)
@@ -208,6 +255,8 @@ def sharded_exact_search(
         for length, rows in _steps(local):
             size = max(map(len, rows))
             size = min(next_power_of_two(size), max(TOKENS // length, 1))
+            if allowed is not None:  # in the sizes of a search in all documents
+                rows = [row[allowed[bounds[s] + row]] for s, row in enumerate(rows)]
             for at in range(0, max(map(len, rows)), size):
                 chosen = [row[at : at + size] for row in rows]
                 positions = _place(mesh, partial(_padded, chosen, size), 1)
@@ -274,9 +323,8 @@ def _count_entries(lists: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def _specs(axis: str) -> Any:
-    return IndexArrays(
-        *(P() if name in _REPLICATED else P(axis) for name in IndexArrays._fields)  # type: ignore
-    )
+    specs = {name: P() if name in _REPLICATED else P(axis) for name in IndexArrays._fields}
+    return IndexArrays(**specs | dict.fromkeys(_JOINED))  # type: ignore[arg-type]
 
 
 def _shard_map(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
@@ -294,15 +342,28 @@ def _norms(arrays, *, mesh):
 
 
 @partial(jax.jit, static_argnames=("mesh", "ncells", "ndocs", "k", "capacity", "memory"))
-def _plaid(arrays, first, queries, threshold, counts=None, *, mesh, **settings):
+def _plaid(
+    arrays,
+    first,
+    queries,
+    threshold,
+    counts=None,
+    allowed=None,
+    given=None,
+    *,
+    mesh,
+    **settings,
+):
     (axis,) = mesh.axis_names
 
-    def search(arrays, first, queries, threshold, counts):
-        where = dict(first=first[0], axis=axis)
-        return plaid.search_batch(arrays, queries, threshold, counts=counts, **where, **settings)
+    def search(arrays, first, queries, threshold, counts, allowed, given):
+        local = dict(counts=counts, allowed=allowed, given=given, first=first[0], axis=axis)
+        return plaid.search_batch(arrays, queries, threshold, **local, **settings)
 
-    in_specs = (_specs(axis), P(axis), P(), P(), P())
-    return _shard_map(search, mesh, in_specs, P())(arrays, first, queries, threshold, counts)
+    in_specs = (_specs(axis), P(axis), P(), P(), P(), P(axis), P(axis))
+    return _shard_map(search, mesh, in_specs, P())(
+        arrays, first, queries, threshold, counts, allowed, given
+    )
 
 
 @partial(jax.jit, static_argnames=("length", "mesh"))

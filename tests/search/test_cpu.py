@@ -18,11 +18,11 @@ def on_host(arrays):
     return cpu_arrays(arrays)
 
 
-def check(arrays, queries, k, ncells, threshold, ndocs):
+def check(arrays, queries, k, ncells, threshold, ndocs, allowed):
     config = SearchConfig(ncells, threshold, ndocs)
-    ids, scores = cpu_search(on_host(arrays), queries, k, config)
+    ids, scores = cpu_search(on_host(arrays), queries, k, config, allowed)
     for row, query in enumerate(queries):
-        expected = plaid_reference(arrays, query, k, ncells, threshold, ndocs)
+        expected = plaid_reference(arrays, query, k, ncells, threshold, ndocs, allowed)
         n = len(expected[0])
         assert ids[row, :n].tolist() == expected[0].tolist()
         np.testing.assert_allclose(scores[row, :n], expected[1], rtol=1e-5, atol=1e-5)
@@ -43,6 +43,7 @@ def check(arrays, queries, k, ncells, threshold, ndocs):
     ncells=st.integers(1, 5),
     threshold=st.sampled_from([-2.0, -0.3, 0.4, 0.8, 2.0]),
     ndocs=st.sampled_from([1, 8, 40]),
+    share=st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]),
 )
 def test_equals_the_definition(
     seed,
@@ -56,6 +57,7 @@ def test_equals_the_definition(
     ncells,
     threshold,
     ndocs,
+    share,
 ):
     rng = np.random.default_rng(seed)
     arrays, _ = random_index(
@@ -68,8 +70,9 @@ def test_equals_the_definition(
     assume(len(arrays.codes) > 0)  # no index is built without a token
     queries = random_queries(rng, arrays, batch, length)
     k = num_documents if everything else min(5, num_documents)
+    allowed = None if share is None else rng.random(num_documents) < share
     try:
-        check(arrays, queries, k, min(ncells, num_centroids), threshold, ndocs)
+        check(arrays, queries, k, min(ncells, num_centroids), threshold, ndocs, allowed)
     except NearTie:
         assume(False)
 

@@ -20,7 +20,8 @@ from plaid_reference import (
 
 from colbert_jax.config import SearchConfig
 from colbert_jax.search import exact_search, plaid_search, sharded
-from colbert_jax.search.arrays import IndexArrays, with_inverse_norms
+from colbert_jax.search.arrays import Hits, IndexArrays, with_inverse_norms
+from colbert_jax.search.plaid import score_few
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +31,7 @@ ENTRIES = 256  # more than the inverted lists of such an index have, and than a 
 NCELLS, NDOCS, BATCH, ROWS = 2, 12, 4, 8
 SMALL = settings(derandomize=True, database=None, deadline=None, max_examples=5)
 DRAWN = dict(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([-2.0, 0.3, 0.5, 2.0]))
+SHARE = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +50,7 @@ def make(seed, **kwargs):
 
 
 def on_device(arrays):
-    return with_inverse_norms(IndexArrays(*map(jnp.asarray, arrays[:-1])))
+    return with_inverse_norms(IndexArrays(*map(jnp.asarray, arrays[:7])))
 
 
 def on_mesh(arrays, devices):
@@ -56,21 +58,21 @@ def on_mesh(arrays, devices):
     return sharded.shard_arrays(arrays, mesh)
 
 
-def check_plaid(arrays, queries, k, threshold, search):
+def check_plaid(arrays, queries, k, threshold, search, allowed=None):
     config = SearchConfig(NCELLS, threshold, NDOCS)
-    ids, scores, _ = search(queries, k, config, ENTRIES)
+    ids, scores, _ = search(queries, k, config, ENTRIES, *(() if allowed is None else (allowed,)))
     for row, query in enumerate(queries):
         try:
-            wanted = plaid_reference(arrays, query, k, NCELLS, threshold, NDOCS)
+            wanted = plaid_reference(arrays, query, k, NCELLS, threshold, NDOCS, allowed)
         except NearTie:
             reject()
         check_row(ids[row], scores[row], *wanted)
 
 
-def check_exact(arrays, queries, k, hits):
+def check_exact(arrays, queries, k, hits, allowed=None):
     for row, query in enumerate(queries):
         try:
-            wanted = exact_reference(arrays, query, k)
+            wanted = exact_reference(arrays, query, k, allowed)
         except NearTie:
             reject()
         check_row(hits.positions[row], hits.scores[row], *wanted)
@@ -124,6 +126,41 @@ def test_exact_search_is_the_definition(eight_devices_here, devices, seed):
     else:
         hits = sharded.sharded_exact_search(on_mesh(arrays, devices), LENGTHS, queries, 9)
     check_exact(arrays, queries, 9, hits)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@SMALL
+@given(share=SHARE, **DRAWN)
+def test_allowed_documents_are_the_candidates(eight_devices_here, devices, seed, threshold, share):
+    arrays, queries = make(seed)
+    allowed = np.random.default_rng(seed).random(len(LENGTHS)) < share
+    if devices == 1:
+        search, placed = plaid_search, on_device(arrays)
+    else:
+        search, placed = sharded.sharded_plaid_search, on_mesh(arrays, devices)
+    check_plaid(arrays, queries, 5, threshold, lambda *a: search(placed, *a), allowed)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@SMALL
+@given(seed=st.integers(0, 2**32 - 1), share=SHARE)
+def test_allowed_documents_are_scored(eight_devices_here, devices, seed, share):
+    """All of them, by exact search and by the program for a few."""
+    arrays, queries = make(seed)
+    allowed = np.random.default_rng(seed).random(len(LENGTHS)) < share
+    k = min(int((allowed & (LENGTHS > 0)).sum()), 9)
+    given = np.flatnonzero(allowed & (LENGTHS > 0)).astype(np.int32)
+    config = SearchConfig(NCELLS, 0.0, 4 * len(LENGTHS))
+    if devices == 1:
+        placed = on_device(arrays)
+        hits = exact_search(placed, LENGTHS, queries, k, allowed)
+        few = score_few(placed, queries, k, config, given)
+    else:
+        placed = on_mesh(arrays, devices)
+        hits = sharded.sharded_exact_search(placed, LENGTHS, queries, k, allowed)
+        few = sharded.sharded_score_few(placed, queries, k, config, given)
+    check_exact(arrays, queries, k, hits, allowed)
+    check_exact(arrays, queries, k, Hits(*few), allowed)
 
 
 @pytest.fixture(scope="module")

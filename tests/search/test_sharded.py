@@ -111,7 +111,7 @@ def test_few_programs_for_every_k(eight_devices, ndocs):
     for k in ks:
         found[k] = sharded.sharded_plaid_search(placed, queries, k, config, 1024)
     assert sharded._plaid._cache_size() - before <= 3
-    single = with_inverse_norms(IndexArrays(*map(jnp.asarray, arrays[:-1])))
+    single = with_inverse_norms(IndexArrays(*map(jnp.asarray, arrays[:7])))
     for k in ks:
         positions, scores, _ = plaid_search(single, queries, k, config, 1024)
         np.testing.assert_array_equal(found[k][0], positions)
