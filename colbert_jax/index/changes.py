@@ -433,7 +433,7 @@ def compact(path: Path, open_now: Callable[[], Opened], progress: bool | None) -
         elif change.num_deleted:  # the numbers stay the documents' own
             publication.replace_strings(ID, [_chosen(now.ids, left)])
             next_id = now.metadata.num_documents
-        texts = open_column(path, TEXT, now.arrays)
+        texts = open_column(path, TEXT, now.arrays, now.metadata)
         if texts is not None:
             publication.replace_strings(TEXT, [_chosen(texts, left)])
         publication.choose_fields(left)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from colbert_jax.index.fields import FIELDS, FieldsWriter, delete_fields
-from colbert_jax.index.format import ArrayWriter, IndexFormatError, string_arrays
+from colbert_jax.index.format import ArrayWriter, IndexFormatError, Metadata, string_arrays
 
 ID, TEXT = "pid", "text"  # the columns' names on disk
 _BLOCK = 1024  # documents written at a time
@@ -368,12 +368,26 @@ class Strings(Column):
       folder, column: whose they are, for errors.
     """
 
-    def __init__(self, folder: Path, column: str, data: np.ndarray, offsets: np.ndarray):
+    def __init__(
+        self,
+        folder: Path,
+        column: str,
+        data: np.ndarray,
+        offsets: np.ndarray,
+        files: list[Path] | None = None,
+        former: Strings | None = None,
+    ):
+        """
+        Args:
+          files: of `data` and `offsets`, for errors; None: those of a build.
+          former: the column that this one continues, whose table of hashes is taken over.
+        """
         super().__init__(len(offsets) - 1)
         self._data, self._offsets = data, offsets
-        self._files = [folder / f"{name}.npy" for name in string_arrays(column)]
+        self._files = files or [folder / f"{name}.npy" for name in string_arrays(column)]
         self._lock = threading.Lock()
         self._table: tuple[np.ndarray, np.ndarray] | None = None
+        self._known = None if former is None else former._table
 
     def one(self, i: int) -> str:
         begin, end = self._offsets[i], self._offsets[i + 1]
@@ -415,9 +429,9 @@ class Strings(Column):
                         return i
         return None
 
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray, bytes]]:
+    def _blocks(self, first: int = 0) -> Iterator[tuple[int, np.ndarray, bytes]]:
         """Strings start..start+n-1: their first, their n + 1 offsets, their bytes."""
-        for start in range(0, self._n, _HASHED):
+        for start in range(first, self._n, _HASHED):
             offsets = self._offsets[start : start + _HASHED + 1]
             self._check_bounds(
                 offsets[0] >= 0
@@ -428,8 +442,13 @@ class Strings(Column):
 
     def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
         """The strings' hashes, ascending, and where each is."""
+        known, first = self._known, 0
         hashes = np.empty(self._n, np.int64)
-        for start, offsets, block in self._blocks():
+        if known is not None:
+            first = len(known[0])
+            hashes[known[1]] = known[0]
+            self._known = None
+        for start, offsets, block in self._blocks(first):
             ends = (offsets - offsets[0]).tolist()
             for i, (begin, end) in enumerate(itertools.pairwise(ends), start):
                 hashes[i] = hash(block[begin:end])
@@ -437,7 +456,22 @@ class Strings(Column):
         return hashes[order], order
 
 
-def open_column(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Strings | None:
-    """A column of the index in a folder; None where the index does not have it."""
+def open_column(
+    folder: Path,
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Metadata | None = None,
+    former: Column | None = None,
+) -> Strings | None:
+    """A column of the index in a folder; None where the index does not have it.
+
+    Args:
+      metadata: name the files; None: they are called as a build calls them.
+      former: the column of an earlier state of the index, if this one continues it.
+    """
     data, offsets = string_arrays(name)
-    return Strings(folder, name, arrays[data], arrays[offsets]) if data in arrays else None
+    if data not in arrays:
+        return None
+    files = [folder / (metadata.file(a) if metadata else f"{a}.npy") for a in (data, offsets)]
+    known = former if isinstance(former, Strings) else None
+    return Strings(folder, name, arrays[data], arrays[offsets], files, known)

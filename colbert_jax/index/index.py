@@ -84,7 +84,10 @@ class Index:
         metadata: fmt.Metadata,
         files: dict[str, np.ndarray],
         mesh: Mesh | None = None,
+        former: Index | None = None,
     ):
+        """`former`: an earlier state of the index, whose work is not done again."""
+        former = former if former is not None and former._is_continued(metadata) else None
         self.path, self.metadata, self._files = path, metadata, files
         self._mesh = mesh
         self.lengths = np.diff(files["offsets"])
@@ -93,12 +96,14 @@ class Index:
         arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
         with self._naming_the_file():
             self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
-        self.backend = self._choose_backend()
+        self.backend = self._choose_backend(former)
         self._fields: FieldStore | None = None
         if metadata.fields is not None:
             self._fields = FieldStore(path / metadata.fields, len(self.lengths))
-        self.texts: Column | None = open_column(path, TEXT, files)
-        self.ids: Column = open_column(path, ID, files) or Positions(len(self.lengths))
+        self.texts: Column | None = open_column(path, TEXT, files, metadata)
+        known = None if former is None else former.ids
+        ids = open_column(path, ID, files, metadata, known)
+        self.ids: Column = ids or Positions(len(self.lengths))
         try:
             self._search_defaults = SearchConfig(**(metadata.model or {}).get("search", {}))
         except (TypeError, ValueError) as error:
@@ -206,11 +211,14 @@ class Index:
         """
         if mesh is not None:
             check_mesh(mesh)
-        path = resolved(path)
+        return cls._open(resolved(path), mesh)
+
+    @classmethod
+    def _open(cls, path: Path, mesh: Mesh | None, former: Index | None = None) -> Index:
         while True:
             folder, metadata, arrays = fmt.open_arrays(path)
             try:
-                opened = cls(folder, metadata, arrays, mesh)
+                opened = cls(folder, metadata, arrays, mesh, former)
                 if metadata.fields is None or _state_of(path) == metadata.state:
                     return opened
             except FileNotFoundError:
@@ -418,7 +426,7 @@ class Index:
         """
         if _state_of(self.path) == self.metadata.state:
             return self
-        return Index.open(self.path, self._mesh)
+        return self._open(self.path, self._mesh, self)
 
     def add(
         self,
@@ -594,11 +602,21 @@ class Index:
         known = self.metadata.change is None or array in self.metadata.change.files
         return self.path / (self.metadata.file(array) if known else name)
 
-    def _choose_backend(self) -> Backend | None:
+    def _is_continued(self, metadata: fmt.Metadata) -> bool:
+        """Whether what is here is still there in a later state, in its place."""
+        own = self.metadata
+        return metadata.build == own.build and all(
+            metadata.file(name) == own.file(name)
+            for name in fmt.array_specs(own).keys() & fmt.GROWING - {"deleted"}
+        )
+
+    def _choose_backend(self, former: Index | None) -> Backend | None:
         if self._num_results == 0:
             return None
         try:
             with self._naming_the_file():
+                if former is not None and former.backend is not None:
+                    return former.backend.grown(self.arrays)
                 return choose_backend(self.arrays, self._mesh)
         except NotImplementedError as error:
             raise NotImplementedError(f"{self.path}: {error}") from None
