@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -266,6 +267,53 @@ def test_shared_between_threads(retriever, texts):
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda part: retriever.search(part, k=5), queries))
     assert together == alone
+
+
+def test_changed_while_threads_search(model, texts, tmp_path):
+    """Every answer is of one state: each document's id and text belong together."""
+    path = tmp_path / "i"
+    retriever = Retriever.build(path, model, [(f"a{n}", text) for n, text in enumerate(texts[:40])])
+    known = {f"a{n}": {text} for n, text in enumerate(texts)}
+    done = threading.Event()
+
+    def search() -> int:
+        count = 0
+        while not done.is_set() or not count:
+            for row in retriever.search(QUERIES, k=50):
+                assert len({hit.id for hit in row}) == len(row) >= 40
+                assert all(hit.text in known[hit.id] for hit in row)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        searches = [pool.submit(search) for _ in range(3)]
+        try:
+            for n in range(40, 46):
+                retriever.add([(f"a{n}", texts[n])])
+                known["a0"].add(texts[n])
+                retriever.update([("a0", texts[n])])
+            retriever.delete([f"a{n}" for n in range(40, 43)])
+            retriever.compact()
+        finally:
+            done.set()
+        assert all(search.result() for search in searches)
+    assert len(retriever) == 43 and retriever.index.text("a0") == texts[45]
+
+
+def test_an_iterator_of_results_keeps_its_state(model, texts, tmp_path):
+    retriever = Retriever.build(tmp_path / "i", model, {"a": texts[0], "b": texts[1]})
+    results = retriever.search_many(iter(texts[:3]), k=9)
+    retriever.delete("a")
+    assert {hit.id for hit in next(results)} == {"a", "b"}
+    assert {hit.id for hit in retriever.search(texts[0], k=9)} == {"b"}
+
+
+def test_refresh_refuses_an_index_of_another_model(model, plain_folder, texts, tmp_path):
+    retriever = Retriever.build(tmp_path / "i", model, texts[:9])
+    Retriever.build(tmp_path / "i", plain_folder, texts[:9], overwrite=True, dim=model.dim)
+    with pytest.raises(ValueError, match="not the checkpoint, or not the document settings"):
+        retriever.refresh()
+    assert len(retriever.search(texts[0], k=3)) == 3
 
 
 def test_in_an_asynchronous_server(retriever):

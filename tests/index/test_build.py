@@ -271,7 +271,7 @@ def test_two_builders_do_not_mix(tmp_path):
     with building(tmp_path / "i", overwrite=False) as folder:
         assert folder == building_folder(tmp_path / "i") and folder.is_dir()
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="another process is building"):
+            with pytest.raises(RuntimeError, match="another process is building or changing"):
                 Index.build(tmp_path / "i", **ready())
     Index.build(tmp_path / "i", **ready())
     assert [file.name for file in tmp_path.iterdir()] == ["i"]
