@@ -23,6 +23,7 @@ from passages import load
 from colbert_jax.compression import cpu
 from colbert_jax.compression.kmeans import num_centroids_for, train_kmeans
 from colbert_jax.compression.refill import refill
+from colbert_jax.progress import log_to_stderr
 from colbert_jax.runtime import num_threads
 
 _BLOCK = 8192
@@ -113,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main()

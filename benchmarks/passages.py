@@ -26,7 +26,7 @@ import numpy as np
 from colbert_jax import ColBERT
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
-from colbert_jax.progress import progress_bar
+from colbert_jax.progress import log_to_stderr, progress_bar
 from colbert_jax.runtime import enable_compilation_cache
 
 _CHUNK = 1000  # passages in one file of the cache
@@ -159,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main()

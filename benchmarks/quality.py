@@ -25,6 +25,7 @@ from colbert_jax import ColBERT, Index
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import evaluate_ranking, read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import DEPTH
+from colbert_jax.progress import log_to_stderr
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.search.arrays import Hits, RawArrays, concatenate_hits
 from colbert_jax.search.exact import exact_search
@@ -95,7 +96,7 @@ def evaluate_collection(
     if file.is_file():
         documents = DocumentEmbeddings(**np.load(file))
     else:
-        documents = model.encode_documents(texts, progress=True)
+        documents = model.encode_documents(texts)
         partial_file = work / "partial.npz"
         np.savez(partial_file, values=documents.values, offsets=documents.offsets)
         partial_file.rename(file)
@@ -110,10 +111,7 @@ def evaluate_collection(
     for nbits in bits:
         path = work / f"{nbits}bit.index"
         if not path.exists():
-            Index.build(
-                path, embeddings=documents.values, lengths=documents.lengths, nbits=nbits,
-                progress=True,
-            )  # fmt: skip
+            Index.build(path, embeddings=documents.values, lengths=documents.lengths, nbits=nbits)
         index = Index.open(path)
         for exact in (False, True):
             start = time.perf_counter()
@@ -134,4 +132,5 @@ def batched(search, queries: np.ndarray, size: int = 32) -> Hits:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main()

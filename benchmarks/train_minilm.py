@@ -47,6 +47,7 @@ from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import read_collection, read_queries
 from colbert_jax.mining import make_examples, retrieve
 from colbert_jax.models.colbert import unit_length
+from colbert_jax.progress import log_to_stderr
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.training import Task, TrainingConfig, stanford_examples, train
 from colbert_jax.training.step import apply_gradients, init_moments, matches, score_loss
@@ -398,4 +399,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     run()

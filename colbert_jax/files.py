@@ -85,10 +85,12 @@ def _kind(path: Path) -> int | None:
 
 def read_json(file: Path) -> Any:
     """Parse a JSON file; the error names the file and the place."""
+    data = file.read_bytes()
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise ValueError(f"{file}, line {line}: not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
 

@@ -505,7 +505,7 @@ def rank_documents(
       ValueError, TypeError: a blank query, a bad document, k below 1.
     """
     k = None if k is None else check_k(k)
-    listed, pairs = as_queries(queries), list(Documents(documents))
+    listed, pairs = as_queries(queries), list(Documents(documents, fields=False))
     ids = [str(i) if isinstance(p, str) else p[0] for i, p in enumerate(pairs)]
     texts = [p if isinstance(p, str) else p[1] for p in pairs]
     hits = model.rank(listed, texts, k, progress=progress)

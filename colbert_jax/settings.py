@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from colbert_jax.config import require_types
 from colbert_jax.files import read_object
 
 _FLAT = ("training", "text")
@@ -70,26 +71,26 @@ def make(kind: type, values: Mapping[str, Any], where: str = "the settings") -> 
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(
-            f"{where}: unknown setting {', '.join(unknown)}; there are {', '.join(fields)}"
-        )
+        shown = ", ".join(name[:80] for name in unknown[:5])
+        raise ValueError(f"{where}: unknown setting {shown}; there are {', '.join(fields)}")
     missing = [n for n, f in fields.items() if n not in values and _default(f) is _MISSING]
     if missing:
         raise ValueError(f"{where}: these settings have no default: {', '.join(missing)}")
     arguments = {}
     for name, value in values.items():
         inner: Any = hints[name]
-        if (
-            isinstance(inner, type)
-            and dataclasses.is_dataclass(inner)
-            and isinstance(value, Mapping)
-        ):
+        nested = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        if nested and not isinstance(value, Mapping | inner):
+            raise ValueError(f"{where}: {name} must be an object of settings, got {value!r:.60}")
+        if nested and isinstance(value, Mapping):
             default = _default(fields[name])
             base = {} if default is _MISSING else dataclasses.asdict(default)
             value = make(inner, {**base, **value}, f"{where}, {name}")
         arguments[name] = value
     try:
-        return kind(**arguments)
+        made = kind(**arguments)
+        require_types(made)
+        return made
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 

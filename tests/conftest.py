@@ -4,8 +4,8 @@ On a machine with an accelerator, `COLBERT_JAX_TEST_PLATFORM=cuda make test` (or
 there; tests that need 8 devices skip where there are fewer.
 
 Programs of tests compile for seconds and run for milliseconds, so on a CPU they are compiled with
-few optimisations, in the processes that tests start too. `optimised` is for tests whose programs
-run for long; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` runs all as users run them.
+few optimisations, in the processes that tests start too;
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test` runs all as users run them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +65,13 @@ def quick_disk():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def heard_interrupt():
+    """A shell's background has Ctrl-C ignored, and so would have the runs that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache():
     """Programs are kept between runs, here and in the processes that tests start."""
     from colbert_jax.runtime import enable_compilation_cache
@@ -110,17 +118,6 @@ def one_length():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("colbert_jax.training.loader._LADDER", (48, 512))
         yield
-
-
-@pytest.fixture(scope="module")
-def optimised():
-    """For tests whose programs run for so long that optimising them pays."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -162,6 +163,33 @@ def test_evaluate_without_the_queries_own_passages(capsys, built, texts, tmp_pat
     captured = capsys.readouterr()
     assert "own id" not in captured.err
     assert json.loads(captured.out)["MRR@10"] < with_self["MRR@10"] == 1
+
+
+def test_changes(capsys, built, tmp_path):
+    index = shutil.copytree(built, tmp_path / "i")
+    more = tmp_path / "more.jsonl"
+    more.write_text(
+        '{"id": "x", "text": "heat flow", "year": 2001}\n{"id": "y", "text": "a bird"}\n'
+    )
+    before = len(Index.open(index))
+    assert f"documents    {before + 2} (" in run(capsys, "add", index, more)
+    assert "already has the document ids 'x', 'y'" in fails(capsys, "add", index, more)
+    assert f"documents    {before + 2} (" in run(capsys, "upsert", index, more)
+    assert "deleted      4, still in their place" in run(capsys, "update", index, more)
+    found = run(capsys, "search", index, "heat flow", "--where", '{"year": {"gte": 2000}}')
+    assert [line.split()[2] for line in found.splitlines()[1:]] == ["x"]
+    assert "there are year (number)" in fails(
+        capsys, "search", index, "heat", "--where", '{"yaer": 1}'
+    )
+    assert "not valid JSON" in fails(capsys, "search", index, "heat", "--where", "{year: 1}")
+    assert "field        year: number" in run(capsys, "info", index, "--verify")
+    assert "has no document id 'z'" in fails(capsys, "delete", index, "x", "z")
+    (tmp_path / "ids.txt").write_text("x\n\ny\n")
+    assert run(capsys, "delete", index, "--ids", tmp_path / "ids.txt").startswith("2 documents del")
+    assert "give ids on the command line or --ids" in fails(capsys, "delete", index)
+    assert f"documents    {before} (" in run(capsys, "compact", index)
+    assert f"documents    {before} (" in run(capsys, "compact", index, "--retrain")
+    assert "format       1" in run(capsys, "info", index)
 
 
 def test_rank(capsys, files, stanford_folder, texts):
@@ -371,6 +399,9 @@ def test_demo(capsys, stanford_folder, tmp_path, monkeypatch):
     assert "Indexing 80 docstrings" in first and "is there" in second
     for question in demo.QUESTIONS:
         assert question in first and question in second
+    documents["re.sub"] = "another Python's"
+    assert main(list(map(str, arguments))) == 2
+    assert "an index of another collection: 80 documents, not these 81" in capsys.readouterr().err
 
 
 @pytest.mark.slow

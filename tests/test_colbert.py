@@ -1,3 +1,5 @@
+import dataclasses
+import pickle
 import threading
 
 import jax
@@ -199,6 +201,25 @@ def test_wrong_arguments(model):
         model.encode_documents(["a", None])
     with pytest.raises(TypeError, match="query 1 must be a string, got int"):
         model.rank(["a", 3], ["b"])
+
+
+def test_weights_are_hashed_once(stanford_folder, monkeypatch):
+    """Opening, checking and pickling ask for the fingerprint again and again."""
+    hashed = []
+    monkeypatch.setattr("colbert_jax.colbert.fingerprint", lambda *of: hashed.append(of) or "new")
+    own = ColBERT.from_pretrained(stanford_folder, devices=jax.devices()[:1])
+    assert [own.fingerprint(), own.describe()["fingerprint"], own.fingerprint()] == ["new"] * 3
+    pickle.dumps(own)
+    assert len(hashed) == 1
+    own.set_params(jax.tree.map(np.asarray, own.params))
+    own.fingerprint()
+    own.params = jax.tree.map(lambda a: a + 1, own.params)
+    own.fingerprint()
+    own.config = dataclasses.replace(
+        own.config, text=dataclasses.replace(own.config.text, doc_maxlen=7)
+    )
+    own.fingerprint()
+    assert len(hashed) == 4
 
 
 def test_model_fingerprint_ignores_query_settings(stanford_folder, model):

@@ -293,3 +293,30 @@ def test_a_lock_dies_with_its_process(tmp_path):
         process.wait()
         files.unlock_file(file, files.lock_file(file))
     assert json.dumps([f.name for f in tmp_path.iterdir()]) == "[]"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "circle"])
+def test_what_lies_in_place_of_a_json_object_is_named(tmp_path, kind):
+    """A pipe that nobody writes into was called missing."""
+    file = tmp_path / "s.json"
+    with pytest.raises(FileNotFoundError, match=r"s\.json is missing"):
+        files.read_object(file)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("gone" if kind == "link" else file)
+    said = {
+        "pipe": "a pipe or a device in place",
+        "folder": "a folder in place",
+        "link": "a link to",
+    }
+    with pytest.raises(ValueError, match=rf"s\.json: {said.get(kind, 'cannot be read')}"):
+        files.read_object(file)
+
+
+def test_json_that_is_not_utf8_names_the_line(tmp_path):
+    (tmp_path / "s.json").write_bytes(b'{\n "a": "\xff"}')
+    with pytest.raises(ValueError, match=r"s\.json, line 2: not UTF-8"):
+        files.read_object(tmp_path / "s.json")

@@ -70,6 +70,7 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     Path("passages.tsv").write_text(
         "".join(f"{n}\t{t}\n" for n, t in enumerate(support.passages(30)))
     )
+    Path("more.tsv").write_text("a\tthe first of two more\nb\tthe second\n")
     Path("queries.tsv").write_text("q1\theat flow\nq2\trunning cats\n")
     Path("qrels.tsv").write_text("q1\t0\t3\t1\nq2\t0\t4\t2\n")
     Path("pairs.jsonl").write_text('{"query": "heat flow", "positive": "heat"}\n' * 4)

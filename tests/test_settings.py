@@ -82,3 +82,22 @@ def test_settings_round_trip_and_papers_values():
     assert wanted.items() <= asdict(last).items() and last.max_grad_norm == 2.0
     assert (FIRST.nway, FIRST.maxsteps) == (32, 150_000)
     assert set(RECIPES) == {"colbertv1", "contrastive", "distill", "denoised-supervision"}
+
+
+FILES = {"queries": "q", "collection": "c", "folder": "f", "examples": "e"}
+
+
+@pytest.mark.parametrize("value", [True, None, [], "text", 3])
+def test_settings_inside_settings_must_be_an_object(value):
+    """A recipe would take the value for its training, and fail later."""
+    with pytest.raises(ValueError, match=r"the settings: training must be an object of settings"):
+        make(Distillation, {**FILES, "training": value})
+
+
+@pytest.mark.parametrize(
+    "change", [{"examples": 10**30}, {"folder": ["f"]}, {"checkpoint": None}, {"dim": "16"}]
+)
+def test_settings_of_another_type_are_named(change):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=rf"s\.json: {name} must be (str|int \| None), got"):
+        make(Distillation, FILES | change, "s.json")

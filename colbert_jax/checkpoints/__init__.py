@@ -25,8 +25,8 @@ from colbert_jax.checkpoints import (
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.checkpoints.modules import has_modules, read_modules
 from colbert_jax.checkpoints.warn import warn
-from colbert_jax.files import check_free, present_folder, publishing
-from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
+from colbert_jax.files import check_free, present, present_folder, publishing
+from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
 
 __all__ = [
     "LAYOUTS",
@@ -48,6 +48,9 @@ _REGISTER: dict[str, Any] = {
     "single-vector": single_vector,
     "huggingface": huggingface,
 }
+
+_WITHOUT_HEAD = ("single-vector", "huggingface")  # plain encoders
+_ADAPTER = "adapter_config.json"  # of peft; transformers looks for it in every folder
 
 # The layouts that can be written, by the name that the command line takes.
 LAYOUTS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -76,14 +79,34 @@ def read_checkpoint(
 
 
 def _read(path: Path, layout: str, **arguments: Any) -> Checkpoint:
-    checkpoint = _REGISTER[layout].read(path, **arguments)
     unread = _unread_weights(path, layout)
+    _refuse_unread(path, layout, unread)
+    checkpoint = _REGISTER[layout].read(path, **arguments)
     if unread:
         warn(
             f"{path}: read as {layout}, without the weights in {', '.join(unread)}: this library "
             "does not read them, and embeddings are those of a model without them"
         )
     return carried.restore(checkpoint, path)
+
+
+def _refuse_unread(path: Path, layout: str, unread: list[str]) -> None:
+    """Raise ValueError for weights without which token embeddings would be others: a projection
+    beside an encoder that has none in its layout, and an adapter."""
+    heads = [name for name in unread if is_head(name)] if layout in _WITHOUT_HEAD else []
+    if heads:
+        which = "the multi-vector head of bge-m3" if "colbert" in heads[0] else "by its name a head"
+        raise ValueError(
+            f"{path / heads[0]}: {which}, which this library does not support yet: embeddings "
+            f"would be those of a model without it; use the model's own library, or take the file "
+            "out of a copy of the folder to go on without it"
+        )
+    if not path.is_file() and present(path / _ADAPTER):
+        raise ValueError(
+            f"{path / _ADAPTER}: an adapter, which this library does not apply: embeddings would "
+            "be those of the model before it was trained; merge it with peft "
+            "(merge_and_unload), save the result, and load that"
+        )
 
 
 def _unread_weights(path: Path, layout: str) -> list[str]:

@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from colbert_jax.checkpoints import carried, colbertv1, flmr
 from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import present, present_folder
-from colbert_jax.tensors.weights import WEIGHT_FILES, other_weights
+from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
 
-HEADS = ("colbert_linear.pt", "sparse_linear.pt")  # of bge-m3
 MODULE_FOLDER = "[0-9]*_*"
 # Files beside weights that are read, in the root and in the folders of modules and tokenizers.
 _SETTINGS = (
@@ -33,7 +32,8 @@ _SETTINGS = (
     "merges.txt",
     "*.model",
     f"*{colbertv1.SUFFIX}",
-    *HEADS,
+    "adapter_config.json",
+    "sparse_linear.pt",  # of bge-m3, to be named
 )
 # Folders of modules and of tokenizers. Others hold copies for other runtimes or training states.
 _FOLDERS = (MODULE_FOLDER, flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)
@@ -197,8 +197,9 @@ def fetch(
 
 def _warn_left_out(names: Iterable[str], where: str) -> None:
     """Name the weight files of a repository that are neither read nor fetched."""
-    left_out = set(other_weights(name for name in names if "/" not in name))
-    left_out = {name for name in left_out - {*HEADS} if not name.endswith(colbertv1.SUFFIX)}
+    names = [name for name in names if "/" not in name]
+    left_out = set(other_weights(names)).difference(needed_files(names))
+    left_out = {name for name in left_out if not name.endswith(colbertv1.SUFFIX)}
     if left_out:
         warn(
             f"{where}: weights in {', '.join(sorted(left_out))} are not read: embeddings are those "
@@ -252,7 +253,7 @@ def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
         folders.setdefault(path.parent, []).append(path.name)
     needed = []
     for folder, files in folders.items():
-        settings = [f for f in files if any(fnmatch(f, pattern) for pattern in _SETTINGS)]
+        settings = [f for f in files if is_head(f) or any(fnmatch(f, p) for p in _SETTINGS)]
         known = any(fnmatch(str(folder), pattern) for pattern in _FOLDERS)
         if len(folder.parts) > known or not settings:
             continue

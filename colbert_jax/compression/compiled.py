@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import shutil
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from colbert_jax.runtime import cache_folder
 _PACKAGE = Path(__file__).parents[1]
 # Loops, their constants and what they call are in these, and how they are compiled in this file.
 _SOURCES = ("compression/cpu_kernels.py", "search/cpu_kernels.py", "compression/compiled.py")
+_OURS, _DIGITS = "colbert_jax-", 16  # of the folders' names: a prefix, and digits of the content
+_UNUSED = 30 * 24 * 3600.0  # seconds
 _FAST = {"nnan", "nsz", "contract", "arcp", "reassoc"}
 _told = threading.Event()
 
@@ -48,16 +52,31 @@ def _content() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
     for name in _SOURCES:
         digest.update((_PACKAGE / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _base() -> Path:
+    chosen = getattr(config, "CACHE_DIR", "")
+    return Path(chosen) if chosen else cache_folder() / "numba"
+
+
+@functools.cache
+def _delete_old() -> None:
+    """Delete what other versions of the loops have left, if nothing was added to it for long."""
+    for folder in _base().glob(f"{_OURS}{'[0-9a-f]' * _DIGITS}"):
+        if folder.name == f"{_OURS}{_content()}" or folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            newest = max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
+            if newest < time.time() - _UNUSED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Locator(_CacheLocator):
     """Below `$NUMBA_CACHE_DIR` or the user's cache folder, a folder for every content."""
 
     def __init__(self, module: str):
-        chosen = getattr(config, "CACHE_DIR", "")
-        base = Path(chosen) if chosen else cache_folder() / "numba"
-        self._folder = base / f"colbert_jax-{_content()}" / module
+        self._folder = _base() / f"{_OURS}{_content()}" / module
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> _Locator:
@@ -93,6 +112,7 @@ class _Cache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
+            _delete_old()
         except OSError as error:
             _not_kept(error)
 

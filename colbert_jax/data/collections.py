@@ -5,7 +5,9 @@ Collections: TSV `pid, text[, title]` (Stanford ColBERT; a title is joined as "t
 `text` among others), or plain text, a passage a line. Queries: TSV `qid, text`, or JSONL. A TSV's
 first line may name its columns, in any order. Any file may be gzipped, its name then ending in .gz.
 
-No field is dropped unless its column is a URL: a tab inside a text is an error, not its end.
+No column is dropped but the URL of a TSV without a header: a tab inside a text is an error, not its
+end. What a JSON object has beyond id, text and title, and the URL that a header names, are fields
+of the document (`read_documents`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _ID_KEYS = (
 _TEXT_KEYS = ("text", "contents", "passage", "body", "content", "document")
 _QUERY_IDS = ("qid", "_id", "id", "query_id", "question_id", "topic_id")
 _QUERY_TEXTS = ("question", "text", "query")
-_TITLE, _URL = "title", "url"
+_TITLE, _URL, _METADATA = "title", "url", "metadata"
 _SUFFIXES = (".tsv", ".jsonl", ".txt", "")
 _GAIN = re.compile(r"[+-]?[0-9]{1,9}")
 
@@ -45,6 +47,21 @@ class Columns(NamedTuple):
 
     def parse(self, line: str) -> tuple[str, str]:
         """Id and text of a line. Raises ValueError, without the place."""
+        fields = self._split(line)
+        return fields[self.id], self._text(fields)
+
+    def parse_all(self, line: str) -> tuple[str, str, dict[str, str]]:
+        """Id, text and the document's fields. Raises ValueError, without the place."""
+        fields, used = self._split(line), (self.id, self.text, self.title)
+        named = zip(self.names, fields, strict=False)
+        more = {name: field for i, (name, field) in enumerate(named) if i not in used and field}
+        return fields[self.id], self._text(fields), more
+
+    def _text(self, fields: list[str]) -> str:
+        title = "" if self.title is None or self.title >= len(fields) else fields[self.title]
+        return _join(title, fields[self.text])
+
+    def _split(self, line: str) -> list[str]:
         fields = line.split("\t")
         count, most = len(fields), len(self.names)
         if tuple(fields) == self.names:
@@ -59,8 +76,7 @@ class Columns(NamedTuple):
             )
         if not fields[self.id].strip():
             raise ValueError(f"the id is empty: {line[:80]!r}")
-        title = "" if self.title is None or self.title >= count else fields[self.title]
-        return fields[self.id], _join(title, fields[self.text])
+        return fields
 
     def _expected(self) -> str:
         more = "".join(f"[, {name}]" for name in self.names[self.needed :])
@@ -73,11 +89,13 @@ class Layout(NamedTuple):
     parse: gives id and text of a line; raises ValueError, without the place. None where the line is
       the text and its number the id.
     tabbed: the id comes first on the line, then a tab. header: the first line names the columns.
+    parse_all: gives the document's fields too; None where it has none.
     """
 
     parse: Callable[[str], tuple[str, str]] | None
     tabbed: bool = False
     header: bool = False
+    parse_all: Callable[[str], tuple[str, str, dict[str, Any]]] | None = None
 
 
 class Kind(NamedTuple):
@@ -137,6 +155,21 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
     Raises:
       ValueError: a line that can't be read, with its number; an empty collection.
     """
+    return (document[:2] for document in _read_documents(path, False))
+
+
+def read_documents(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (pid, text, fields) of every passage; else as `read_collection`.
+
+    Fields are all that a JSON object has beside id, text and title, as it has them, and a column
+    that a TSV's header names beside these.
+    """
+    return _read_documents(path, True)
+
+
+def _read_documents(
+    path: str | Path, with_fields: bool
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     path = Path(path)
     suffix, layout, warned, count = passage_suffix(path), None, False, 0
     for number, line in numbered_lines(path):
@@ -146,14 +179,20 @@ def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
                 if layout.header:
                     continue
             parse = layout.parse
-            pid, text = (str(count), line) if parse is None else parse(line)
+            fields: dict[str, Any] = {}
+            if parse is None:
+                pid, text = str(count), line
+            elif with_fields and layout.parse_all is not None:
+                pid, text, fields = layout.parse_all(line)
+            else:
+                pid, text = parse(line)
             _check_unicode(pid, text)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if parse is None and number != count + 1 and not warned:
             warned = True
             warn_of_gap(path)
-        yield pid, text
+        yield pid, text, fields
         count += 1
     if not count:
         raise ValueError(f"{path}: the collection is empty")
@@ -179,7 +218,7 @@ def passage_layout(suffix: str, first: str) -> Layout:
     Raises ValueError, without the place, for a line that contradicts the name.
     """
     if suffix == ".jsonl":
-        return Layout(parse_json)
+        return Layout(parse_json, parse_all=parse_json_document)
     if suffix == ".tsv":
         return _tsv_layout(first, PASSAGES)
     if not suffix and ("\t" in first or first.lstrip().startswith("{")):
@@ -208,7 +247,8 @@ def query_layout(first: str) -> Layout:
 
 def _tsv_layout(first: str, kind: Kind) -> Layout:
     columns, header = columns_of(first, kind)
-    return Layout(columns.parse, tabbed=columns.id == 0, header=header)
+    parse_all = columns.parse_all if header else None
+    return Layout(columns.parse, tabbed=columns.id == 0, header=header, parse_all=parse_all)
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
@@ -228,10 +268,10 @@ def read_queries(path: str | Path) -> dict[str, str]:
             assert layout.parse is not None
             qid, text = layout.parse(line)
             if not text.strip():
-                raise ValueError(f"expected 'qid<TAB>text', but query {qid!r} is empty")
+                raise ValueError(f"expected 'qid<TAB>text', but query {qid!r:.80} is empty")
             _check_unicode(qid, text)
             if qid in queries:
-                raise ValueError(f"query id {qid!r} appears twice")
+                raise ValueError(f"query id {qid!r:.80} appears twice")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         queries[qid] = text
@@ -265,8 +305,8 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
         before = qrels.setdefault(qid, {}).setdefault(pid, gain)
         if before != gain:
             raise ValueError(
-                f"{path}, line {number}: document {pid!r} of query {qid!r} has the gain {gain} "
-                f"here and {before} above: keep one of the two"
+                f"{path}, line {number}: document {pid!r:.80} of query {qid!r:.80} has the gain "
+                f"{gain} here and {before} above: keep one of the two"
             )
     if not qrels:
         raise ValueError(f"{path}: no judgements")
@@ -284,7 +324,16 @@ def _qrels_form(first: str) -> tuple[list[str], bool]:
 
 def parse_json(line: str) -> tuple[str, str]:
     """pid and text of a JSON object. Raises ValueError, without the place."""
+    return _parse_json(json_object(line))
+
+
+def parse_json_document(line: str) -> tuple[str, str, dict[str, Any]]:
+    """pid, text and fields of a JSON object. Raises ValueError, without the place."""
     record = json_object(line)
+    return *_parse_json(record), record_fields(record)
+
+
+def _parse_json(record: dict[str, Any]) -> tuple[str, str]:
     pid, text = parse_record(record)
     if pid is None:
         raise _incomplete(record, PASSAGES)
@@ -314,6 +363,20 @@ def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
     return None if identity is None else as_id(identity), _join(str(title or ""), text)
 
 
+def record_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mapping has beside the id, text and title that `parse_record` finds.
+
+    What BEIR's `metadata` holds lies beside the other fields. Where two have one name, the one
+    inside is `metadata.` and the name.
+    """
+    used = {_TITLE, *(_first_key(record, keys) for keys in (_ID_KEYS, _TEXT_KEYS))}
+    inner = record.get(_METADATA)
+    if not isinstance(inner, Mapping):
+        return {key: value for key, value in record.items() if key not in used}
+    fields = {key: record[key] for key in record if key not in used and key != _METADATA}
+    return fields | {f"{_METADATA}.{k}" if k in fields else k: v for k, v in inner.items()}
+
+
 def as_id(identity: Any) -> str:
     """An id as a string. Raises ValueError for one that is empty, or no id."""
     if isinstance(identity, bool | float | bytes | list | tuple | dict):
@@ -324,13 +387,18 @@ def as_id(identity: Any) -> str:
 
 
 def _first_of(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((record[key] for key in keys if key in record), None)
+    key = _first_key(record, keys)
+    return None if key is None else record[key]
+
+
+def _first_key(record: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if key in record), None)
 
 
 def _incomplete(record: Mapping[str, Any], kind: Kind) -> ValueError:
     return ValueError(
         f"expected an id ({', '.join(kind.ids)}) and a text "
-        f"({', '.join(kind.texts)}), got the fields {', '.join(map(str, record)) or 'none'}"
+        f"({', '.join(kind.texts)}), got the fields {', '.join(map(str, record))[:200] or 'none'}"
     )
 
 
@@ -390,7 +458,8 @@ def decode(raw: bytes, *, first: bool = False) -> str:
     """A line's text without its end; `first`: without the byte-order mark too.
 
     Raises:
-      ValueError: not UTF-8, or several lines with the line ends of old Macs; without the place.
+      ValueError: not UTF-8, a NUL byte, or several lines with the line ends of old Macs; without
+        the place.
     """
     try:
         line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
@@ -399,6 +468,11 @@ def decode(raw: bytes, *, first: bool = False) -> str:
             f"not UTF-8 (byte {error.start + 1} of the line, "
             f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
         ) from None
+    if "\0" in line:
+        raise ValueError(
+            f"a NUL byte, after {line.partition(chr(0))[0][-40:]!r}: the file is damaged, or "
+            "UTF-16; copy it again, or convert it with iconv"
+        )
     if "\r" in line:
         raise ValueError(
             f"a carriage return inside the line, after {line.partition(chr(13))[0][-40:]!r}: if it "

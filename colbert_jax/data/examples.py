@@ -22,6 +22,7 @@ import numpy as np
 from colbert_jax.data.collections import json_object, json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, checked_text
+from colbert_jax.files import present, short_json
 from colbert_jax.progress import progress_bar
 
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
@@ -126,7 +127,7 @@ def stanford_examples(
     queries = queries if isinstance(queries, Texts) else Texts.queries(queries)
     passages = collection if isinstance(collection, Texts) else Texts.passages(collection)
     source = _StanfordExamples(lines, queries, passages, nway, scores)
-    source.check(_number_to_check(lines, check), progress)
+    _check(source, _number_to_check(lines, check), progress)
     return source
 
 
@@ -175,7 +176,7 @@ def pair_examples(
         lines.fingerprint,
         nway,
     )
-    source.check(_number_to_check(lines, check), progress)
+    _check(source, _number_to_check(lines, check), progress)
     return source
 
 
@@ -239,7 +240,7 @@ def dataset_examples(
         f"{len(table)}:{hashlib.sha256(ends.encode()).hexdigest()}",
         nway,
     )
-    source.check(min(len(table), check.first), progress)
+    _check(source, min(len(table), check.first), progress)
     return source
 
 
@@ -258,13 +259,35 @@ def concatenate(sources: Sequence[ExampleSource]) -> ExampleSource:
     return _Concatenated(sources)
 
 
-class _StanfordExamples:
+class _Labelled:
+    """What sources share: the positives of their queries, as far as they were checked.
+
+    A source has `positive(i)`, the text of example i's positive.
+    """
+
+    positive: Callable[[int], str]
+
+    def __init__(self) -> None:
+        self.labels = _Labels()
+
+    @property
+    def most_positives(self) -> int:
+        return self.labels.most
+
+    def positives(self, query: str) -> tuple[str, ...]:
+        return tuple(map(self.positive, self.labels.examples(hash(query))))
+
+
+class _StanfordExamples(_Labelled):
     """Lines of ids over two tables of texts."""
 
     def __init__(
         self, lines: Lines, queries: Texts, passages: Texts, nway: int | None, scores: bool
     ):
+        super().__init__()
         self._lines, self._queries, self._passages = lines, queries, passages
+        self._short = passages.line_bytes() < _SHORT
+        self.repeats = _Repeats(lines.where)
         self._ignore_scores = not scores
         self._parse = _json_ids if lines[0].lstrip().startswith(("[", "{")) else _tsv_ids
         _, *first = lines.read(0, self._parse)
@@ -272,7 +295,6 @@ class _StanfordExamples:
         self.nway = _checked_nway(nway, lambda: len(first))
         content = (texts.fingerprint for texts in (lines, queries, passages))
         self.fingerprint = _digest(*content, self.nway, self.scored)
-        self.labels, self._repeats = _Labels(), _Repeats(lines.where)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -286,38 +308,25 @@ class _StanfordExamples:
         except ValueError as error:
             raise ValueError(f"{self._lines.where(i)}: {error}") from None
         # A teacher has scored its passages: one that is there under two ids does no harm.
-        self._repeats.read(i, passages if self.scored else texts)
+        self.repeats.read(i, passages if self.scored else texts)
         return example
-
-    @property
-    def most_positives(self) -> int:
-        return self.labels.most
-
-    def positives(self, query: str) -> tuple[str, ...]:
-        return tuple(map(self.positive, self.labels.examples(hash(query))))
 
     def positive(self, i: int) -> str:
         return self._passages.text(self._lines.read(i, self._rows)[1][0])
 
-    def check(self, count: int, progress: bool | None) -> None:
-        """Read the first `count` lines, and the texts that may be empty."""
-        short = self._passages.line_bytes() < _SHORT
-        collection = self._passages.fingerprint
-        with progress_bar(count, "checking examples", "line", progress) as bar:
-            for i in range(count):
-                query, passages, _ = self._lines.read(i, self._rows)
-                try:
-                    text = self._queries.text(query)
-                    self.labels.add(hash(text), hash((collection, passages[0])), i)
-                    self._repeats.check(i, passages)
-                    rows = np.array(passages)
-                    for row in rows[short[rows]]:
-                        self._passages.text(int(row))
-                        short[row] = False
-                except ValueError as error:
-                    raise ValueError(f"{self._lines.where(i)}: {error}") from None
-                bar.update(1)
-        self._repeats.say()
+    def check(self, i: int) -> None:
+        """Read example i, and its texts that may be empty."""
+        query, passages, _ = self._lines.read(i, self._rows)
+        try:
+            text = self._queries.text(query)
+            self.labels.add(hash(text), hash((self._passages.fingerprint, passages[0])), i)
+            self.repeats.check(i, passages)
+            rows = np.array(passages)
+            for row in rows[self._short[rows]]:
+                self._passages.text(int(row))
+                self._short[row] = False
+        except ValueError as error:
+            raise ValueError(f"{self._lines.where(i)}: {error}") from None
 
     def _rows(self, line: str) -> tuple[int, list[int], tuple[float, ...] | None]:
         """Rows of the query and the passages, and the scores."""
@@ -371,11 +380,11 @@ def _scored(items: list[Any]) -> tuple[list[Any], tuple[float, ...]]:
     for place, item in enumerate(items, 1):
         if type(item) is not list or len(item) < 2:
             raise ValueError(
-                f"passage {place}, {json.dumps(item)}, has no score: write [pid, score], or pass "
-                "scores=False to train without"
+                f"passage {place}, {short_json(item, 80)}, has no score: write [pid, score], or "
+                "pass scores=False to train without"
             )
         if len(item) > 2:
-            raise ValueError(f"passage {place}: expected [pid, score], got {json.dumps(item)}")
+            raise ValueError(f"passage {place}: expected [pid, score], got {short_json(item, 80)}")
     pids, scores = zip(*items, strict=True)
     return list(pids), _finite(scores)
 
@@ -415,7 +424,9 @@ class _Columns(NamedTuple):
         scores = None if self.scores is None else _field(record, self.scores)
         if self.scores is not None:
             if not isinstance(scores, (list, tuple)):
-                raise ValueError(f"field {self.scores!r} must be a list of scores, got {scores!r}")
+                raise ValueError(
+                    f"field {self.scores!r} must be a list of scores, got {scores!r:.80}"
+                )
             if len(scores) != len(documents):
                 raise ValueError(
                     f"{len(scores)} scores for {len(documents)} documents: give each one"
@@ -433,7 +444,7 @@ class _Columns(NamedTuple):
         )
 
 
-class _Records:
+class _Records(_Labelled):
     """Examples from records with named fields."""
 
     def __init__(
@@ -445,11 +456,11 @@ class _Records:
         fingerprint: str,
         nway: int | None,
     ):
+        super().__init__()
         self._count, self._read, self._where, self._columns = count, read, where, columns
-        self.scored = columns.scores is not None
+        self.scored, self.repeats = columns.scores is not None, _Repeats(where)
         self.nway = _checked_nway(nway, lambda: len(self._example(0, None).documents))
         self.fingerprint = _digest(fingerprint, columns, self.nway)
-        self.labels, self._repeats = _Labels(), _Repeats(where)
 
     def __len__(self) -> int:
         return self._count
@@ -457,28 +468,17 @@ class _Records:
     def __getitem__(self, i: int) -> Example:
         i = range(self._count)[i]
         example = self._example(i, self.nway)
-        self._repeats.read(i, example.documents)
+        self.repeats.read(i, example.documents)
         return example
-
-    @property
-    def most_positives(self) -> int:
-        return self.labels.most
-
-    def positives(self, query: str) -> tuple[str, ...]:
-        return tuple(map(self.positive, self.labels.examples(hash(query))))
 
     def positive(self, i: int) -> str:
         return self._example(i, 1).documents[0]
 
-    def check(self, count: int, progress: bool | None) -> None:
-        """Read the first `count` examples."""
-        with progress_bar(count, "checking examples", "line", progress) as bar:
-            for i in range(count):
-                query, documents, _ = self._example(i, self.nway)
-                self.labels.add(hash(query), hash(documents[0]), i)
-                self._repeats.check(i, documents)
-                bar.update(1)
-        self._repeats.say()
+    def check(self, i: int) -> None:
+        """Read example i."""
+        query, documents, _ = self._example(i, self.nway)
+        self.labels.add(hash(query), hash(documents[0]), i)
+        self.repeats.check(i, documents)
 
     def _example(self, i: int, nway: int | None) -> Example:
         record = self._read(i)
@@ -488,13 +488,13 @@ class _Records:
             raise ValueError(f"{self._where(i)}: {error}") from None
 
 
-class _Concatenated:
+class _Concatenated(_Labelled):
     def __init__(self, sources: Sequence[ExampleSource]):
+        super().__init__()
         self._sources = list(sources)
         self._ends = list(itertools.accumulate(map(len, sources)))
         self.nway, self.scored = sources[0].nway, sources[0].scored
         self.fingerprint = _digest(*(source.fingerprint for source in sources))
-        self.labels = _Labels()
         for source, end in zip(sources, self._ends, strict=True):
             if hasattr(source, "labels"):
                 self.labels.take(source.labels, end - len(source))
@@ -505,13 +505,6 @@ class _Concatenated:
     def __getitem__(self, i: int) -> Example:
         source, place = self._at(range(len(self))[i])
         return source[place]
-
-    @property
-    def most_positives(self) -> int:
-        return self.labels.most
-
-    def positives(self, query: str) -> tuple[str, ...]:
-        return tuple(map(self.positive, self.labels.examples(hash(query))))
 
     def positive(self, i: int) -> str:
         source, place = self._at(i)
@@ -622,7 +615,7 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
     name = "the data set"
     if isinstance(dataset, (str, os.PathLike)):
         name, folder = str(dataset), Path(dataset)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if present(folder / "dataset_dict.json") or present(folder / "state.json"):
             dataset = datasets.load_from_disk(name)
         else:
             dataset = datasets.load_dataset(name, split=split, **load)
@@ -636,6 +629,15 @@ def _open_dataset(dataset: Any, split: str, load: dict[str, Any]) -> tuple[Any, 
             "be neither shuffled nor resumed, so load it without streaming=True"
         )
     return dataset, name
+
+
+def _check(source: _StanfordExamples | _Records, count: int, progress: bool | None) -> None:
+    """Read the first `count` examples."""
+    with progress_bar(count, "checking examples", "line", progress) as bar:
+        for i in range(count):
+            source.check(i)
+            bar.update(1)
+    source.repeats.say()
 
 
 def _number_to_check(lines: Lines, check: Check) -> int:
@@ -652,7 +654,9 @@ def _checked_nway(nway: int | None, count_first: Callable[[], int]) -> int:
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
-        raise ValueError(f"no field {name!r}, it has {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(
+            f"no field {name!r}, it has {', '.join(map(repr, record))[:200] or 'none'}"
+        )
     return record[name]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from colbert_jax.data.collections import decode
 
 _SCAN = 1 << 24  # bytes searched for line ends at a time
-_ENDS = 1 << 16  # bytes at each end of a file that its fingerprint covers
+_ENDS = 1 << 16  # bytes at each end of a file that are hashed beside its checksum
 _FEED = ord("\n")
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Lines:
     path: the file.
     data: its bytes, uint8[num_bytes].
     starts: int64[N], where each line begins in `data`.
-    fingerprint: of the file's size, beginning and end.
+    fingerprint: of all bytes of the file.
     """
 
     def __init__(self, path: str | Path):
@@ -47,7 +47,8 @@ class Lines:
         if len(self.starts) == 0:
             raise ValueError(f"{self.path}: the file is empty")
         ends = self._bytes[:_ENDS] + self._bytes[-_ENDS:]
-        self.fingerprint = f"{self.num_bytes}:{hashlib.sha256(ends).hexdigest()}"
+        checksum = zlib.crc32(self._bytes)  # quicker than finding the lines was
+        self.fingerprint = f"{self.num_bytes}:{checksum:08x}:{hashlib.sha256(ends).hexdigest()}"
 
     @property
     def num_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from colbert_jax.data.collections import (
     warn_of_gap,
 )
 from colbert_jax.data.lines import Lines
+from colbert_jax.files import short_json
 
 _MARK = "\ufeff".encode()
 _ROWS = 1 << 18  # lines whose ids are compared with their numbers at a time
@@ -104,13 +104,13 @@ class Texts:
         for key in keys:
             if type(key) is not int and type(key) is not str:
                 raise ValueError(
-                    f"{self._kind} id must be a number or a string, got {json.dumps(key)}"
+                    f"{self._kind} id must be a number or a string, got {short_json(key, 80)}"
                 )
             try:
                 rows.append(self.row(key))
             except KeyError:
                 raise ValueError(
-                    f"{self._kind} id {key!r} is not in {self.path}: give the file that the "
+                    f"{self._kind} id {key!r:.80} is not in {self.path}: give the file that the "
                     "examples were made for"
                 ) from None
         return rows
@@ -132,7 +132,7 @@ class Texts:
 
         def parse(line: str) -> tuple[str, str]:
             key, text = (str(row), line) if both is None else both(line)
-            return key, checked_text(text, f"{self._kind} {key!r}") if checked else text
+            return key, checked_text(text, f"{self._kind} {key!r:.80}") if checked else text
 
         for row in range(len(self)):
             yield self._lines.read(row, parse)
@@ -142,7 +142,7 @@ class Texts:
         return np.diff(self._lines.starts, append=self._lines.num_bytes)
 
     def _checked(self, line: str) -> str:
-        name = "" if self._form.id is None else f" {self._form.id(line)!r}"
+        name = "" if self._form.id is None else f" {self._form.id(line)!r:.80}"
         return checked_text(self._form.text(line), self._kind + name)
 
     def _id(self, row: int) -> str:
@@ -153,8 +153,8 @@ class Texts:
             first, second = (int(row) for row in self._order[at : at + 2])
             if self._id(first) == self._id(second):
                 raise ValueError(
-                    f"{self._lines.where(second)}: {self._kind} id {self._id(second)!r} appears "
-                    f"twice, first at {self._lines.where(first)}"
+                    f"{self._lines.where(second)}: {self._kind} id {self._id(second)!r:.80} "
+                    f"appears twice, first at {self._lines.where(first)}"
                 )
 
 

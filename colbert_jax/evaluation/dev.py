@@ -63,7 +63,7 @@ class DevCollection:
         passages: dict[str, str] = {}
         for pid, text in read_collection(collection):
             if pid in passages:
-                raise ValueError(f"{collection}: passage id {pid!r} appears twice")
+                raise ValueError(f"{collection}: passage id {pid!r:.80} appears twice")
             passages[pid] = text
         return cls(passages, asked, {q: judged[q] for q in asked}, ignore_self)
 

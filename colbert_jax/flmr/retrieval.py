@@ -12,12 +12,11 @@ import numpy as np
 from colbert_jax.colbert import ColBERT
 from colbert_jax.files import present_folder
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
-from colbert_jax.index.index import Index
+from colbert_jax.index.index import Index, check_documents
 from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import concatenate_hits
 
 _BATCH = 32  # queries searched in one call
-_COMPARED = 1024  # texts in memory at a time
 
 
 def index_custom_collection(
@@ -57,7 +56,7 @@ def index_custom_collection(
     known = None
     if not overwrite and present_folder(path) and any(path.iterdir()):
         known = Index.open(path)
-        _check_collection(known, texts)  # before the model is loaded
+        check_documents(known, texts, _ANOTHER)  # before the model is loaded
     if isinstance(model, FLMRModelForRetrieval):
         colbert = model.colbert(doc_maxlen=doc_maxlen)
     elif isinstance(model, ColBERT):
@@ -73,24 +72,6 @@ def index_custom_collection(
 
 
 _ANOTHER = "pass overwrite=True to replace it, or another index_name"
-
-
-def _check_collection(index: Index, texts: Sequence[str]) -> None:
-    """Raise FileExistsError unless these are the documents of an index."""
-    where = f"{index.path}: an index of another collection:"
-    if len(index) != len(texts):
-        raise FileExistsError(f"{where} {len(index)} documents, not these {len(texts)}; {_ANOTHER}")
-    if index.texts is None:
-        raise FileExistsError(
-            f"{index.path}: keeps no texts, so nobody knows whether it is of this collection; "
-            f"{_ANOTHER}"
-        )
-    for start in range(0, len(texts), _COMPARED):
-        part = list(texts[start : start + _COMPARED])
-        stored = index.texts[list(range(start, start + len(part)))]
-        if stored != part:
-            i = next(i for i, (a, b) in enumerate(zip(stored, part, strict=True)) if a != b)
-            raise FileExistsError(f"{where} document {start + i} is another one; {_ANOTHER}")
 
 
 class Searcher:

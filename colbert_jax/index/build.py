@@ -37,6 +37,7 @@ from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.columns import TEXT
+from colbert_jax.index.fields import FIELDS
 from colbert_jax.index.folder import (
     METADATA,
     await_visible,
@@ -449,6 +450,7 @@ def _finish(
         model=state.key["model"],
         columns=state.key["columns"],
         outlier_distance=state["outlier_distance"],
+        fields=FIELDS if source.has_fields else None,
         checksums={},
     )
     fmt.write_metadata(folder, metadata)
@@ -503,7 +505,7 @@ def _join(folder: Path, name: str, suffixes: list[str]) -> None:
 def _tidy(folder: Path, group: Group) -> None:
     """Delete what an index does not need; the state goes last, after publishing."""
     kept = {f"{name}.npy" for name in fmt.array_specs(fmt.read_metadata(folder))}
-    kept |= {METADATA, *map(state_name, range(group.count))}
+    kept |= {METADATA, FIELDS, *map(state_name, range(group.count))}
     for file in folder.iterdir():
         if file.name not in kept:
             file.unlink()

@@ -8,6 +8,7 @@ named). A killed change leaves the index as it was; the same call goes on where 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -44,6 +45,7 @@ from colbert_jax.index.columns import (
     UnknownIdError,
     open_column,
 )
+from colbert_jax.index.fields import FIELDS, FieldStore, FieldsWriter, copy_fields
 from colbert_jax.index.folder import changing, discard, naming
 from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 from colbert_jax.index.sources import DocumentSource
@@ -230,7 +232,8 @@ def _extended(
         points = SampleRows(folder, 1).array()
         fresh, share = np.zeros((0, metadata.dim), np.float32), 0.0
         if len(points):
-            limit = metadata.outlier_distance or _typical_distance(now)
+            limit = metadata.outlier_distance
+            limit = _typical_distance(now) if limit is None else limit
             far = np.flatnonzero(_distances(arrays[0], points) > limit)
             scale = source.num_documents / sample_size_for(source.num_documents)
             count = _num_new_centroids(metadata, len(far), len(points), scale)
@@ -274,6 +277,8 @@ def _distances(centroids: np.ndarray, points: Any, rows: np.ndarray | None = Non
 
 def _typical_distance(now: Opened) -> float:
     """`Metadata.outlier_distance` of an index that does not know it, from its rounded residuals."""
+    if len(now.arrays["residuals"]) == 0:
+        return float("inf")
     weights = np.asarray(now.arrays["bucket_weights"])
     step = max(len(now.arrays["residuals"]) // _SAMPLED, 1)
     packed = np.asarray(now.arrays["residuals"][::step])
@@ -293,7 +298,7 @@ def _publish_added(
 ) -> None:
     metadata, before = now.metadata, len(now.deleted)
     lengths = np.load(folder / "lengths.npy")
-    publication = _Publication(folder, now, state)
+    publication = _Publication(folder, now, state, len(lengths))
     fresh = len(np.load(folder / "centroids.npy"))
     for name in ("codes", "residuals", *(["centroids"] if fresh else [])):
         empty = name != "centroids" and not lengths.any()  # can't be mapped
@@ -302,6 +307,7 @@ def _publish_added(
     publication.append("offsets", [metadata.num_tokens + np.cumsum(lengths, dtype=np.int64)])
     if texts:
         publication.append_strings(TEXT, _staged_strings(folder, TEXT))
+    publication.append_fields(folder / FIELDS if source.has_fields else None)
     next_id = None if metadata.change is None else metadata.change.next_id
     if given is not None:
         next_id = None
@@ -430,6 +436,7 @@ def compact(path: Path, open_now: Callable[[], Opened], progress: bool | None) -
         texts = open_column(path, TEXT, now.arrays)
         if texts is not None:
             publication.replace_strings(TEXT, [_chosen(texts, left)])
+        publication.choose_fields(left)
         publication.forget_deleted()
         publication.publish(
             lists=True,
@@ -460,8 +467,8 @@ def _runs(left: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
 class _Publication:
     """The files of the next state of an index, and the rename that makes it the index."""
 
-    def __init__(self, folder: Path, now: Opened, state: BuildState):
-        self._folder, self._now, self._state = folder, now, state
+    def __init__(self, folder: Path, now: Opened, state: BuildState, num_new: int = 0):
+        self._folder, self._now, self._state, self._num_new = folder, now, state, num_new
         metadata = now.metadata
         self.generation = metadata.generation + 1
         self._specs = fmt.array_specs(metadata)
@@ -469,6 +476,7 @@ class _Publication:
         self._checksums = {name: metadata.checksums[file] for name, file in self._files.items()}
         self._columns = dict(metadata.columns)
         self._num_deleted = metadata.num_deleted
+        self._fields = metadata.fields
 
     def append(self, name: str, parts: Iterable[np.ndarray]) -> None:
         """Append rows to an array's file, behind the committed ones."""
@@ -518,6 +526,34 @@ class _Publication:
             of.pop("deleted", None)
         self._num_deleted = 0
 
+    def append_fields(self, staged: Path | None) -> None:
+        """Add the fields of new documents, a file as a build writes it; None: they have none.
+
+        Rows that a killed change has left are taken for theirs unless they go.
+        """
+        path, count = self._now.path, len(self._now.deleted)
+        if self._fields is None and staged is None:
+            return
+        own = path / f"fields-{self.generation}.sqlite"
+        if self._fields is not None and (path / self._fields).stat().st_nlink > 1:
+            copy_fields(path / self._fields, own, np.arange(count))
+            self._fields = own.name
+        self._fields = self._fields or own.name
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(FieldsWriter(path / self._fields, count))
+            if staged is not None:
+                total = self._num_new
+                store = stack.enter_context(contextlib.closing(FieldStore(staged, total)))
+                for start in range(0, total, _STRINGS):
+                    writer.extend(store.several(list(range(start, min(start + _STRINGS, total)))))
+
+    def choose_fields(self, left: np.ndarray) -> None:
+        """Keep the fields of the documents at ascending positions."""
+        if self._fields is not None:
+            own = f"fields-{self.generation}.sqlite"
+            path = self._now.path
+            self._fields = own if copy_fields(path / self._fields, path / own, left) else None
+
     def publish(self, *, lists: bool = False, **values: Any) -> None:
         """Make the new state the index, and delete what only the former one needed.
 
@@ -538,7 +574,9 @@ class _Publication:
         if known:
             change["num_added_tokens"] += known.num_added_tokens
             change["num_outliers"] += known.num_outliers
-        metadata = dataclasses.replace(old, columns=self._columns, checksums={}, **values)
+        metadata = dataclasses.replace(
+            old, columns=self._columns, fields=self._fields, checksums={}, **values
+        )
         listed = 0 if lists else change["num_listed_documents"]
         if lists or self._is_time(metadata, listed):
             entries = self._write_lists(metadata, listed)

@@ -1,4 +1,7 @@
-"""The columns of an index: the documents' ids and texts, as strings by position."""
+"""The columns of an index: the documents' ids and texts, as strings by position.
+
+Their fields are written here too, in the same pass (`index.fields`).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from colbert_jax.index.fields import FIELDS, FieldsWriter, delete_fields
 from colbert_jax.index.format import ArrayWriter, IndexFormatError, string_arrays
 
 ID, TEXT = "pid", "text"  # the columns' names on disk
 _BLOCK = 1024  # documents written at a time
 _HASHED = 1 << 16  # ids hashed at a time
+
+_Parts = tuple[Any, str, Mapping[str, Any] | None]  # id or None, text, fields
 
 
 # --- Writing --------------------------------------------------------------------------------
@@ -42,12 +48,14 @@ class WrittenIds(NamedTuple):
 
 
 class WrittenDocuments(NamedTuple):
-    """Documents on disk: how many, the bytes of their texts, a hash of these, and their ids."""
+    """Documents on disk: how many, the bytes of their texts, a hash of texts and fields, their
+    ids, and whether any has a field."""
 
     num_documents: int
     num_bytes: int
     fingerprint: str
     ids: WrittenIds
+    has_fields: bool
 
 
 def write_documents(
@@ -55,42 +63,93 @@ def write_documents(
     documents: Iterable[Any],
     ids: Iterable[Any] | None = None,
     bar: Any = None,
+    fields: Iterable[Mapping[str, Any] | None] | None = None,
     first: int | None = 0,
 ) -> WrittenDocuments:
-    """Write texts, and ids where they are not positions, reading the documents once.
+    """Write texts, ids where they are not positions, and fields where there are any, reading the
+    documents once.
 
     Args:
-      documents: texts, or pairs (id, text).
-      ids: the ids of documents that are texts. If None, 0..N-1.
+      documents: texts, pairs (id, text), or triples (id, text, fields); an id of None in a triple
+        beside texts.
+      ids: the ids of documents that have none. If None, 0..N-1.
       bar: a progress bar of documents.
+      fields: the fields of documents that are not triples: a dict or None for each.
       first: the position of the first document; None: ids are written whatever they are.
 
     Raises:
-      TypeError: a document that is neither text nor pair, or both kinds; `ids` beside pairs.
-      ValueError: text that is not valid Unicode, another number of ids than documents, an id twice.
+      TypeError: a document that is none of these, or some with an id and some without; `ids` beside
+        ids, `fields` beside triples; a field's value that cannot be.
+      ValueError: text that is not valid Unicode, another number of ids or fields than documents, an
+        id twice; a field that cannot be.
     """
     documents = iter(documents)
     head = list(itertools.islice(documents, 1))
-    paired = bool(head) and _is_pair(head[0])
+    paired = bool(head) and _has_id(head[0])
     if paired and ids is not None:
         raise TypeError("the documents are pairs (id, text), so ids= must be left out")
-    pairs = _as_pairs(itertools.chain(head, documents), paired)
+    parts = _as_parts(itertools.chain(head, documents), paired)
+    if fields is not None:
+        parts = _with_fields(parts, fields)
     digest, count = hashlib.sha256(), 0
+    delete_fields(folder / FIELDS)  # an interrupted run may have left one
     with contextlib.ExitStack() as stack:
+        more = stack.enter_context(FieldsWriter(folder / FIELDS))
         texts = stack.enter_context(StringWriter(folder, TEXT))
         own = stack.enter_context(IdWriter(folder, first)) if paired else None
-        for block in _blocks(pairs, _BLOCK):
-            encoded = [_encode(text, f"document {i}") for i, (_, text) in enumerate(block, count)]
+        for block in _blocks(parts, _BLOCK):
+            encoded = [
+                _encode(text, f"document {i}") for i, (_, text, _) in enumerate(block, count)
+            ]
             for text in encoded:
                 digest.update(len(text).to_bytes(8, "little") + text)
             texts.extend(encoded)
+            identities = [identity for identity, _, _ in block]
             if own is not None:
-                own.extend(identity for identity, _ in block)
+                own.extend(identities)
+            more.extend([one for _, _, one in block], identities)
             count += len(block)
             if bar is not None:
                 bar.update(len(block))
+    if more.fingerprint is not None:
+        digest.update(more.fingerprint.encode())
     written = write_ids(folder, ids, count, first) if own is None else own.finish()
-    return WrittenDocuments(count, texts.num_bytes, digest.hexdigest(), written)
+    return WrittenDocuments(count, texts.num_bytes, digest.hexdigest(), written, more.has_fields)
+
+
+def write_fields(
+    folder: Path, fields: Iterable[Mapping[str, Any] | None] | None, num_documents: int
+) -> str | None:
+    """Write the fields of documents that are not texts: a dict or None for each.
+
+    Returns:
+      A hash of them; None: no document has any, and there is no file.
+
+    Raises:
+      TypeError, ValueError: a field that cannot be; another number of fields than documents.
+    """
+    delete_fields(folder / FIELDS)
+    with FieldsWriter(folder / FIELDS) as writer:
+        if fields is not None:
+            writer.extend(fields)
+            if writer.num_documents != num_documents:
+                raise ValueError(
+                    f"fields= has {writer.num_documents} entries for {num_documents} documents"
+                )
+    return writer.fingerprint
+
+
+def _with_fields(
+    parts: Iterable[_Parts], fields: Iterable[Mapping[str, Any] | None]
+) -> Iterator[_Parts]:
+    end: Any = object()
+    for i, (part, one) in enumerate(itertools.zip_longest(parts, fields, fillvalue=end)):
+        if part is end or one is end:
+            many = "more" if part is end else "fewer"
+            raise ValueError(f"fields= has {many} entries than there are documents: {i} fit")
+        if part[2]:
+            raise TypeError("the documents bring their fields, so fields= must be left out")
+        yield part[0], part[1], one
 
 
 def write_ids(
@@ -158,7 +217,7 @@ class IdWriter:
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
                 raise DuplicateIdError(
-                    f"duplicate document id {ids[first]!r}: documents {first + 1} and "
+                    f"duplicate document id {ids[first]!r:.80}: documents {first + 1} and "
                     f"{second + 1} (counted from 1)"
                 )
 
@@ -195,29 +254,39 @@ def delete_strings(folder: Path, column: str) -> None:
         (folder / f"{name}.npy").unlink(missing_ok=True)
 
 
-def _is_pair(document: Any) -> bool:
-    return isinstance(document, tuple | list) and len(document) == 2
+def _is_tuple(document: Any) -> bool:
+    """Whether it is a pair (id, text), or a triple with fields."""
+    if not isinstance(document, tuple | list):
+        return False
+    return len(document) == 2 or (len(document) == 3 and isinstance(document[2], Mapping))
 
 
-def _as_pairs(documents: Iterable[Any], paired: bool) -> Iterator[tuple[Any, str]]:
-    """(id, text) of every document; id None where the documents are texts."""
+def _has_id(document: Any) -> bool:
+    return _is_tuple(document) and not (len(document) == 3 and document[0] is None)
+
+
+def _as_parts(documents: Iterable[Any], paired: bool) -> Iterator[_Parts]:
+    """Id, text and fields of every document; id None where they have none."""
     for i, document in enumerate(documents):
-        if not isinstance(document, str) and not _is_pair(document):
+        if not isinstance(document, str) and not _is_tuple(document):
             kind = type(document).__name__
-            raise TypeError(f"document {i} must be a string or a pair (id, text), got {kind}")
-        if _is_pair(document) != paired:
+            raise TypeError(
+                f"document {i} must be a string or a pair (id, text), or a triple with a dict of "
+                f"fields, got {kind}"
+            )
+        if _has_id(document) != paired:
             kinds = ("a pair (id, text)", "a string")
             raise TypeError(
                 f"document {i} is {kinds[paired]}, but document 0 is {kinds[not paired]}: give all "
                 "documents their ids, or none"
             )
-        identity, text = document if paired else (None, document)
+        identity, text, *fields = (None, document) if isinstance(document, str) else document
         if not isinstance(text, str):
             raise TypeError(
-                f"document {i} (id {str(identity)!r}): its text must be a string, got "
+                f"document {i} (id {str(identity)!r:.80}): its text must be a string, got "
                 f"{type(text).__name__}"
             )
-        yield identity, text
+        yield identity, text, fields[0] if fields else {}
 
 
 def _encode(string: str, what: str) -> bytes:
@@ -337,18 +406,17 @@ class Strings(Column):
         return None
 
     def find(self, pattern: re.Pattern[str]) -> int | None:
-        for start in range(0, self._n, _HASHED):
-            offsets = self._offsets[start : start + _HASHED + 1]
-            block = self._data[offsets[0] : offsets[-1]].tobytes().decode("utf-8")
-            if pattern.search(block) or (np.diff(offsets) == 0).any():
+        for start, offsets, block in self._blocks():
+            text = block.decode("utf-8", "replace")
+            # `one` names what is not UTF-8
+            if pattern.search(text) or "\ufffd" in text or (np.diff(offsets) == 0).any():
                 for i in range(start, start + len(offsets) - 1):
                     if pattern.search(self.one(i)):
                         return i
         return None
 
-    def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The strings' hashes, ascending, and where each is."""
-        hashes = np.empty(self._n, np.int64)
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray, bytes]]:
+        """Strings start..start+n-1: their first, their n + 1 offsets, their bytes."""
         for start in range(0, self._n, _HASHED):
             offsets = self._offsets[start : start + _HASHED + 1]
             self._check_bounds(
@@ -356,7 +424,12 @@ class Strings(Column):
                 and offsets[-1] <= len(self._data)
                 and (offsets[:-1] <= offsets[1:]).all()
             )
-            block = self._data[offsets[0] : offsets[-1]].tobytes()
+            yield start, offsets, self._data[offsets[0] : offsets[-1]].tobytes()
+
+    def _hash_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The strings' hashes, ascending, and where each is."""
+        hashes = np.empty(self._n, np.int64)
+        for start, offsets, block in self._blocks():
             ends = (offsets - offsets[0]).tolist()
             for i, (begin, end) in enumerate(itertools.pairwise(ends), start):
                 hashes[i] = hash(block[begin:end])

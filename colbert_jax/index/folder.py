@@ -22,6 +22,7 @@ from colbert_jax.files import (
     drafts,
     lock,
     lock_file,
+    present,
     previous_folder,
     read_object,
     recover,
@@ -67,8 +68,11 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether an index of any layout is there, whole or damaged."""
-    return (folder / METADATA).is_file() and any((folder / n).is_file() for n in _CENTROIDS)
+    """Whether an index of any layout is there, whole or damaged.
+
+    Raises ValueError where one of the files that tell is there and cannot be read.
+    """
+    return present(folder / METADATA) and any(present(folder / name) for name in _CENTROIDS)
 
 
 @contextlib.contextmanager

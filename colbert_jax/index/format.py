@@ -45,7 +45,7 @@ import numpy as np
 
 from colbert_jax.compression.codec import check_packable
 from colbert_jax.config import NBITS
-from colbert_jax.files import write_json
+from colbert_jax.files import present, write_json
 from colbert_jax.index.folder import METADATA, building_folder, locate, naming
 
 FORMAT_VERSION = 1  # of what a build writes
@@ -54,9 +54,9 @@ CHANGED_VERSION = 2  # of what was changed since
 _STRINGS = ("pids", "pid_offsets", "texts", "text_offsets")
 GROWING = frozenset(("codes", "residuals", "offsets", "centroids", "deleted", *_STRINGS))
 _ARRAYS = GROWING | {"bucket_cutoffs", "bucket_weights", "lists", "list_offsets"}
-FIELDS = "fields"
 _TRIES = 20  # to open an index that stays as it is
 _HEADER = 128  # bytes of the header of an array's file
+_LARGEST = float(np.finfo(np.float16).max)  # weight; larger ones overflow in sums of squares
 _ZEROS = 1 << 20  # bytes written at a time
 _READ = 1 << 22  # bytes read at a time
 _FARTHEST = 4.0  # no two embeddings of unit length are; centroids are about as long
@@ -87,7 +87,8 @@ class Metadata:
       model: how to load the model, how to know it, and its search settings (`ColBERT.describe`);
         None: unknown.
       columns: the bytes of each column of strings that is there.
-      checksums: CRC-32 of each array's file, of its committed bytes.
+      checksums: CRC-32 of the committed bytes of each array's file; that of `metadata.json` is of
+        its other fields.
       origin: of a converted index, where it comes from.
       outlier_distance: the distance from its centroid that one in ten held-out token embeddings
         exceeded when the centroids were trained; None: not known.
@@ -173,10 +174,10 @@ class Metadata:
         demanded = array_specs(metadata)
         if change is not None:
             change.check(file, metadata, demanded)
-        if metadata.checksums.keys() != {metadata.file(name) for name in demanded}:
-            other = ", ".join(
-                sorted(metadata.checksums.keys() ^ {metadata.file(name) for name in demanded})
-            )
+        named = metadata.checksums.keys() - {METADATA}
+        files = {metadata.file(name) for name in demanded}
+        if named != files:
+            other = ", ".join(sorted(named ^ files))
             raise IndexFormatError(
                 f"{file}: damaged: field 'checksums' and the other fields differ in {other}"
             )
@@ -237,7 +238,7 @@ def is_array_file(file: str, array: str) -> bool:
 
 def is_fields_file(file: str) -> bool:
     """Whether a file's name is one that an index gives to the documents' fields."""
-    return re.fullmatch(rf"{FIELDS}(-[1-9][0-9]{{0,17}})?\.sqlite", file, re.ASCII) is not None
+    return re.fullmatch(r"fields(-[1-9][0-9]{0,17})?\.sqlite", file, re.ASCII) is not None
 
 
 class _Checked:
@@ -252,6 +253,13 @@ class _Checked:
                 f"{self._file}: field {self._where + name!r} is missing or damaged"
             )
         return self._fields[name]
+
+
+def own_checksum(fields: Mapping[str, Any]) -> int:
+    """CRC-32 of the fields of `metadata.json`, whatever their order, but for itself."""
+    others = {name: sum_ for name, sum_ in fields["checksums"].items() if name != METADATA}
+    text = json.dumps({**fields, "checksums": others}, sort_keys=True)
+    return zlib.crc32(text.encode("ascii"))
 
 
 def _is_count(value: Any) -> bool:
@@ -334,8 +342,10 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
 
 def replace_metadata(folder: Path, metadata: Metadata) -> None:
     """Replace `metadata.json` in one step: from now on the index is what it says."""
+    fields = metadata.to_json()
+    fields["checksums"] = {**fields["checksums"], METADATA: own_checksum(fields)}
     with naming(folder / METADATA):
-        write_json(folder / METADATA, metadata.to_json())
+        write_json(folder / METADATA, fields)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -347,6 +357,17 @@ def read_metadata(folder: Path) -> Metadata:
     """
     with IndexFiles(folder) as files:
         return files.metadata()
+
+
+def read_build(path: Path) -> str | None:
+    """What the index at a path is called (`Metadata.build`); None where there is none.
+
+    Raises IndexFormatError for one that this version cannot read.
+    """
+    try:
+        return read_metadata(locate(path)).build
+    except FileNotFoundError:
+        return None
 
 
 class IndexFiles:
@@ -391,8 +412,11 @@ class IndexFiles:
         def opener(path: str, flags: int) -> int:
             where = path if self._descriptor is None else name
             flags |= getattr(os, "O_NONBLOCK", 0)
-            with naming(file):
+            try:
                 descriptor = os.open(where, flags, dir_fd=self._descriptor)
+            except OSError as error:
+                error.filename = str(file)  # not only its name in the folder
+                raise
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
                 raise IndexFormatError(f"{file}: is no file but a folder, pipe or device")
@@ -402,6 +426,10 @@ class IndexFiles:
 
     def metadata(self) -> Metadata:
         """See `read_metadata`."""
+        return Metadata.from_json(self.folder / METADATA, self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of `metadata.json`, of which only the version is checked."""
         file = self.folder / METADATA
         try:
             with self.open(METADATA) as stream:
@@ -424,7 +452,7 @@ class IndexFiles:
                 f"{file}: format version {version}, this library reads {FORMAT_VERSION} and "
                 f"{CHANGED_VERSION}"
             )
-        return Metadata.from_json(file, fields)
+        return fields
 
     def checksum(self, name: str, dtype: Any, shape: tuple[int, ...]) -> int:
         """CRC-32 of the committed bytes of an array's file, read in blocks.
@@ -455,7 +483,7 @@ def delete_others(folder: Path, metadata: Metadata) -> None:
     """Delete the files of other states of an index; whoever has them mapped keeps them."""
     kept = {METADATA, metadata.fields, *map(metadata.file, array_specs(metadata))}
     for file in folder.iterdir():
-        database = file.name.removesuffix("-wal").removesuffix("-shm")
+        database = re.sub("-(wal|shm|journal)$", "", file.name)
         ours = any(is_array_file(file.name, name) for name in _ARRAYS) or is_fields_file(database)
         if ours and file.name not in kept and database not in kept:
             file.unlink(missing_ok=True)
@@ -571,16 +599,22 @@ def open_arrays(path: Path) -> tuple[Path, Metadata, dict[str, np.ndarray]]:
             file = folder / metadata.file(name)
             raise IndexFormatError(f"{file}: damaged: not ascending from 0 to {total}")
     for name in ("bucket_cutoffs", "bucket_weights"):
-        if not np.isfinite(arrays[name]).all():
-            file = folder / metadata.file(name)
-            raise IndexFormatError(f"{file}: damaged: holds NaN or infinite values")
+        if not (np.abs(arrays[name]) <= _LARGEST).all():
+            raise IndexFormatError(
+                f"{folder / metadata.file(name)}: damaged: holds NaN or infinite values, or too "
+                "large ones"
+            )
     return folder, metadata, arrays
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, others: Callable[[Path, Metadata], None] | None = None) -> None:
     """Read every file that an index has, and compare checksums.
 
-    An index that is replaced meanwhile is not damaged: the new one is read.
+    An index that is replaced meanwhile is not damaged: the new one is read. Metadata that somebody
+    has edited are opened, but differ from their checksum; those of earlier versions have none.
+
+    Args:
+      others: checks what else metadata names, in the index's folder.
 
     Raises:
       IndexFormatError: naming a file that is damaged or missing.
@@ -588,7 +622,11 @@ def verify(path: Path) -> None:
     """
 
     def read(files: IndexFiles) -> None:
-        metadata = files.metadata()
+        fields = files.fields()
+        metadata = Metadata.from_json(files.folder / METADATA, fields)
+        known = metadata.checksums.get(METADATA)
+        if known not in (None, own_checksum(fields)):
+            raise IndexFormatError(f"{files.folder / METADATA}: damaged: its checksum differs")
         for array, spec in array_specs(metadata).items():
             name = metadata.file(array)
             try:
@@ -599,6 +637,8 @@ def verify(path: Path) -> None:
                 ) from None
             if found != metadata.checksums[name]:
                 raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
+        if others is not None:
+            others(files.folder, metadata)
 
     _undisturbed(path, read, 1)
 
@@ -665,7 +705,7 @@ class ArrayWriter:
         self.dtype, self.row, self.rows = np.dtype(dtype), row, rows
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
-        if rows and (not file.is_file() or file.stat().st_size < size):
+        if rows and (not present(file) or file.stat().st_size < size):
             raise IndexFormatError(
                 f"{file}: shorter than its build committed; delete {file.parent} and build again"
             )

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,15 @@ from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.compression.kmeans import num_centroids_for
 from colbert_jax.compression.sharding import check_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
+from colbert_jax.data.fields import Value
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.files import resolved
 from colbert_jax.index import changes
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.columns import ID, TEXT, Column, Positions, UnknownIdError, open_column
+from colbert_jax.index.fields import FieldStore, verify_fields
+from colbert_jax.index.filters import FilterError, parse_filter
 from colbert_jax.index.folder import METADATA, locate
 from colbert_jax.index.inverted import recent_lists
 from colbert_jax.index.sources import (
@@ -44,6 +47,7 @@ from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
 _MANY_DELETED = 0.2  # of the documents: worth compacting
 _MANY_OUTLIERS = 0.25  # of the tokens added: worth new centroids; a build has a tenth
+_COMPARED = 1024  # texts in memory at a time
 
 
 class Selection(NamedTuple):
@@ -90,6 +94,9 @@ class Index:
         with self._naming_the_file():
             self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
         self.backend = self._choose_backend()
+        self._fields: FieldStore | None = None
+        if metadata.fields is not None:
+            self._fields = FieldStore(path / metadata.fields, len(self.lengths))
         self.texts: Column | None = open_column(path, TEXT, files)
         self.ids: Column = open_column(path, ID, files) or Positions(len(self.lengths))
         try:
@@ -114,6 +121,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         nbits: int | None = None,
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
@@ -132,12 +140,14 @@ class Index:
 
         Args:
           path: the index folder.
-          model, documents: a model, and any iterable of texts or of pairs (id, text). It is read
-            once.
+          model, documents: a model, and any iterable of texts, of pairs (id, text), or of triples
+            (id, text, fields). It is read once.
           embeddings, lengths: or float[T, D] token embeddings of unit length (in memory or mapped),
             and the documents' lengths [N]; or a `DocumentEmbeddings` alone.
           ids: the documents' own ids, one each, where `documents` does not bring them. If None,
             0..N-1.
+          fields: the documents' fields, a dict or None for each, where `documents` does not bring
+            them: for searches of some documents only (docs/filters.md).
           nbits: bits per dimension of the residuals, 1, 2, 4 or 8. None: what the checkpoint asks
             for, else 2.
           kmeans_niters: None: what the checkpoint asks for, else 4.
@@ -147,7 +157,7 @@ class Index:
           seed: of the sample and the centroids.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is there.
-          progress: None: bars on a terminal.
+          progress: True for bars. If None, bars on a terminal, else log lines.
           mesh: one axis of devices for k-means and compression. None: all of them, those of every
             process under `jax.distributed` (docs/distributed.md); on one machine's CPU, its cores.
 
@@ -156,7 +166,7 @@ class Index:
           RuntimeError: another process builds there.
           ValueError, TypeError: bad input, named.
         """
-        make_source = _source("build", model, documents, embeddings, lengths, ids)
+        make_source = _source("build", model, documents, embeddings, lengths, ids, fields)
         base = model.config.index if model is not None else IndexConfig()
         given = dict(
             nbits=nbits,
@@ -196,7 +206,17 @@ class Index:
         """
         if mesh is not None:
             check_mesh(mesh)
-        return cls(*fmt.open_arrays(resolved(path)), mesh)
+        path = resolved(path)
+        while True:
+            folder, metadata, arrays = fmt.open_arrays(path)
+            try:
+                opened = cls(folder, metadata, arrays, mesh)
+                if metadata.fields is None or _state_of(path) == metadata.state:
+                    return opened
+            except FileNotFoundError:
+                if _state_of(path) == metadata.state:
+                    raise
+            # It has changed since, so the fields may be another state's than the arrays.
 
     def __reduce__(self) -> Any:
         """Pickle the path, not the arrays.
@@ -318,7 +338,8 @@ class Index:
 
         Raises:
           UnknownIdError (a KeyError): no document has one of the ids.
-          ValueError, TypeError: a condition that is none, saying where in it.
+          FilterError (a ValueError), TypeError: a condition that is none, saying where in it; or on
+            a field that no document has.
         """
         if where is None and ids is None:
             # None: so that searches need not look.
@@ -331,9 +352,10 @@ class Index:
             chosen[[self.position(id) for id in ([ids] if isinstance(ids, str) else ids)]] = True
             allowed &= chosen
         if where is not None:
-            chosen = np.zeros(len(allowed), bool)
-            chosen[self._matching(where)] = True
-            allowed &= chosen
+            if self._fields is None:
+                parse_filter(where)
+                raise FilterError(f"{self.path}: its documents have no fields")
+            allowed &= self._fields.allowed(where)
         return Selection(allowed, int((allowed & (self.lengths > 0)).sum()))
 
     def position(self, id: str) -> int:
@@ -362,10 +384,23 @@ class Index:
             raise ValueError(f"{self.path}: keeps no texts (it was built with store_texts=False)")
         return self.texts[position]
 
+    def fields(self, id: str) -> dict[str, Value]:
+        """The fields of the document with an id; empty where it has none.
+
+        Raises:
+          UnknownIdError (a KeyError): no document has it.
+        """
+        position = self.position(id)
+        return {} if self._fields is None else self._fields.fields(position)
+
+    def field_names(self) -> dict[str, list[str]]:
+        """The fields that documents have, and what they hold: number, string, bool, list."""
+        return {} if self._fields is None else self._fields.names()
+
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         check_process()
-        i = range(len(self))[i]
+        i = range(len(self.lengths))[i]
         start, stop = self._files["offsets"][i : i + 2]
         codes, residuals = self._files["codes"][start:stop], self._files["residuals"][start:stop]
         count = len(self._files["centroids"])
@@ -381,7 +416,7 @@ class Index:
         Raises:
           FileNotFoundError, ValueError: as `open`.
         """
-        if fmt.read_metadata(locate(self.path)).state == self.metadata.state:
+        if _state_of(self.path) == self.metadata.state:
             return self
         return Index.open(self.path, self._mesh)
 
@@ -393,6 +428,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Add documents at the end, and return the index with them; this one stays as it is.
@@ -402,8 +438,8 @@ class Index:
         with the index's centroids; where these do not fit them, new ones are added.
 
         Args:
-          model, documents, embeddings, lengths, ids: as of `build`. Documents without ids get the
-            next numbers, where the others have numbers too.
+          model, documents, embeddings, lengths, ids, fields: as of `build`. Documents without ids
+            get the next numbers, where the others have numbers too.
           progress: None: bars on a terminal.
 
         Raises:
@@ -411,7 +447,7 @@ class Index:
           RuntimeError: somebody else builds or changes the index.
           ValueError, TypeError: bad input, named.
         """
-        return self._grown("add", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("add", model, documents, embeddings, lengths, ids, fields, progress)
 
     def update(
         self,
@@ -421,6 +457,7 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Replace documents by new ones of the same ids; as `add` else.
@@ -428,7 +465,7 @@ class Index:
         Raises:
           UnknownIdError (a KeyError): ids that are not there, before anything is encoded.
         """
-        return self._grown("update", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("update", model, documents, embeddings, lengths, ids, fields, progress)
 
     def upsert(
         self,
@@ -438,10 +475,11 @@ class Index:
         embeddings: Any = None,
         lengths: Any = None,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         progress: bool | None = None,
     ) -> Index:
         """Add documents, replacing those whose ids are there; as `add` else."""
-        return self._grown("upsert", model, documents, embeddings, lengths, ids, progress)
+        return self._grown("upsert", model, documents, embeddings, lengths, ids, fields, progress)
 
     def delete(self, ids: str | Iterable[str]) -> Index:
         """Delete documents by their ids, and return the index without them.
@@ -474,11 +512,12 @@ class Index:
                 f"{self.path}: keeps no texts to encode again (store_texts=False): build it again"
             )
 
-        def documents() -> Iterator[tuple[str, str]]:
+        def documents() -> Iterator[tuple[str, str, dict[str, Value]]]:
             now = self.refresh()  # whoever builds holds the index: it stays as it is
             assert now.texts is not None
             for i in np.flatnonzero(~now.deleted).tolist():
-                yield now.ids.one(i), now.texts.one(i)
+                fields = {} if now._fields is None else now._fields.fields(i)
+                yield now.ids.one(i), now.texts.one(i), fields
 
         build_index(
             self.path,
@@ -499,9 +538,10 @@ class Index:
         embeddings: Any,
         lengths: Any,
         ids: Iterable[Any] | None,
+        fields: Iterable[Mapping[str, Any] | None] | None,
         progress: bool | None,
     ) -> Index:
-        kept = _source(kind, model, documents, embeddings, lengths, ids)
+        kept = _source(kind, model, documents, embeddings, lengths, ids, fields)
         now = self.refresh()
         if now.metadata.num_centroids == 0 and kind != "update":
             # Nothing was ever in it: its first documents are what a build starts from.
@@ -525,7 +565,8 @@ class Index:
 
     def advice(self) -> list[str]:
         """What would make searches of a changed index faster or better, in words."""
-        change, found = self.metadata.change, []
+        found: list[str] = []
+        change = self.metadata.change
         if change is None or not len(self):
             return found
         if self.metadata.num_deleted > _MANY_DELETED * len(self.lengths):
@@ -594,7 +635,7 @@ class Index:
 
         Raises ValueError naming a file that is damaged or missing.
         """
-        fmt.verify(self.path)
+        fmt.verify(self.path, _verify_fields)
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -632,6 +673,7 @@ def _source(
     embeddings: Any,
     lengths: Any,
     ids: Iterable[Any] | None,
+    fields: Iterable[Mapping[str, Any] | None] | None,
 ) -> Callable[[int | None], DocumentSource]:
     """What makes the source of documents, given the position of the first.
 
@@ -648,8 +690,46 @@ def _source(
     if isinstance(documents, (str, bytes)):
         raise TypeError("documents must be an iterable of strings or of pairs, got one string")
     if model is not None:
-        return lambda first: TextSource(model, documents, ids, first=first)
-    return lambda first: EmbeddingSource(embeddings, lengths, ids, first=first)
+        return lambda first: TextSource(model, documents, ids, fields, first=first)
+    return lambda first: EmbeddingSource(embeddings, lengths, ids, fields, first=first)
+
+
+def _state_of(path: Path) -> str:
+    return fmt.read_metadata(locate(path)).state
+
+
+def _verify_fields(folder: Path, metadata: fmt.Metadata) -> None:
+    if metadata.fields is not None:
+        verify_fields(folder / metadata.fields, metadata.num_documents)
+
+
+def check_documents(index: Index, documents: Sequence[str | tuple[str, str]], remedy: str) -> None:
+    """Hold an index that is there to the documents that one is wanted of.
+
+    Args:
+      documents: texts, or pairs (id, text).
+      remedy: what to do about another collection, for the error.
+
+    Raises:
+      FileExistsError: it holds other documents, or keeps no texts to be compared.
+    """
+    where = f"{index.path}: an index of another collection:"
+    if len(index) != len(documents):
+        raise FileExistsError(
+            f"{where} {len(index)} documents, not these {len(documents)}; {remedy}"
+        )
+    if index.texts is None:
+        raise FileExistsError(
+            f"{index.path}: keeps no texts, so nobody knows whether it is of this collection; "
+            f"{remedy}"
+        )
+    for start in range(0, len(documents), _COMPARED):
+        part = documents[start : start + _COMPARED]
+        positions = range(start, start + len(part))
+        for i, document, text in zip(positions, part, index.texts[positions], strict=True):
+            wanted = (index.ids[i], document) if isinstance(document, str) else document
+            if wanted != (index.ids[i], text):
+                raise FileExistsError(f"{where} document {i} is another one; {remedy}")
 
 
 def _open_again(path: str, state: str) -> Index:

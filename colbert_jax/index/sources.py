@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from colbert_jax.index.columns import (
     WrittenDocuments,
     WrittenIds,
     write_documents,
+    write_fields,
     write_ids,
 )
 from colbert_jax.index.format import string_arrays
@@ -58,19 +59,21 @@ class DocumentSource(Protocol):
     """Documents to be indexed.
 
     Attributes:
-      fingerprint: of content and ids; equal ones, equal fingerprint.
+      fingerprint: of content, ids and fields; equal ones, equal fingerprint.
       columns: the bytes of each column of strings that `prepare` has written.
+      has_fields: whether `prepare` has written fields (`index.fields.FIELDS`).
     """
 
     num_documents: int
     dim: int
     fingerprint: str
     columns: dict[str, int]
+    has_fields: bool
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
         """Read and check what is to be indexed; nothing else may be called before.
 
-        Only the first process of the group reads iterables, and writes the columns.
+        Only the first process of the group reads iterables, and writes columns and fields.
 
         Args:
           folder: the building folder, shared by the group.
@@ -104,14 +107,18 @@ class EmbeddingSource:
         values: Any,
         lengths: Any,
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         *,
         first: int | None = 0,
     ):
         """
         Args:
           ids, first: see `columns.write_documents`.
+          fields: a dict or None for each document. If None, no document has any.
 
-        Raises ValueError for arrays that do not fit together."""
+        Raises:
+          ValueError: arrays that do not fit together.
+        """
         values, lengths = np.asarray(values), np.asarray(lengths)
         if values.dtype.name == "bfloat16":
             values = values.astype(np.float32)
@@ -129,14 +136,16 @@ class EmbeddingSource:
         if len(values) == 0:
             raise ValueError("nothing to index: no document has a token")
         self.num_documents, self.dim = len(lengths), values.shape[1]
-        self._values, self._offsets, self._ids = values, offsets_from_lengths(lengths), ids
-        self._first = first
+        self._values, self._offsets = values, offsets_from_lengths(lengths)
+        self._ids, self._fields, self._first = ids, fields, first
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
-        """Raises ValueError for a row of another length than one."""
-        written = None
+        """Raises ValueError for a row of another length than one, TypeError or ValueError for bad
+        ids or fields."""
+        written = fields = None
         if group.is_first:
             written = write_ids(folder, self._ids, self.num_documents, self._first)
+            fields = write_fields(folder, self._fields, self.num_documents)
         first, last = (int(self._offsets[i]) for i in self.share(group))
         digest = hashlib.sha256(self._offsets.tobytes())
         for start in range(first, last, _CHECK_ROWS):
@@ -151,9 +160,11 @@ class EmbeddingSource:
                     "token embeddings must have unit length: divide each by its norm"
                 )
             digest.update(block.tobytes())
-        parts = group.exchange("the check of the embeddings", (digest.hexdigest(), written))
-        ids = WrittenIds(*parts[0][1])
-        self.fingerprint = _fingerprint(*(part for part, _ in parts), ids.fingerprint)
+        own = digest.hexdigest(), written, fields
+        parts = group.exchange("the check of the embeddings", own)
+        ids, fields = WrittenIds(*parts[0][1]), parts[0][2]
+        self.fingerprint = _fingerprint(*(part[0] for part in parts), ids.fingerprint, fields)
+        self.has_fields = fields is not None
         self.columns = _columns(ids)
 
     def share(self, group: Group) -> tuple[int, int]:
@@ -178,18 +189,21 @@ class TextSource:
     def __init__(
         self,
         model: DocumentEncoder,
-        documents: Iterable[str] | Iterable[tuple[Any, str]],
+        documents: Iterable[Any],
         ids: Iterable[Any] | None = None,
+        fields: Iterable[Mapping[str, Any] | None] | None = None,
         *,
         first: int | None = 0,
     ):
         """
         Args:
-          documents: texts, or pairs (id, text).
-          ids: of texts without. If None, their positions.
+          documents: texts, pairs (id, text), or triples (id, text, fields).
+          ids: of documents without. If None, their positions.
+          fields: of documents that are not triples, a dict or None for each.
           first: see `columns.write_documents`.
         """
-        self._model, self._documents, self._ids, self._first = model, documents, ids, first
+        self._model, self._documents, self._ids, self._fields = model, documents, ids, fields
+        self._first = first
         self.dim = model.dim
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
@@ -198,12 +212,15 @@ class TextSource:
         if group.is_first:
             total = operator.length_hint(self._documents) or None
             with progress_bar(total, "reading documents", "doc", show) as bar:
-                known = write_documents(folder, self._documents, self._ids, bar, self._first)
+                known = write_documents(
+                    folder, self._documents, self._ids, bar, self._fields, self._first
+                )
         written = WrittenDocuments(*group.exchange("the documents", known)[0])
         ids = WrittenIds(*written.ids)
         self.num_documents = written.num_documents
         self.fingerprint = _fingerprint(written.fingerprint, ids.fingerprint)
         self.columns = _columns(ids) | {TEXT: written.num_bytes}
+        self.has_fields = written.has_fields
         data, bounds = (folder / f"{name}.npy" for name in string_arrays(TEXT))
         # A token is seldom under three bytes, and none are encoded beyond doc_maxlen; but very long
         # texts must not meet in one chunk either.

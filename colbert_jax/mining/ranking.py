@@ -46,7 +46,7 @@ class MappedTexts:
     def text(self, row: int) -> str:
         text = self._texts[self._keys[row]]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the text with id {self._keys[row]!r} is empty, or not a string")
+            raise ValueError(f"the text with id {self._keys[row]!r:.80} is empty, or not a string")
         return text
 
 
@@ -110,17 +110,19 @@ class RankedPairs:
                     if self.qids:
                         close()
                     if qid in seen:
-                        self._fail(i, f"query {qid!r} again, after another one: sort the ranking")
+                        self._fail(
+                            i, f"query {qid!r:.80} again, after another one: sort the ranking"
+                        )
                     self._row(i, queries, qid, "query", "among the queries")
                     seen.add(qid)
                     self.qids.append(qid)
                     self._first_line.append(i)
                     last = 0
                 if rank <= last:
-                    self._fail(i, f"rank {rank} of query {qid!r} after rank {last}")
+                    self._fail(i, f"rank {rank!s:.20} of query {qid!r:.80} after rank {last}")
                 row = self._row(i, passages, pid, "passage", "in the collection")
                 if row in ranked:
-                    self._fail(i, f"passage {pid!r} of query {qid!r} appears twice")
+                    self._fail(i, f"passage {pid!r:.80} of query {qid!r:.80} appears twice")
                 ranked.add(row)
                 rows.append(row)
                 last = rank
@@ -170,7 +172,7 @@ class RankedPairs:
         try:
             return texts.row(key)
         except KeyError:
-            self._fail(i, f"{kind} {key!r} is not {where}")
+            self._fail(i, f"{kind} {key!r:.80} is not {where}")
             raise
 
     def _fail(self, i: int, message: str) -> None:
@@ -189,7 +191,8 @@ def _labelled_row(passages: TextsById, qid: str, pid: str) -> int:
         return passages.row(pid)
     except KeyError:
         raise ValueError(
-            f"positives: passage {pid!r}, labelled for query {qid!r}, is not in the collection"
+            f"positives: passage {pid!r:.80}, labelled for query {qid!r:.80}, is not in the "
+            "collection"
         ) from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from colbert_jax.files import lock, read_object, short_json, sync_folder, write_json
+from colbert_jax.files import lock, present, read_object, short_json, sync_folder, write_json
 from colbert_jax.progress import progress_bar
 
 
@@ -54,9 +54,9 @@ class BlockFile:
         self._bytes, self.counts = 0, dict[str, int]()
         self._stream: FileIO | None = None
         self._complete_renames()
-        self.finished = self.output.exists() and not overwrite
+        self.finished = present(self.output) and not overwrite
         if self.finished:
-            if self._meta.is_file():
+            if present(self._meta):
                 meta = read_object(self._meta)
                 check_settings(meta.get("settings"), self._settings, self.output, "was made")
                 self.counts = meta.get("counts", {})
@@ -146,7 +146,7 @@ class BlockFile:
 
     def _complete_renames(self) -> None:
         """Do what a kill between the two renames has left undone."""
-        if self._state.is_file() and not self._partial.exists() and self.output.exists():
+        if present(self._state) and not present(self._partial) and present(self.output):
             os.replace(self._state, self._meta)
 
     def _resume(self, overwrite: bool) -> None:
@@ -154,7 +154,7 @@ class BlockFile:
         assert self._stream is not None
         state: dict[str, Any] = {}
         size = self._partial.stat().st_size
-        if self._state.is_file():
+        if present(self._state):
             with contextlib.suppress(ValueError):  # a damaged state means no state
                 state = read_object(self._state)
         elif size:
@@ -198,7 +198,7 @@ def check_settings(before: Any, settings: Mapping[str, Any], file: Path, what: s
 def remove_finished(file: Path) -> None:
     """Delete a finished `BlockFile` and its `.meta`; a file without `.meta` is left alone."""
     meta = _beside(file, ".meta")
-    if meta.is_file():
+    if present(meta):
         file.unlink(missing_ok=True)
         meta.unlink()
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from colbert_jax import processes
@@ -35,7 +34,8 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.data.collections import json_value
 from colbert_jax.data.lines import Lines
 from colbert_jax.data.texts import Texts, whole_number
-from colbert_jax.files import read_object, write_json
+from colbert_jax.files import present, read_object, write_json
+from colbert_jax.index.format import IndexFormatError, read_build
 from colbert_jax.mining.ranking import (
     MappedTexts,
     RankedPairs,
@@ -357,13 +357,16 @@ def _retriever(
         built = None
         if group.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            built = (path / "metadata.json").is_file() and not overwrite
-            if built and meta.is_file():
-                check_settings(read_object(meta).get("settings"), settings, path, "was made")
+            there = _build_of(path, overwrite)
+            built = there is not None and not overwrite
+            if built:
+                _check_index(path, there, meta, settings)
+            else:  # before the build: it may be killed as soon as the index is there
+                write_json(meta, {"settings": settings, "replaces": there})
         built = group.exchange("the index", built)[0]
     if built:
         return Retriever.open(path, model)
-    retriever = Retriever.build(
+    return Retriever.build(
         path,
         model,
         collection.items(),
@@ -372,9 +375,32 @@ def _retriever(
         overwrite=overwrite,
         progress=progress,
     )
-    if jax.process_index() == 0:
-        write_json(meta, {"settings": settings})
-    return retriever
+
+
+def _build_of(path: Path, overwrite: bool) -> str | None:
+    try:
+        return read_build(path)
+    except IndexFormatError:
+        if overwrite:  # damaged, and to be replaced
+            return None
+        raise
+
+
+def _check_index(path: Path, build: str | None, meta: Path, settings: Mapping[str, Any]) -> None:
+    """Raises FileExistsError for an index that is of another collection or model, or may be: it
+    keeps no texts to be compared."""
+    if not present(meta):
+        raise FileExistsError(
+            f"{path}: {meta.name} is missing, so nobody knows whether the index is of this "
+            "collection; name another folder, or pass overwrite=True to make it anew"
+        )
+    made = read_object(meta)
+    if made.get("replaces") == build:
+        raise FileExistsError(
+            f"{path}: the index that was to be replaced is still there; pass overwrite=True to "
+            "make the new one"
+        )
+    check_settings(made.get("settings"), settings, path, "was made")
 
 
 # --- The frame of a stage -------------------------------------------------------------------
@@ -518,8 +544,8 @@ def _scored_lines(pairs: RankedPairs, first: int, last: int, scores: np.ndarray)
         bad = np.flatnonzero(~np.isfinite(own))
         if len(bad):
             raise ValueError(
-                f"the teacher gave query {pairs.qids[i]!r} and passage {pids[bad[0]]!r} the score "
-                f"{own[bad[0]]}"
+                f"the teacher gave query {pairs.qids[i]!r:.80} and passage {pids[bad[0]]!r:.80} "
+                f"the score {own[bad[0]]}"
             )
         best_first = np.argsort(-own, kind="stable").tolist()
         lines.append(_line(pairs.qids[i], [(pids[n], _shortest(own[n])) for n in best_first]))
@@ -555,7 +581,7 @@ def _example(
     hits = [pid for pid, _ in best_first if pid in labelled]
     if labelled and not hits:
         raise ValueError(
-            f"query {qid!r}: none of its labelled passages has a score; pass positives to "
+            f"query {qid!r:.80}: none of its labelled passages has a score; pass positives to "
             "score_ranking too"
         )
     positive = hits[0] if labelled else best_first[0][0]
@@ -586,9 +612,11 @@ def _parse_scored(line: str) -> tuple[str, dict[str, float]]:
             or not isinstance(score, int | float)
             or not math.isfinite(score)
         ):
-            raise ValueError(f"the score of passage {pid!r} must be a finite number, got {score!r}")
+            raise ValueError(
+                f"the score of passage {pid!r:.80} must be a finite number, got {score!r:.80}"
+            )
         if pid in scored:
-            raise ValueError(f"passage {pid!r} appears twice")
+            raise ValueError(f"passage {pid!r:.80} appears twice")
         scored[pid] = float(score)
     return str(row[0]), scored
 
@@ -606,7 +634,9 @@ def _as_text(positives: Positives | None) -> dict[str, list[str]] | None:
         return None
     for qid, pids in positives.items():
         if isinstance(pids, str):
-            raise TypeError(f"positives of query {qid!r} must be a collection of ids, got a string")
+            raise TypeError(
+                f"positives of query {qid!r:.80} must be a collection of ids, got a string"
+            )
     return {str(qid): sorted(map(str, pids)) for qid, pids in positives.items()}
 
 
@@ -627,12 +657,12 @@ def _check_queries(queries: Mapping[str, str]) -> None:
     for qid, text in queries.items():
         _tabless(qid, "query")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"query {qid!r} is empty, or not a string")
+            raise ValueError(f"query {qid!r:.80} is empty, or not a string")
 
 
 def _tabless(key: str, kind: str) -> str:
     if any(mark in key for mark in "\t\r\n"):
         raise ValueError(
-            f"the {kind} id {key!r} has a tab or a line end in it, which a ranking cannot hold"
+            f"the {kind} id {key!r:.80} has a tab or a line end in it, which a ranking cannot hold"
         )
     return key

@@ -153,14 +153,14 @@ class BiEncoder:
         self, queries: np.ndarray, documents: np.ndarray, rows_q: np.ndarray, rows_d: np.ndarray
     ) -> np.ndarray:
         """Score the pairs (rows_q[i], rows_d[i]) of vectors [., H]: float32[N]."""
-        scores = np.empty(len(rows_q), np.float32)
-        for start in range(0, len(scores), self.pairs_at_once):
-            part = slice(start, start + self.pairs_at_once)
-            q, d = queries[rows_q[part]], documents[rows_d[part]]
+
+        def compare(rows_q: np.ndarray, rows_d: np.ndarray) -> np.ndarray:
+            q, d = queries[rows_q], documents[rows_d]
             if self._kind.similarity == "cosine" and not self._kind.normalized:
                 q, d = _unit(q), _unit(d)
-            scores[part] = np.einsum("nh,nh->n", q, d)
-        return scores
+            return np.einsum("nh,nh->n", q, d)
+
+        return _in_parts(compare, rows_q, rows_d, self.pairs_at_once)
 
     def _encode(
         self, texts: list[str], is_query: bool, name: str, progress: bool | None
@@ -202,25 +202,16 @@ class LateInteraction:
         *,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Score pairs, queries[i] with documents[i]. Each distinct text is encoded once.
-
-        Returns:
-          float32[N].
-
-        Raises:
-          ValueError, TypeError: lists of different lengths, or anything in them but texts.
-        """
+        """Score pairs, queries[i] with documents[i]: float32[N], as `BiEncoder.score`."""
         (q, rows_q), (d, rows_d) = _encode_pairs(self._model, queries, documents, progress)
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
         length = ladder_length(int(d.lengths.max(initial=1)))
-        ids = rows_d.astype(np.int32)[:, None]
-        scores = np.empty(len(ids), np.float32)
-        for start in range(0, len(ids), self.pairs_at_once):
-            part = slice(start, start + self.pairs_at_once)
-            rows = jnp.asarray(q[rows_q[part]])
-            found = maxsim_ragged(rows, values, offsets, ids[part], length=length)
-            scores[part] = np.asarray(found)[:, 0]
-        return scores
+
+        def compare(rows_q: np.ndarray, rows_d: np.ndarray) -> np.ndarray:
+            rows, ids = jnp.asarray(q[rows_q]), rows_d.astype(np.int32)[:, None]
+            return np.asarray(maxsim_ragged(rows, values, offsets, ids, length=length))[:, 0]
+
+        return _in_parts(compare, rows_q, rows_d, self.pairs_at_once)
 
 
 class CrossEncoder:
@@ -356,6 +347,15 @@ def _encode_pairs(
     (queries, rows_q), (documents, rows_d) = _distinct(queries), _distinct(documents)
     q = model.encode_queries(queries, progress=progress)
     return (q, rows_q), (model.encode_documents(documents, progress=progress), rows_d)
+
+
+def _in_parts(
+    compare: Callable[..., np.ndarray], rows_q: np.ndarray, rows_d: np.ndarray, size: int
+) -> np.ndarray:
+    """compare(rows_q, rows_d) of `size` pairs at a time: float32[N]."""
+    starts = range(0, len(rows_q), size)
+    parts = [compare(rows_q[i : i + size], rows_d[i : i + size]) for i in starts]
+    return np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32, copy=False)
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], np.ndarray]:

@@ -87,7 +87,8 @@ class IndexArrays(NamedTuple):
     codes: int32[T], the centroid of every token.
     residuals: uint8[T, D * b / 8].
     offsets: int32[N+1], document i holds tokens offsets[i]..offsets[i+1]-1.
-    lists: int32[sum], for each centroid the ascending ids of the documents that have a token there.
+    lists: int32[sum], for each centroid the positions of the documents that have a token there,
+      ascending.
     list_offsets: int32[K+1].
     inverse_norms: float32[T], see `with_inverse_norms`; None where nothing has asked for them.
     recent_lists, recent_list_offsets: the lists of later documents, which `lists` does not cover;
@@ -194,38 +195,38 @@ def token_inverse_norms(arrays: IndexArrays) -> jax.Array:
 
 
 def load_tokens(
-    arrays: RawArrays | IndexArrays, ids: jax.Array, length: int
+    arrays: RawArrays | IndexArrays, positions: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array]:
     """Token embeddings of documents, decompressed where they are compressed.
 
     Args:
-      ids: int32[n]; an id outside 0..N-1 has no token.
+      positions: int32[n]; one outside 0..N-1 has no token.
       length: at least the longest of them.
 
     Returns:
       float32[n, length, D] and the mask bool[n, length].
     """
-    rows, mask = token_rows(arrays.offsets, ids, length)
+    rows, mask = token_rows(arrays.offsets, positions, length)
     if isinstance(arrays, RawArrays):
         return arrays.values[rows].astype(jnp.float32), mask
     return decompress(arrays, arrays.codes[rows], arrays.residuals[rows]), mask
 
 
 def best_of(
-    negated: jax.Array, ids: jax.Array, k: int, axis: str | None = None
+    negated: jax.Array, positions: jax.Array, k: int, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The k best: sorted by falling score, then by rising id.
+    """The k best: sorted by falling score, then by rising position.
 
     Args:
-      negated, ids: [B, n], scores with the sign turned and ids of the collection.
+      negated, positions: [B, n], scores with the sign turned, and of which documents.
       axis: a mesh axis, inside `jax.shard_map`: the k best of all its devices.
 
     Returns:
       [B, min(k, n)] of each; with an axis [B, min(k, all n)], on every device the same.
     """
-    negated, ids = (a[:, :k] for a in jax.lax.sort((negated, ids), num_keys=2))
+    negated, positions = (a[:, :k] for a in jax.lax.sort((negated, positions), num_keys=2))
     if axis is None:
-        return negated, ids
-    everyone = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (negated, ids)]
-    negated, ids = (a[:, :k] for a in jax.lax.sort(everyone, num_keys=2))
-    return negated, ids
+        return negated, positions
+    merged = [jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (negated, positions)]
+    negated, positions = (a[:, :k] for a in jax.lax.sort(merged, num_keys=2))
+    return negated, positions

@@ -52,11 +52,11 @@ def exact_search(
             [exact_search(arrays, lengths, part, k, allowed, progress=progress) for part in parts]
         )
     # A few numbers of queries and of results, so that calls of any size share a few programs.
-    batch, wanted = next_power_of_two(len(queries)), result_size(k)
+    batch, results = next_power_of_two(len(queries)), result_size(k)
     padded_queries = jnp.pad(jnp.asarray(queries), [(0, batch - len(queries)), (0, 0), (0, 0)])
     best = (
-        jnp.full((batch, wanted), jnp.inf, jnp.float32),
-        jnp.full((batch, wanted), len(lengths), jnp.int32),
+        jnp.full((batch, results), jnp.inf, jnp.float32),
+        jnp.full((batch, results), len(lengths), jnp.int32),
     )
     order = np.argsort(lengths, kind="stable").astype(np.int32)
     order = order[np.searchsorted(lengths[order], 1) :]  # a document without tokens is no result
@@ -72,19 +72,20 @@ def exact_search(
                 limit = min(limit, next_power_of_two(len(alike)))
                 alike = alike[allowed[alike]]
             for at in range(0, len(alike), limit):
-                ids = alike[at : at + limit]
-                size = limit if allowed is not None else min(limit, next_power_of_two(len(ids)))
-                padded = np.pad(ids, (0, size - len(ids)), constant_values=len(lengths))
+                positions = alike[at : at + limit]
+                size = limit if allowed is not None else next_power_of_two(len(positions))
+                padding = (0, min(limit, size) - len(positions))
+                padded = np.pad(positions, padding, constant_values=len(lengths))
                 best = _merge(arrays, padded_queries, padded, *best, length=length)
             bar.update(int(stop) - start)
             start = int(stop)
-    negated, ids = (np.asarray(part)[: len(queries), :k] for part in best)
-    return Hits(ids, -negated)
+    negated, positions = (np.asarray(part)[: len(queries), :k] for part in best)
+    return Hits(positions, -negated)
 
 
 @partial(jax.jit, static_argnames="length")
 def score_documents(
-    arrays: RawArrays | IndexArrays, queries: jax.Array, ids: jax.Array, *, length: int
+    arrays: RawArrays | IndexArrays, queries: jax.Array, positions: jax.Array, *, length: int
 ) -> jax.Array:
     """Exact scores float32[B, n] of queries [B, Lq, D] with the same n documents."""
 
@@ -92,14 +93,16 @@ def score_documents(
         tokens, mask = load_tokens(arrays, doc[None], length)
         return jax.vmap(maxsim, in_axes=(0, None, None))(queries, tokens[0], mask[0])
 
-    step = block_rows(length * max(queries.shape[0] * queries.shape[1], queries.shape[2]), len(ids))
-    return jax.lax.map(score, ids, batch_size=step).T
+    step = block_rows(
+        length * max(queries.shape[0] * queries.shape[1], queries.shape[2]), len(positions)
+    )
+    return jax.lax.map(score, positions, batch_size=step).T
 
 
 @partial(jax.jit, static_argnames="length")
-def _merge(arrays, queries, ids, best_negated, best_ids, *, length: int):
-    """The running top k with n more documents: sorted by falling score, then by rising id."""
-    scores = score_documents(arrays, queries, ids, length=length)
+def _merge(arrays, queries, positions, best_negated, best_positions, *, length: int):
+    """The running top k with n more documents: sorted by falling score, then by rising position."""
+    scores = score_documents(arrays, queries, positions, length=length)
     negated = jnp.concatenate([best_negated, -scores], axis=1)
-    everyone = jnp.concatenate([best_ids, jnp.broadcast_to(ids, scores.shape)], axis=1)
-    return best_of(negated, everyone, best_ids.shape[1])
+    merged = jnp.concatenate([best_positions, jnp.broadcast_to(positions, scores.shape)], axis=1)
+    return best_of(negated, merged, best_positions.shape[1])

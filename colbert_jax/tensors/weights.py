@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,10 @@ _KNOWN = (
     *("model.*.safetensors", "pytorch_model.*.bin", "openvino_*.bin"),
     *("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
 )
+
+_HEAD_WORDS = {"colbert", "projection", "proj", "projector", "linear", "dense", "head"}
+# Of sparse vectors, masked words, classes; and what this library reads when it is named itself.
+_OTHER_HEADS = {"sparse", "lm", "mlm", "cls", "classifier", "classification", "pooler", "dnn"}
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -163,6 +168,16 @@ def other_weights(names: Iterable[str]) -> list[str]:
         if any(fnmatch(name, pattern) for pattern in _WEIGHTS)
         and not any(fnmatch(name, pattern) for pattern in _KNOWN)
     )
+
+
+def is_head(name: str) -> bool:
+    """Whether a file of a checkpoint's folder holds, by its name, a projection of token embeddings.
+
+    It is one of `other_weights`, a word of its name says so, and none names another kind of head.
+    """
+    words = set(re.split(r"[\W\d_]+", name.lower()))
+    right = bool(words & _HEAD_WORDS) and not words & _OTHER_HEADS
+    return right and "/" not in name and bool(other_weights([name]))
 
 
 def find_tensors(folder: Path) -> Tensors:

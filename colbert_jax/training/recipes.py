@@ -93,6 +93,8 @@ class Recipe:
       scores of all pairs of a batch are learned with `coupled_weight`.
     dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
       to choose the best model by; all three or none.
+    ignore_self: leave the passage whose id is the query's out of that evaluation: of queries that
+      are passages themselves.
     """
 
     checkpoint: str
@@ -103,6 +105,7 @@ class Recipe:
     dev_collection: str | None = None
     dev_queries: str | None = None
     dev_qrels: str | None = None
+    ignore_self: bool = False
 
     def __post_init__(self) -> None:
         dev = (self.dev_collection, self.dev_queries, self.dev_qrels)
@@ -110,6 +113,8 @@ class Recipe:
             raise ValueError(
                 "dev_collection, dev_queries and dev_qrels belong together: give all three or none"
             )
+        if self.ignore_self and not any(dev):
+            raise ValueError("ignore_self is of the evaluation: give dev_collection with it")
         stages = [x for x in vars(self).values() if isinstance(x, TrainingConfig)]
         if (self.coupled_teacher is not None) != any(x.coupled_weight for x in stages):
             raise ValueError(
@@ -374,7 +379,8 @@ def _dev(recipe: Recipe) -> DevCollection | None:
     if recipe.dev_collection is None:
         return None
     assert recipe.dev_queries is not None and recipe.dev_qrels is not None
-    return DevCollection.read(recipe.dev_collection, recipe.dev_queries, recipe.dev_qrels)
+    files = (recipe.dev_collection, recipe.dev_queries, recipe.dev_qrels)
+    return DevCollection.read(*files, ignore_self=recipe.ignore_self)
 
 
 def _folder(recipe: Recipe) -> Path:

@@ -29,6 +29,7 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.files import (
     beside,
+    present,
     publishing,
     read_object,
     recover,
@@ -77,7 +78,7 @@ def open_run(
     file = folder / RUN
     # Through JSON, so that both sides are what a file gives back.
     run = json.loads(json.dumps(run))
-    if file.is_file():
+    if present(file):
         before = read_object(file)
         different = [
             f"{name} was {short_json(old, 60)}, is now {short_json(new, 60)}"
@@ -96,7 +97,7 @@ def open_run(
 
 def _has_run(folder: Path) -> bool:
     file = folder / RUN
-    return file.is_file() and {"training", "encoder", "examples"} <= read_object(file).keys()
+    return present(file) and {"training", "encoder", "examples"} <= read_object(file).keys()
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -272,7 +273,7 @@ class Metrics:
         self._board = None
         path = folder / METRICS
         self._kept: list[str] = []
-        if path.is_file():
+        if present(path):
             lines = path.read_text("utf-8").splitlines()
             self._kept = [line for line in lines if _step(line) <= start]
         if not write:
@@ -334,13 +335,15 @@ class Best:
     """The best measures on the dev collection so far.
 
     Attributes:
+      folder: of the best model.
       measured: by name; None before the first evaluation.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]):
         """`history`: what the run logged before it stopped."""
+        self.folder = folder / BEST
         self.measured: dict[str, float] | None = None
-        for values in history if (folder / BEST).exists() else ():
+        for values in history if self.folder.exists() else ():
             found = {k[len(DEV) :]: v for k, v in values.items() if k.startswith(DEV)}
             if found:
                 self.improves(found)

@@ -11,7 +11,7 @@ as torch's does when it first gets a gradient. The gradient's norm is cut over b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from colbert_jax.models.layers import TrainMode
 from colbert_jax.scoring.gradient import all_pairs_scores, nway_scores
 from colbert_jax.training import losses
 from colbert_jax.training.batch import ExampleBatch, Passages, TokenBatch
+from colbert_jax.training.memory import Room, check_memory
 
 State = dict[str, Any]  # params, moments, step
 Logged = dict[str, jax.Array]  # float32[] each
@@ -53,6 +54,7 @@ def make_step(
     shardings: Any,
     teachers: Sequence[EncoderConfig] = (),
     coupled: Sequence[CoupledTeacher] = (),
+    room: Room | None = None,
 ) -> Callable[[State, int, int, Sequence[ExampleBatch]], tuple[State, Logged, Logged]]:
     """A function that makes an optimiser step of one or several micro-batches.
 
@@ -61,16 +63,20 @@ def make_step(
       dtype: of the dense layers' computation.
       shardings: the state's.
       teachers, coupled: the coupled teachers' architectures and parameters.
+      room: what there is for a step. If None, no step is held against it.
 
     Returns:
       a function of (state, number of the step, task, micro-batches with this process's rows), which
       takes over the state. It gives the new state, the loss and its parts, and what
-      `apply_gradients` logs.
+      `apply_gradients` logs. It raises ValueError, before it makes the first step of a task,
+      where that does not fit into memory.
     """
     config = configs[0]
-    gradients = [
-        make_gradients(encoder, own, dtype, mesh, shardings["params"], teachers) for own in configs
-    ]
+
+    @cache
+    def gradients(own: TrainingConfig) -> Any:
+        return make_gradients(encoder, own, dtype, mesh, shardings["params"], teachers)
+
     update = make_update(config, shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -78,14 +84,36 @@ def make_step(
     def put(batch: ExampleBatch) -> ExampleBatch:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
+    checked = set()
+
+    def check(params: dict, batch: ExampleBatch, task: int, trained: tuple[str, ...]) -> None:
+        if room is None or (task, trained) in checked:
+            return
+        checked.add((task, trained))
+        zero = np.int32(0)
+
+        def compiled(own: TrainingConfig, batch: ExampleBatch):  # once: the call finds it again
+            function = gradients(own)
+            return function.lower(
+                params, batch, zero, zero, trained=trained, coupled=coupled
+            ).compile()
+
+        check_memory(configs[task], batch, mesh.devices.flatten().tolist(), room, compiled)
+
     def step(state: State, number: int, task: int, batches: Sequence[ExampleBatch]):
         params = state["params"]
         parts = tuple(part for part, values in params.items() if jax.tree.leaves(values))
         trained = ("head",) if number < config.warmup_bert else parts
         total = None
         for micro, batch in enumerate(batches):
+            batch = put(batch)
+            check(params, batch, task, trained)
+            if config.warmup_bert < config.maxsteps:  # what takes more, before days of the other
+                check(params, batch, task, parts)
             numbers = np.int32(number), np.int32(micro)
-            part = gradients[task](params, put(batch), *numbers, trained=trained, coupled=coupled)
+            part = gradients(configs[task])(
+                params, batch, *numbers, trained=trained, coupled=coupled
+            )
             total = part if total is None else add(total, part)
         assert total is not None
         grads, measured = total

@@ -28,7 +28,8 @@ from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.progress import LOGGER, progress_bar
-from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Task, check_divides
+from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Step, Task, check_divides
+from colbert_jax.training.memory import Room, free_memory
 from colbert_jax.training.run import (
     BEST,
     DEV,
@@ -115,41 +116,29 @@ def train(
 
         # --- Programs
         to_host = make_gather(mesh)
-        train_step = _make_step(model, plan, teachers, translations, mesh, shardings)
+        room = _room(model, devices, group)
+        train_step = _make_step(model, plan, teachers, translations, mesh, shardings, room)
 
         # --- Metrics and progress
         metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
         best = Best(folder, metrics.history())
-        window = _Window(plan.prefixes, checkpoints.pending())
         show = progress if group.is_first else False
         bar = progress_bar(config.maxsteps, "training", "step", show, initial=done)
+        window = _Window(plan.prefixes, checkpoints, metrics, bar)
 
-        # --- Evaluation: the best model is there before the line that says so, so that a run that
-        # was killed between the two measures again
-        every = config.eval_every or config.save_every
-
-        def is_due(step: int) -> bool:
-            return dev is not None and (step % every == 0 or step == config.maxsteps)
-
-        def evaluate(step: int) -> None:
-            assert dev is not None
-            with _parameters(model, to_host(state["params"])):
-                measured = dev.evaluate(model)
-                if best.improves(measured) and group.is_first:
-                    save_model(model, folder / BEST, config, step)
-            metrics.write(step, {DEV + name: x for name, x in measured.items()})
-
-        # Stopped behind a checkpoint, before it was measured? All processes go by what the first
-        # one has read.
-        missed = done > 0 and is_due(done) and not metrics.evaluated(done)
+        # --- Evaluation; once more where the run was stopped behind a checkpoint, before it was
+        # measured. All processes go by what the first one has read.
+        evaluation = _Evaluation(dev, config, model, best, metrics, write=group.is_first)
+        missed = done > 0 and evaluation.is_due(done) and not metrics.evaluated(done)
         if group.exchange("evaluation", missed)[0]:
-            evaluate(done)
+            evaluation.run(done, to_host(state["params"]))
 
         # --- Data
         mixture = _mixture(model, plan, done, group)
         with mixture, bar, _signals() as came:
-            last, previous, saved = done >= config.maxsteps, None, time.monotonic()
-            while not last:
+            schedule = _Schedule(config, evaluation, mixture, came, group)
+            stop, previous = False, None
+            while done < config.maxsteps and not stop:
                 # --- Learn
                 task, step = next(mixture)
                 state, losses, rates = train_step(state, step.number, task, step.batches)
@@ -158,40 +147,17 @@ def train(
                 # would wait for all the steps that were begun before it.
                 jax.block_until_ready(previous)
                 previous = losses
-                bar.update()
                 window.add(task, losses, plan.configs[task].bsize)
 
-                # --- What is due: a signal to one process ends the run in all, and the clock of one
-                # decides for all
-                now = time.monotonic()
-                late = config.save_minutes is not None and now - saved >= 60 * config.save_minutes
-                stop, save = came.stop, late
-                if group.count > 1:
-                    if stop:
-                        mixture.request_stop()
-                    if late and group.is_first:
-                        mixture.request_save()
-                        saved = now
-                    stop, save = step.stop, step.save
-                stop = stop and done < config.maxsteps
-                last = stop or done == config.maxsteps
-                planned = done == config.maxsteps or done % config.save_every == 0
-
-                # --- Log: the same steps, wherever a run was stopped
-                if planned or is_due(done) or done % config.log_every == 0:
-                    values = window.close(rates, done, checkpoints)
-                    metrics.write(done, values)
-                    rate = f"{values['examples_per_second']:.4g}"
-                    shown = {"loss": f"{float(losses['loss']):.4f}", "examples/s": rate}
-                    bar.set_postfix(shown, refresh=False)
-
-                # --- Save, evaluate
-                if planned or stop or save:
-                    pending = window.measured(rates, done, checkpoints)
-                    checkpoints.save(done, state, pending)
-                    saved = time.monotonic()
-                if is_due(done) and not stop:
-                    evaluate(done)
+                # --- Log, save, evaluate
+                log, save, evaluate, stop = schedule.due(step)
+                if log:
+                    window.log(rates, done)
+                if save:
+                    checkpoints.save(done, state, window.measured(rates, done))
+                    schedule.saved()
+                if evaluate:
+                    evaluation.run(done, to_host(state["params"]))
                     window.pause()
             checkpoints.wait()
 
@@ -372,6 +338,7 @@ def _make_step(
     translations: Sequence[np.ndarray | None],
     mesh: Mesh,
     shardings: Any,
+    room: Room,
 ) -> Callable[..., tuple[State, Logged, Logged]]:
     """`step.make_step` of the plan, with the coupled teachers on the devices."""
     config = plan.configs[0]
@@ -381,7 +348,16 @@ def _make_step(
         for teacher, ids in zip(teachers, translations, strict=True)
     ]
     encoders = [teacher.encoder_config for teacher in teachers]
-    return make_step(model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled)
+    return make_step(
+        model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled, room
+    )
+
+
+def _room(model: ColBERT, devices: Sequence[jax.Device], group: processes.Group) -> Room:
+    """What there is for a step; of the process with the least, so that all say the same."""
+    free = [one for one in group.exchange("memory", free_memory(devices)) if one is not None]
+    text = model.config.text
+    return Room(min(free, default=None), (text.query_maxlen, text.doc_maxlen))
 
 
 def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) -> Mixture:
@@ -407,32 +383,138 @@ def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) ->
     return Mixture(plan.shares, [partial(loader, *pair) for pair in pairs], start)
 
 
+# --- What is due ----------------------------------------------------------------------------
+
+
+class _Evaluation:
+    """The dev collection, if there is one, and the best model on it."""
+
+    def __init__(
+        self,
+        dev: DevCollection | None,
+        config: TrainingConfig,
+        model: ColBERT,
+        best: Best,
+        metrics: Metrics,
+        *,
+        write: bool,
+    ):
+        """
+        Args:
+          write: this process saves the best model.
+        """
+        self._dev, self._config, self._model = dev, config, model
+        self._best, self._metrics, self._write = best, metrics, write
+
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps."""
+        every = self._config.eval_every or self._config.save_every
+        return self._dev is not None and (step % every == 0 or step == self._config.maxsteps)
+
+    def run(self, step: int, params: dict) -> None:
+        """Measure what `step` steps made of the model.
+
+        The best model is there before the line that says so, so that a run that was killed between
+        the two measures again.
+        """
+        assert self._dev is not None
+        with _parameters(self._model, params):
+            measured = self._dev.evaluate(self._model)
+            if self._best.improves(measured) and self._write:
+                save_model(self._model, self._best.folder, self._config, step)
+        self._metrics.write(step, {DEV + name: x for name, x in measured.items()})
+
+
+class _Due(NamedTuple):
+    """What follows a step. stop: the run ends early."""
+
+    log: bool
+    save: bool
+    evaluate: bool
+    stop: bool
+
+
+class _Schedule:
+    """Decides what follows a step; the same in all processes."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        evaluation: _Evaluation,
+        mixture: Mixture,
+        came: _Signals,
+        group: processes.Group,
+    ):
+        self._config, self._evaluation = config, evaluation
+        self._mixture, self._came, self._group = mixture, came, group
+        self.saved()
+
+    def saved(self) -> None:
+        """The clock of `save_minutes` starts anew."""
+        self._saved = time.monotonic()
+
+    def due(self, step: Step) -> _Due:
+        """What is due after a step."""
+        config, done = self._config, step.number + 1
+        stop, late = self._asked(step)
+        stop = stop and done < config.maxsteps
+        planned = done == config.maxsteps or done % config.save_every == 0
+        evaluate = self._evaluation.is_due(done)
+        return _Due(
+            # The same steps, wherever a run was stopped.
+            log=planned or evaluate or done % config.log_every == 0,
+            save=planned or stop or late,
+            evaluate=evaluate and not stop,
+            stop=stop,
+        )
+
+    def _asked(self, step: Step) -> tuple[bool, bool]:
+        """Whether a signal asks to stop, and the clock for a checkpoint: a signal to one process
+        ends the run in all, and the clock of one decides for all."""
+        minutes, stop = self._config.save_minutes, self._came.stop
+        late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        if self._group.count == 1:
+            return stop, late
+        if stop:
+            self._mixture.request_stop()
+        if late and self._group.is_first:
+            self._mixture.request_save()
+            self.saved()
+        return step.stop, step.save
+
+
 # --- Metrics and signals --------------------------------------------------------------------
 
 
 class _Window:
     """What has been measured since the last line of metrics."""
 
-    def __init__(self, prefixes: Sequence[str], pending: dict[str, float]):
+    def __init__(
+        self, prefixes: Sequence[str], checkpoints: Checkpoints, metrics: Metrics, bar: Any
+    ):
         """
         Args:
           prefixes: of the names of each task's metrics.
-          pending: `measured` of the steps before the run stopped.
+          checkpoints: the last one has what was measured before the run stopped.
+          metrics, bar: where to say it.
         """
-        self._prefixes, self._before = prefixes, pending
+        self._prefixes, self._before = prefixes, checkpoints.pending()
+        self._checkpoints, self._metrics, self._bar = checkpoints, metrics, bar
         self._losses: dict[int, Logged] = {}
+        self._last: Logged = {}
         self.pause()
 
     def add(self, task: int, losses: Logged, examples: int) -> None:
         """Note a step: its task, the parts of its loss, how many queries it had."""
-        self._losses[task] = losses
+        self._losses[task] = self._last = losses
         self._examples += examples
+        self._bar.update()
 
     def pause(self) -> None:
         """Leave the time that has passed out of the examples per second."""
         self._time, self._examples = time.perf_counter(), 0
 
-    def measured(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    def measured(self, rates: Logged, step: int) -> dict[str, float]:
         """The last losses of each task, by the names that they have in metrics.
 
         Raises:
@@ -442,22 +524,25 @@ class _Window:
         for task, losses in self._losses.items():
             loss, norm = float(losses["loss"]), float(rates["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                last = self._checkpoints.latest
+                saved = "no checkpoint was saved" if last is None else f"step {last} is saved"
                 raise FloatingPointError(
-                    f"at step {step} the loss is {loss} and the gradient's norm {norm}; the last "
-                    f"checkpoint is of step {checkpoints.latest}. Lower lr, or look at the "
-                    "examples' scores"
+                    f"at step {step} the loss is {loss} and the gradient's norm {norm}; {saved}. "
+                    "Lower lr, or look at the examples' scores"
                 )
             values |= {self._prefixes[task] + name: float(x) for name, x in losses.items()}
         return values
 
-    def close(self, rates: Logged, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-        """The line of metrics after `step` steps; what follows belongs to the next one."""
+    def log(self, rates: Logged, step: int) -> None:
+        """Write the line of metrics after `step` steps; what follows belongs to the next one."""
         values = {name: float(x) for name, x in rates.items()}
-        values |= self.measured(rates, step, checkpoints)
-        values["examples_per_second"] = self._examples / (time.perf_counter() - self._time)
+        values |= self.measured(rates, step)
+        rate = values["examples_per_second"] = self._examples / (time.perf_counter() - self._time)
+        self._metrics.write(step, values)
+        shown = {"loss": f"{float(self._last['loss']):.4f}", "examples/s": f"{rate:.4g}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._losses, self._before = {}, {}
         self.pause()
-        return values
 
 
 class _Signals:

@@ -648,11 +648,11 @@ def test_a_file_lost_from_the_cache(fake, served, monkeypatch):
 
 def test_weights_that_are_neither_read_nor_fetched_are_named(fake, plain_folder, tmp_path):
     folder = shutil.copytree(plain_folder, tmp_path / "plain")
-    for name in ("projection.pt", "colbert_linear.pt", "training_args.bin"):
+    for name in ("ema.pt", "projection.pt", "training_args.bin"):
         (folder / name).write_bytes(b"x")
     fake.push(folder)
-    with pytest.warns(UserWarning, match=rf"{ID}: weights in projection\.pt are not read: "):
+    with pytest.warns(UserWarning, match=rf"{ID}: weights in ema\.pt are not read: "):
         found = hub.fetch(ID)
-    assert files_of(found) == files_of(plain_folder) | {"colbert_linear.pt"}
-    with pytest.warns(UserWarning, match=r"without the weights in colbert_linear\.pt: "):
+    assert files_of(found) == files_of(plain_folder) | {"projection.pt"}
+    with pytest.raises(ValueError, match=r"projection\.pt: by its name a head"):
         read_checkpoint(found)

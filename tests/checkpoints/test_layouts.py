@@ -712,7 +712,7 @@ def test_files_that_may_not_be_read(copy, monkeypatch):
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        ("single-vector", ["colbert_linear.pt", "sparse_linear.pt"]),
+        ("single-vector", ["sparse_linear.pt", "mlm_head.bin"]),
         ("huggingface", ["colbert.dnn"]),
         ("huggingface", ["adapter_model.safetensors"]),
         ("stanford", ["2_Dense/model.safetensors"]),
@@ -735,6 +735,35 @@ def test_weights_that_the_layout_does_not_read_are_named(
         read_checkpoint(folder)
     (message,) = [str(w.message) for w in warned]
     assert f"without the weights in {', '.join(sorted(names))}: " in message
+
+
+HEADS = ["colbert_linear.pt", "colbert_linear.safetensors", "projection.pth", "vector_head.bin"]
+
+
+@pytest.mark.parametrize("layout", ["single-vector", "huggingface"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_beside_a_plain_encoder_is_refused(plain_folder, tmp_path, layout, name):
+    """bge-m3's, for example: without it the token embeddings are others."""
+    if layout == "single-vector":
+        folder = single_vector(plain_folder, tmp_path)
+    else:
+        folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    (folder / name).write_bytes(b"")
+    what = "the multi-vector head of bge-m3" if "colbert" in name else "by its name a head"
+    with pytest.raises(ValueError, match=rf"{name}: {what}, which this library does not support"):
+        read_checkpoint(folder, dim=8 if layout == "huggingface" else None)
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "stanford", "pylate"])
+def test_an_adapter_is_refused(folders, plain_folder, tmp_path, layout):
+    place = plain_folder if layout == "huggingface" else folders / layout
+    folder = shutil.copytree(place, tmp_path / "copy")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json: an adapter, .* merge it with peft"
+    ):
+        read_checkpoint(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

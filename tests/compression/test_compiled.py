@@ -59,6 +59,27 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.nb?"))
 
 
+def test_code_of_other_versions_is_deleted_after_a_while(fresh):
+    """Only folders that are ours by name, and that nothing was added to for a month."""
+    base = module._base()
+    stale, recent, current = "colbert_jax-" + "0" * 16, "colbert_jax-" + "1" * 16, module._content()
+    others = ["colbert_jax-notes", "colbert_jax-" + "2" * 15, "somebody"]
+    for name in (stale, recent, f"colbert_jax-{current}", *others):
+        place = base / name / "m"
+        place.mkdir(parents=True)
+        (place / "f.nbi").touch()
+        if name != recent:
+            for old in (place / "f.nbi", place, place.parent):
+                os.utime(old, (0, 0))
+    (base / ("colbert_jax-" + "3" * 16)).symlink_to(base / "somebody")
+    module._delete_old.cache_clear()
+    assert compiled(twice)(3) == 6
+    assert not (base / stale).exists()
+    for name in (recent, f"colbert_jax-{current}", *others, "colbert_jax-" + "3" * 16):
+        assert (base / name / "m" / "f.nbi").exists() or name == f"colbert_jax-{current}", name
+    assert files(base / f"colbert_jax-{current}")
+
+
 def test_code_is_kept_in_the_cache_folder(fresh):
     assert compiled(twice)(np.float32(3)) == 6
     assert len(files(fresh)) == 2

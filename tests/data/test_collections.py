@@ -1,7 +1,10 @@
+import gzip
 import json
 
 import pytest
 
+from colbert_jax.data.collections import read_documents
+from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation import read_collection, read_qrels, read_queries
 
 
@@ -76,6 +79,20 @@ def test_a_title_without_a_text_is_the_text(tmp_path):
 def test_empty_fields_at_the_end_are_no_text(tmp_path):
     assert list(read_collection(write(tmp_path / "c.tsv", "1\ta\tT\t\t\n"))) == [("1", "T | a")]
     assert read_queries(write(tmp_path / "q.tsv", "1\ta\t\n")) == {"1": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("c.tsv", "id\turl\ttitle\ttext\n7\thttp://x\tT\ta\n8\t\t\tb\n"),
+        ("c.tsv", "1\ta\tT\n2\tb\n"),
+        ("c.jsonl", '{"_id": 1, "title": "T", "text": "a", "metadata": {"x": 1}}\n'),
+        ("c.txt", "a\nb\n"),
+    ],
+)
+def test_fields_do_not_change_ids_and_texts(tmp_path, name, data):
+    file = write(tmp_path / name, data)
+    assert [found[:2] for found in read_documents(file)] == list(read_collection(file))
 
 
 @pytest.mark.parametrize(
@@ -190,3 +207,16 @@ def test_contradicting_or_unreadable_judgements(tmp_path, data, message):
 
 def test_a_judgement_may_be_given_twice(tmp_path):
     assert read_qrels(write(tmp_path / "r.tsv", "1 0 a 1\n1 0 a 1\n")) == {"1": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", ["c.tsv", "c.jsonl", "c.txt", "c.tsv.gz"])
+def test_a_zero_byte_is_refused(tmp_path, name):
+    """A disk that lost power leaves blocks of them, and UTF-16 has them beside its letters."""
+    form = {"c.jsonl": '{"_id": "%d", "text": "%s"}', "c.txt": "%d %s"}.get(name, "%d\t%s")
+    data = "".join(form % (i, text) + "\n" for i, text in enumerate(["whole", "on\0e"])).encode()
+    file = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    for read in (read_collection, lambda path: Texts.passages(path).items(checked=True)):
+        with pytest.raises(
+            ValueError, match=rf"{name}, line 2: a NUL byte, after '.*on': the file"
+        ):
+            list(read(file))

@@ -490,3 +490,19 @@ def test_concatenation(tmp_path):
         concatenate([sources[0], pair_examples(other, scores="s")])
     with pytest.raises(ValueError, match="no source"):
         concatenate([])
+
+
+@pytest.mark.parametrize(
+    "line", ['["%s", 1, 2]', '[1, "%s", 2]', '[1, ["%s"], 2]', '{"%s": 1}', '"%s"', "%s"]
+)
+def test_messages_are_short_whatever_a_line_holds(tmp_path, line):
+    (tmp_path / "q.tsv").write_text("1\tone\n")
+    (tmp_path / "c.tsv").write_text("1\tone\n2\ttwo\n")
+    (tmp_path / "t.jsonl").write_text("[1, 1, 2]\n" + line % ("9" * 100_000) + "\n")
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2: ") as error:
+        stanford_examples(tmp_path / "t.jsonl", tmp_path / "q.tsv", tmp_path / "c.tsv")
+    assert len(str(error.value)) < 500
+    (tmp_path / "p.jsonl").write_text('{"query": "a", "%s": "b"}\n' % ("x" * 100_000))
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: no field 'positive'") as error:
+        pair_examples(tmp_path / "p.jsonl")
+    assert len(str(error.value)) < 500

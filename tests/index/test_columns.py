@@ -7,8 +7,11 @@ import pytest
 from support import unit_rows
 
 from colbert_jax import Index
-from colbert_jax.index.columns import Strings
+from colbert_jax.index.columns import Strings, write_documents, write_fields
+from colbert_jax.index.fields import FIELDS, FieldStore
 from colbert_jax.index.index import UnknownIdError
+from colbert_jax.index.sources import EmbeddingSource, TextSource
+from colbert_jax.processes import Group
 
 
 def files(path):
@@ -116,3 +119,88 @@ def test_position_from_several_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert found == [list(range(30))] * 8
+
+
+RECORDS = [("a", "x", {"n": 1}), ("b", "y"), ["c", "z", {}], (4, "", {"tags": ["t"]})]
+
+
+def fields_of(folder, n):
+    store = FieldStore(folder / FIELDS, n)
+    found = [store.fields(i) for i in range(n)]
+    store.close()
+    return found
+
+
+def test_fields_are_written_beside_the_texts(tmp_path):
+    (tmp_path / FIELDS).write_text("left by a killed run")
+    written = write_documents(tmp_path, iter(RECORDS))
+    assert written.has_fields and written.num_documents == 4
+    assert fields_of(tmp_path, 4) == [{"n": 1}, {}, {}, {"tags": ["t"]}]
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    given = [{"n": 1}, None, {}, {"tags": ["t"]}]
+    pairs = [(one[0], one[1]) for one in RECORDS]
+    assert write_documents(apart, pairs, fields=iter(given)) == written
+    without = write_documents(apart, pairs)
+    assert not without.has_fields and not (apart / FIELDS).exists()
+    assert without == write_documents(apart, [(*pair, {}) for pair in pairs])
+    assert written.fingerprint != without.fingerprint
+    changed = [*RECORDS[:3], (4, "", {"tags": ["u"]})]
+    assert write_documents(apart, changed).fingerprint != written.fingerprint
+
+
+def test_fields_of_texts_without_ids(tmp_path):
+    written = write_documents(tmp_path, ["x", (None, "y", {"n": 1}), "z"])
+    assert written.ids.num_bytes is None and fields_of(tmp_path, 3) == [{}, {"n": 1}, {}]
+    again = write_documents(tmp_path, [(None, "y", {"n": 1}), "z"], ids=["a", "b"])
+    assert again.ids.num_bytes == 2 and fields_of(tmp_path, 2) == [{"n": 1}, {}]
+
+
+@pytest.mark.parametrize(
+    ("documents", "fields", "error", "message"),
+    [
+        (
+            [("a", "x"), ("b", "y", {"v": [1]})],
+            None,
+            TypeError,
+            r"document 1 \(id 'b'\): field 'v'",
+        ),
+        (["x", (None, "y", {"v": [1]})], None, TypeError, r"document 1: field 'v'"),
+        ([("a", "x", {"n": 1}), (None, "y", {})], None, TypeError, "document 1 is a string, but"),
+        ([("a", "x", {"n": 1})], [{"n": 2}], TypeError, "fields= must be left out"),
+        (["x", "y"], [{"n": 2}], ValueError, "fields= has fewer entries .*: 1 fit"),
+        (["x"], [{"n": 2}, None], ValueError, "fields= has more entries .*: 1 fit"),
+    ],
+)
+def test_bad_fields(tmp_path, documents, fields, error, message):
+    with pytest.raises(error, match=message):
+        write_documents(tmp_path, documents, fields=fields)
+    assert not (tmp_path / FIELDS).exists()
+
+
+def test_fields_beside_ready_embeddings(tmp_path):
+    assert write_fields(tmp_path, None, 3) is None
+    assert write_fields(tmp_path, [None, {}, {"a": None}], 3) is None
+    assert list(tmp_path.iterdir()) == []
+    first = write_fields(tmp_path, iter([None, {"a": 1}]), 2)
+    assert first is not None and fields_of(tmp_path, 2) == [{}, {"a": 1}]
+    assert write_fields(tmp_path, [{"a": 1}, None], 2) != first
+    with pytest.raises(ValueError, match="fields= has 2 entries for 3 documents"):
+        write_fields(tmp_path, [{"a": 1}, None], 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_say_whether_there_are_fields(tmp_path, model):
+    rows = unit_rows(np.random.default_rng(0), 4, 8)
+    fingerprints = set()
+    for n, fields in enumerate((None, [None, {"a": 1}], [None, {"a": 2}])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        source = EmbeddingSource(rows, [2, 2], fields=fields)
+        source.prepare(folder, Group(), False)
+        assert source.has_fields == (folder / FIELDS).exists() == (fields is not None)
+        texts = TextSource(model, ["a", "b"], fields=fields)
+        texts.prepare(folder, Group(), False)
+        assert texts.has_fields == (folder / FIELDS).exists() == (fields is not None)
+        fingerprints |= {source.fingerprint, texts.fingerprint}
+    assert len(fingerprints) == 6

@@ -1,5 +1,7 @@
 """Values out of range in files of the right size: every way to search names the file."""
 
+import json
+import re
 import shutil
 
 import jax
@@ -9,7 +11,7 @@ from jax.sharding import AxisType
 from support import unit_rows
 
 from colbert_jax import Index
-from colbert_jax.index.format import IndexFormatError
+from colbert_jax.index.format import IndexFormatError, verify
 from colbert_jax.search.backend import CpuBackend
 
 N, K, DIM = 200, 32, 16
@@ -147,3 +149,43 @@ def test_buckets_that_are_no_numbers(copy, name):
     change(copy, name, np.nan, 1)
     with pytest.raises(IndexFormatError, match=rf"{name}\.npy: damaged: holds NaN"):
         Index.open(copy)
+
+
+def test_search_in_damaged_ids(copy):
+    """As for white space before a run file is written."""
+    change(copy, "pids", 0xFF, 3)
+    with pytest.raises(IndexFormatError, match=r"pids\.npy: damaged: string 0 is not UTF-8"):
+        Index.open(copy).ids.find(re.compile("x"))
+    change(copy, "pid_offsets", 10**12, 5)
+    with pytest.raises(IndexFormatError, match=r"pid_offsets\.npy: damaged: its offsets do"):
+        Index.open(copy).ids.find(re.compile("x"))
+
+
+@pytest.mark.parametrize("value", [1e38, -1e30])
+def test_weights_whose_squares_overflow(copy, value):
+    """All scores would be minus infinity, or NaN."""
+    change(copy, "bucket_weights", value, 1)
+    with pytest.raises(IndexFormatError, match=r"bucket_weights\.npy: damaged: holds .* too large"):
+        Index.open(copy)
+
+
+def test_a_circle_of_links_is_named_with_its_folder(copy):
+    (copy / "codes.npy").unlink()
+    (copy / "codes.npy").symlink_to("codes.npy")
+    for use in (Index.open, verify):
+        with pytest.raises(OSError, match=re.escape(str(copy / "codes.npy"))):
+            use(copy)
+
+
+@pytest.mark.parametrize(
+    "change_it", [{"settings": {}}, {"build": "x"}, {"num_empty_documents": 1}]
+)
+def test_verify_finds_changed_metadata(copy, change_it):
+    """What opening cannot tell: other settings of search would give other answers."""
+    verify(copy)
+    file = copy / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True))
+    verify(copy)  # the same in another form
+    file.write_text(json.dumps(json.loads(file.read_text()) | change_it))
+    with pytest.raises(IndexFormatError, match=r"metadata\.json: damaged: its checksum differs"):
+        verify(copy)

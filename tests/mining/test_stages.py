@@ -411,6 +411,50 @@ def test_mine_does_what_is_left_to_do(model, collection, tmp_path, monkeypatch):
     assert Index.open(folder / "index").texts is None
 
 
+def test_an_index_of_another_collection_is_refused(model, tmp_path, monkeypatch):
+    """It keeps no texts: what it was made of lies beside it, from before the build on."""
+    file, folder = tmp_path / "c.tsv", tmp_path / "r"
+    passages = support.passages(40)
+
+    def opened(**changes):
+        passages_ = stages.Texts.passages(file)
+        return stages._retriever(
+            model,
+            passages_,
+            folder,
+            **(dict(nbits=None, overwrite=False, progress=False) | changes),
+        )
+
+    def write(texts):
+        file.write_text("".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
+
+    write(passages)
+    build = opened().index.metadata.build
+    assert opened().index.metadata.build == build
+    # One letter in the middle, and the same size.
+    write([*passages[:20], passages[20][:-1] + "!", *passages[21:]])
+    with pytest.raises(FileExistsError, match=r"index: was made with other settings \(collection:"):
+        opened()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages.Retriever, "build", interrupted)
+        opened(overwrite=True)
+    with pytest.raises(FileExistsError, match="the index that was to be replaced is still there"):
+        opened()
+    assert opened(overwrite=True).index.metadata.build != build
+    opened()
+    (folder / "index.meta").unlink()
+    with pytest.raises(FileExistsError, match=r"index: index\.meta is missing, so nobody knows"):
+        opened()
+    (folder / "index" / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metadata\.json: damaged"):
+        opened()
+    opened(overwrite=True)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_other_processes_wait_for_the_first(many, tmp_path, monkeypatch):
     class Second:
         is_first = False

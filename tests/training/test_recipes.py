@@ -1,5 +1,6 @@
 """The recipes from the command line, on tiny models and data, to the end and again."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -16,6 +17,7 @@ from colbert_jax import ColBERT, Index
 from colbert_jax.cli import main
 from colbert_jax.data.lines import Lines
 from colbert_jax.settings import make, merge
+from colbert_jax.training import recipes
 from colbert_jax.training.recipes import RECIPES, TEACHER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +173,19 @@ def test_distill_goes_on_from_a_late_interaction_checkpoint(files, stanford_fold
     assert model.config.text.doc_maxlen == 48
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_querys_own_passage_is_left_out(name, files, tmp_path):
+    """Queries of the evaluation may be passages themselves."""
+    kind, _ = RECIPES[name]
+    needed = {f.name: "x" for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    flags = list(map(str, dev(files)))
+    values = {k[2:].replace("-", "_"): v for k, v in zip(flags[::2], flags[1::2], strict=True)}
+    for ignore_self in (False, True):
+        made = make(kind, needed | values | {"ignore_self": ignore_self})
+        collection = recipes._dev(made)
+        assert collection is not None and collection.ignore_self == ignore_self
+
+
 def test_errors(files, tmp_path, capsys):
     def fails(*arguments) -> str:
         assert main(["train", *map(str, arguments)]) == 2
@@ -182,6 +197,7 @@ def test_errors(files, tmp_path, capsys):
         *(*data(files), "--folder", tmp_path / "run"),
     ]
     assert "dev_qrels belong together" in fails(*command, "--dev-queries", files / "queries.tsv")
+    assert "give dev_collection with it" in fails(*command, "--ignore-self", "true")
     assert "nway" in fails(*command, "--nway", "1")
     assert "coupled_weight belong together" in fails(*command, "--coupled-weight", "0.5")
     (tmp_path / "bad.jsonl").write_text("[0,0,1]\n[0,0,999]\n")

@@ -587,8 +587,9 @@ def test_failing_writes(start, source, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_loss_that_is_no_number(start, source, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"at step \d the loss is .*nan"):
-        run(start, source, tmp_path, changed(lr=1e30, warmup=None, maxsteps=6))
+    with pytest.raises(FloatingPointError, match=r"at step \d the loss is .*nan") as raised:
+        run(start, source, tmp_path, changed(lr=1e30, warmup=None, maxsteps=6, save_every=6))
+    assert "; no checkpoint was saved. Lower lr" in str(raised.value)
 
 
 def test_quantised_and_two_encoder_models(start, source, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 
 from colbert_jax.compression.codec import ResidualCodec
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.files import resolved
+from colbert_jax.files import present, resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.columns import ID, TEXT, open_column, write_documents
 from colbert_jax.index.folder import (
@@ -70,7 +70,7 @@ def convert_index(
       collection: (id, text) of every document in the index's order, to be kept in an index of ours.
       chunk_documents: most documents in a chunk of a Stanford index.
       overwrite: replace an index that is at `folder`; it stays until the new one is whole.
-      progress: None: a bar on a terminal.
+      progress: True for a bar. If None, a bar on a terminal, else log lines.
 
     Raises:
       FileNotFoundError: no index at `source`, or a file of it is missing.
@@ -133,16 +133,16 @@ def _stamp(folder: Path) -> tuple[int, ...] | None:
 def detect_index(folder: Path) -> str:
     """The layout of the index in a folder, told by its files.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError where there is none, ValueError for a file that cannot be read.
     """
-    if (folder / "centroids.pt").is_file():
+    if present(folder / "centroids.pt"):
         return "stanford"
-    if (folder / "codes.npy").is_file():
+    if present(folder / "codes.npy"):
         return "native"
-    if (folder / "centroids.npy").is_file():
+    if present(folder / "centroids.npy"):
         return "fast-plaid"
     for name, layout in (("plan.json", "Stanford ColBERT"), (METADATA, "")):
-        if (folder / name).is_file():
+        if present(folder / name):
             raise FileNotFoundError(
                 f"{folder}: an incomplete index{' of ' * bool(layout)}{layout}: {name} is there, "
                 "centroids.pt or centroids.npy is not"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colbert_jax.files import read_object
+from colbert_jax.files import present, read_object
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
     DiskIndex,
@@ -55,7 +55,7 @@ def read_fastplaid(folder: Path) -> DiskIndex:
     tokens = [int(chunk.sum()) for chunk in lengths]
     merged_only = metadata.get("frozen") is True and metadata.get("mutable") is not True
     lists = list_lengths = None
-    if not metadata.get("compress_only") or (folder / "ivf.npy").is_file():
+    if not metadata.get("compress_only") or present(folder / "ivf.npy"):
         lists, list_lengths = _lists(folder, len(codec.centroids))
     return DiskIndex(
         layout="fast-plaid",
@@ -67,7 +67,7 @@ def read_fastplaid(folder: Path) -> DiskIndex:
         lists=lists,
         list_lengths=list_lengths,
         config={},
-        avg_residual=float(np.abs(read_npy(average).read()).mean()) if average.is_file() else None,
+        avg_residual=float(np.abs(read_npy(average).read()).mean()) if present(average) else None,
     )
 
 
@@ -82,7 +82,7 @@ def _parts(
     """The rows of every chunk. A shard is newer than the merged file, which may follow behind."""
     merged = folder / f"merged_{name}.npy"
     manifest_file = folder / f"merged_{name}.manifest.json"
-    manifest = read_object(manifest_file) if manifest_file.is_file() and not merged_only else {}
+    manifest = read_object(manifest_file) if not merged_only and present(manifest_file) else {}
     parts, start = [], 0
     for i, count in enumerate(tokens):
         shard = folder / f"{i}.{name}.npy"
@@ -90,7 +90,7 @@ def _parts(
         rows = entry.get("rows") if isinstance(entry, dict) else count
         if type(rows) is not int or rows < 0:
             raise IndexFormatError(f"{manifest_file}: damaged: {shard.name} has {rows!r} rows")
-        if merged.is_file() and (merged_only or not shard.is_file()):
+        if present(merged) and (merged_only or not present(shard)):
             if rows != count:
                 raise IndexFormatError(
                     f"{manifest_file}: {shard.name} has {rows} rows, but doclens.{i}.json adds up "
@@ -100,6 +100,10 @@ def _parts(
             stored = stored.rows(min(start, stored.shape[0]), stored.shape[0])
             # Chunks that follow, and the library's padding.
             parts.append(checked_rows(stored, kinds, row, count, stored.shape[0]))
+        elif merged_only or not present(shard):
+            raise FileNotFoundError(
+                f"{merged}: missing, and {shard.name} too: the index is incomplete: copy it whole"
+            )
         else:
             parts.append(checked_rows(read_npy(shard), kinds, row, count, 0))
         start += rows

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.files import replacing, write_json
+from colbert_jax.files import present, replacing, write_json
 from colbert_jax.index.folder import naming
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.index.layouts.stored import (
@@ -132,7 +132,7 @@ def _tensors(file: Path, count: int) -> tuple[Stored, ...]:
 
 def _avg_residual(file: Path) -> float | None:
     """A scalar, of older versions in one dimension. Nothing depends on it."""
-    if not file.is_file():
+    if not present(file):
         return None
     value = _tensors(file, 1)[0].read()
     if value.size == 0 or value.dtype.kind != "f":
@@ -143,7 +143,7 @@ def _avg_residual(file: Path) -> float | None:
 def _lists(folder: Path, num_centroids: int) -> tuple[Stored | None, np.ndarray | None]:
     """Inverted lists and their lengths, without the zeros that may follow the last."""
     file = folder / "ivf.pid.pt"
-    if not file.is_file() and (folder / "ivf.pt").is_file():
+    if not present(file) and present(folder / "ivf.pt"):
         return None, None
     lists, sizes = _tensors(file, 2)
     lengths = sizes.read()

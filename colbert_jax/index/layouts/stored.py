@@ -11,7 +11,7 @@ import numpy as np
 
 from colbert_jax.compression.codec import ResidualCodec, check_packable
 from colbert_jax.embeddings import offsets_from_lengths
-from colbert_jax.files import read_json, read_object
+from colbert_jax.files import present, read_json, read_object
 from colbert_jax.index.format import IndexFormatError
 from colbert_jax.tensors.stored import Stored
 
@@ -145,12 +145,12 @@ def make_codec(
             )
         if array.dtype.kind != "f":
             raise IndexFormatError(f"{files[name]}: the {name} are {array.dtype}, not floats")
-        kind = np.float16 if name == "centroids" else np.float32
+        kind = np.float32 if name == "cutoffs" else np.float16
         with np.errstate(over="ignore"):
             whole = np.isfinite(array.astype(kind)).all()
         if not whole:
             raise IndexFormatError(
-                f"{files[name]}: damaged: the {name} hold NaN or infinite values"
+                f"{files[name]}: damaged: the {name} hold NaN or infinite values, or too large ones"
             )
     if (np.diff(cutoffs.astype(np.float32)) < 0).any():
         raise IndexFormatError(f"{files['cutoffs']}: damaged: the cutoffs do not ascend")
@@ -212,10 +212,8 @@ def read_fields(file: Path, **kinds: type) -> dict[str, Any]:
 
 
 def require(file: Path) -> None:
-    """Raises FileNotFoundError unless the file is there, IndexFormatError if it is no file."""
-    if file.exists() and not file.is_file():
-        raise IndexFormatError(f"{file}: is no file but a folder, pipe or device")
-    if not file.is_file():
+    """Raises FileNotFoundError unless the file is there, ValueError where it cannot be read."""
+    if not present(file):
         raise FileNotFoundError(f"{file}: missing; the index is incomplete: copy it whole")
 
 

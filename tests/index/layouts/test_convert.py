@@ -389,7 +389,7 @@ def in_place_of(name, kind):
 
 NO_FILES = [(n, k) for n in ("0.codes.pt", "doclens.1.json") for k in ("pipe", "folder")]
 STANFORD_DAMAGE |= {
-    f"{name} a {kind}": (in_place_of(name, kind), f"{name}: is no file but a folder, pipe")
+    f"{name} a {kind}": (in_place_of(name, kind), f"{name}: a {kind} .*in place of a file")
     for name, kind in NO_FILES
 }
 
@@ -653,7 +653,7 @@ FASTPLAID_DAMAGE = {
         npy("ivf_lengths.npy", lambda a: np.full(len(a), 2**62, np.int64)),
         "ivf_lengths.npy.*256",
     ),
-    "a pipe": (in_place_of("ivf.npy", "pipe"), "ivf.npy: is no file but a folder, pipe"),
+    "a pipe": (in_place_of("ivf.npy", "pipe"), "ivf.npy: a pipe or a device in place of a file"),
     "more chunks": (settings(num_chunks=4), "doclens.3.json"),
     "other manifest": (
         lambda folder: edit(
