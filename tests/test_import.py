@@ -8,7 +8,7 @@ def test_heavy_packages_are_not_imported():
     code = (
         "import sys, colbert_jax\n"
         "heavy = ('torch', 'transformers', 'datasets', 'huggingface_hub', 'ir_measures',"
-        " 'matplotlib', 'pandas')\n"
+        " 'matplotlib', 'pandas', 'PIL')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

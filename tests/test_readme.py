@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import support
+from PIL import Image
 
 from colbert_jax import ColBERT
 from colbert_jax.checkpoints import hub
@@ -83,6 +84,9 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     short = json.loads(settings)
     short["text"]["doc_maxlen"] = 48  # the tiny model has 96 positions
     Path("short.json").write_text(json.dumps(short))
+    Path("photos").mkdir()
+    for name in ("cat.jpg", "dog.png"):
+        Image.new("RGB", (31, 20), "orange").save(Path("photos", name))
     golden = ROOT / "tests" / "golden" / "fastplaid_index" / "compressed"
     shutil.copytree(golden, "fastplaid-index", copy_function=shutil.copyfile)
 
