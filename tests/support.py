@@ -255,7 +255,13 @@ def image_tensors(
 
 
 def write_preflmr(
-    folder: Path, *, mapping: int = 1, separate: bool = True, vision: dict | None = None, **fields
+    folder: Path,
+    *,
+    mapping: int = 1,
+    separate: bool = True,
+    config: dict | None = None,
+    vision: dict | None = None,
+    **fields,
 ) -> Path:
     """A PreFLMR folder, or with `mapping=0` one of FLMR's kind: `write_flmr` and the image side."""
     vision = VISION | (vision or {})
@@ -272,7 +278,7 @@ def write_preflmr(
             transformer_mapping_config_base="mapping",
             transformer_mapping_num_hidden_layers=mapping,
         )
-    write_flmr(folder, separate=separate, **settings | fields)
+    write_flmr(folder, config, separate=separate, **settings | fields)
     width = TINY["hidden_size"]
     if mapping:
         (folder / "mapping").mkdir()

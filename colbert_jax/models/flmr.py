@@ -23,7 +23,7 @@ from colbert_jax.models.vision import Vision, VisionConfig, vision_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class ImageEncoderConfig:
     """The architecture of the image side.
 
     vision: the vision encoder.
@@ -58,18 +58,20 @@ class Seen(NamedTuple):
 
     class_token: float32[N, hidden_size], its last state.
     patches: float32[N, patches, hidden_size], their second-last states.
-    states: all of the states, see `Vision`.
+    states: all of the states, see `Vision`; attentions: float32[N, heads, 1 + patches, 1 + patches]
+      of every layer. None where they were not asked for.
     """
 
     class_token: jax.Array
     patches: jax.Array
-    states: tuple[jax.Array, ...]
+    states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 class Perceptron(nnx.Module):
     """Two dense layers with tanh between them: one vector to `prefix_length` token embeddings."""
 
-    def __init__(self, config: ImageConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ImageEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.dim * config.prefix_length
         settings = dense(config.vision, dtype, rngs)
         self.inner = nnx.Linear(config.vision.hidden_size, width // 2, **settings)
@@ -102,7 +104,7 @@ class CrossLayer(PostNormLayer):
 class Mapping(nnx.Module):
     """PreFLMR's transformer over patches: they attend to each other and to the text, both ways."""
 
-    def __init__(self, config: ImageConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ImageEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         assert config.mapping is not None
         width = config.mapping.hidden_size
         settings = dense(config.mapping, dtype, rngs)
@@ -127,7 +129,9 @@ class ImageEncoder(nnx.Module):
       rngs: for the initial parameters.
     """
 
-    def __init__(self, config: ImageConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ImageEncoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ):
         self.config = config
         self.vision = Vision(config.vision, dtype=dtype, rngs=rngs)
         self.projection = Perceptron(config, dtype=dtype, rngs=rngs)
@@ -166,18 +170,20 @@ class ImageEncoder(nnx.Module):
 
 
 @cache
-def _structure(config: ImageConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+def _structure(config: ImageEncoderConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
     make = partial(ImageEncoder, config, dtype=dtype)
     return nnx.split(nnx.eval_shape(lambda: make(rngs=OneKey())))  # type: ignore
 
 
-def make_image_encoder(config: ImageConfig, params: dict, dtype: Any = jnp.float32) -> ImageEncoder:
+def make_image_encoder(
+    config: ImageEncoderConfig, params: dict, dtype: Any = jnp.float32
+) -> ImageEncoder:
     """Make an image encoder from its parameters, inside a function that is jitted over them."""
     return merged(_structure(config, jnp.dtype(dtype)), params)
 
 
 @cache
-def image_shapes(config: ImageConfig) -> dict[tuple, tuple[int, ...]]:
+def image_shapes(config: ImageEncoderConfig) -> dict[tuple, tuple[int, ...]]:
     """Map paths in the nested dict of an image encoder's parameters to shapes."""
     flat = nnx.to_flat_state(_structure(config, jnp.dtype(jnp.float32))[1])
     return {path: tuple(leaf.shape) for path, leaf in flat}
@@ -208,7 +214,7 @@ _MAPPING = {
 }
 
 
-def image_names(config: ImageConfig, side: str) -> dict[tuple, str]:
+def image_names(config: ImageEncoderConfig, side: str) -> dict[tuple, str]:
     """Map paths in the state of an `ImageEncoder` to tensor names of FLMR.
 
     side: "query" or "context", which these names begin with; the mapping network has none.

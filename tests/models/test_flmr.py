@@ -9,8 +9,8 @@ import support
 from colbert_jax.checkpoints.common import set_path
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.flmr import (
-    ImageConfig,
     ImageEncoder,
+    ImageEncoderConfig,
     image_names,
     image_shapes,
     make_image_encoder,
@@ -33,7 +33,9 @@ def config(mapping=1, **changes):
     network = None
     if mapping:
         network = MAPPING.with_layers(mapping)
-    return ImageConfig(**dict(vision=VISION, dim=16, prefix_length=4, mapping=network) | changes)
+    return ImageEncoderConfig(
+        **dict(vision=VISION, dim=16, prefix_length=4, mapping=network) | changes
+    )
 
 
 def tensors(mapping=1):
@@ -120,9 +122,9 @@ def test_rows_of_published_models():
     """PreFLMR's B and L, and FLMR with an image and nine regions, beside the text."""
     text, base = 32, BertConfig(**support.SIZES)
     fourteen = vision_config(vars(B32) | dict(patch_size=14))
-    assert text + ImageConfig(vision=B32, dim=128, mapping=base).rows() == 113
-    assert text + ImageConfig(vision=fourteen, dim=128, mapping=base).rows() == 320
-    assert 512 + ImageConfig(vision=B32, dim=128).rows(regions=10) == 832
+    assert text + ImageEncoderConfig(vision=B32, dim=128, mapping=base).rows() == 113
+    assert text + ImageEncoderConfig(vision=fourteen, dim=128, mapping=base).rows() == 320
+    assert 512 + ImageEncoderConfig(vision=B32, dim=128).rows(regions=10) == 832
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -138,7 +140,10 @@ def test_lowers(platform):
 
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params(made, tensors()))
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 3, 32, 32), (2, 16, 32))]
-    assert "bf16" in jax.jit(whole).trace(tree, *shapes).lower((platform,)).as_text()
+    assert (
+        "bf16"
+        in jax.jit(whole).trace(tree, *shapes).lower(lowering_platforms=(platform,)).as_text()
+    )
 
 
 def test_wrong_sizes():
