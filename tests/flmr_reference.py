@@ -89,18 +89,15 @@ def query_rows(tensors, fields, ids, attended, kept, pixels, heads=None, side=QU
     states = bert_states(tensors, side, fields["text_config"], ids, attended)
     text = apply(tensors, f"{side}_text_encoder_linear", states) * torch.from_numpy(kept)[..., None]
     batch, regions = pixels.shape[:2]
-    seen = clip_states(
-        tensors, QUERY, fields["vision_config"], torch.from_numpy(pixels).flatten(0, 1)
-    )
-    rows = [
-        text,
-        project(tensors, side, seen[-1][:, 0].unflatten(0, (batch, regions)), text.shape[-1]),
-    ]
+    images = torch.from_numpy(pixels).flatten(0, 1)
+    seen = clip_states(tensors, QUERY, fields["vision_config"], images)
+    class_tokens = seen[-1][:, 0].unflatten(0, (batch, regions))
+    rows = [text, project(tensors, side, class_tokens, text.shape[-1])]
     if heads is not None:
         # Each region of an image by itself.
-        patches = seen[-2][:, 1:].unflatten(0, regions)
+        patches = seen[-2][:, 1:].unflatten(0, (batch, regions))
         keys = states[:, : fields.get("transformer_mapping_cross_attention_length", 32)]
-        rows += [map_patches(tensors, patches[:, r], keys, heads) for r in range(regions[1])]
+        rows += [map_patches(tensors, patches[:, r], keys, heads) for r in range(regions)]
     return torch.cat(rows, dim=1)
 
 
