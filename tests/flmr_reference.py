@@ -23,11 +23,12 @@ def bert_states(tensors, side, fields, ids, attended):
     config = transformers.BertConfig(**fields, attn_implementation="eager")
     bert = transformers.BertModel(config).eval()
     start = f"{side}_text_encoder.bert_model."
-    bert.load_state_dict(
-        {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-    )
+    own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    assert set(own) == set(dict(bert.named_parameters()))
     ids, attended = torch.from_numpy(ids).long(), torch.from_numpy(attended).long()
-    return bert(ids, attention_mask=attended).last_hidden_state
+    # Not load_state_dict: gradients are to reach the tensors.
+    out = torch.func.functional_call(bert, own, (ids,), {"attention_mask": attended})
+    return out.last_hidden_state
 
 
 def clip_states(tensors, side, fields, pixels):
@@ -99,6 +100,21 @@ def query_rows(tensors, fields, ids, attended, kept, pixels, heads=None, side=QU
         keys = states[:, : fields.get("transformer_mapping_cross_attention_length", 32)]
         rows += [map_patches(tensors, patches[:, r], keys, heads) for r in range(regions)]
     return torch.cat(rows, dim=1)
+
+
+def document_rows(tensors, fields, ids, attended, kept):
+    """Token embeddings of documents of text before normalisation; each side has its encoder."""
+    states = bert_states(tensors, CONTEXT, fields["text_config"], ids, attended)
+    rows = apply(tensors, f"{CONTEXT}_text_encoder_linear", states)
+    return rows * torch.from_numpy(kept)[..., None]
+
+
+def in_batch_loss(queries, documents, kept, ways):
+    """Cross-entropy of each query's first own document among all documents of the batch."""
+    similarity = torch.einsum("bqd,nkd->bnqk", queries, documents)
+    similarity = similarity.masked_fill(~torch.from_numpy(kept)[None, :, None], -9999.0)
+    scores = similarity.max(dim=-1).values.sum(dim=-1)
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(queries)) * ways)
 
 
 def unit(rows):

@@ -8,7 +8,10 @@ import pytest
 import support
 from safetensors.numpy import load_file
 
+from colbert_jax.checkpoints.common import get_path
+from colbert_jax.checkpoints.flmr import _side_names
 from colbert_jax.flmr import FLMRConfig, FLMRModelForRetrieval
+from colbert_jax.models.flmr import image_names
 
 TEXTS = ["find a city : what river?", "search : cats run", "no instruction"]
 DOCUMENTS = ["paris is the capital, of france.", "berlin is the capital of germany.", "heat flow"]
@@ -303,3 +306,42 @@ def test_the_vision_encoder_is_frozen(preflmr):
     assert largest["vision"] == 0 and largest["projection"] > 0 and largest["mapping"] > 0
     free = FLMRModelForRetrieval.from_pretrained(folder, dtype="float32", freeze_vision=False)
     assert np.abs(gradients(free)["vision"]["class_token"]).max() > 0
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_loss_and_gradients_equal_torch(preflmr, ways):
+    folder, model = preflmr
+    arguments = forward_arguments(model, ways=ways)
+    module, tensors, fields = reference(folder)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_("vision_encoder" not in name)
+    ids, attended = arguments["query_input_ids"], arguments["query_attention_mask"]
+    images = arguments["query_pixel_values"][:, None]
+    kept = kept_after_instruction(ids)
+    queries = module.query_rows(tensors, fields, ids, attended, kept, images, heads=2)
+    ids, attended = arguments["context_input_ids"], arguments["context_attention_mask"]
+    kept = ~np.isin(ids, [support.vocabulary().index(c) for c in ".,"] + [0])
+    documents = module.document_rows(tensors, fields, ids, attended, kept)
+    theirs = module.in_batch_loss(module.unit(queries), module.unit(documents), kept, ways)
+    theirs.backward()
+
+    def loss(params):
+        return model(**arguments, num_negative_examples=ways - 1, params=params).loss
+
+    ours, gradients = jax.value_and_grad(loss)(model.params)
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-4)
+    encoder = model.checkpoint().encoder
+    pairs = [
+        *((("query", *path), name) for path, name in _side_names(encoder, "query").items()),
+        *((("context", *path), name) for path, name in _side_names(encoder, "context").items()),
+        *((("images", *path), name) for path, name in image_names(model.images, "query").items()),
+    ]
+    for path, name in pairs:
+        gradient = np.asarray(get_path(gradients, path))
+        if "vision_encoder" in name:
+            assert not gradient.any(), name
+            continue
+        expected = tensors[name].grad.numpy()
+        expected = expected.T if path[-1] == "kernel" else expected
+        scale = max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(gradient, expected, atol=1e-4 * scale, err_msg=name)
