@@ -61,7 +61,7 @@ def programs(index):
     shards = IndexArrays(
         *(
             array
-            if name in sharded._REPLICATED
+            if array is None or name in sharded._REPLICATED
             else shaped(8 * array.shape[0], *array.shape[1:], dtype=array.dtype)
             for name, array in arrays._asdict().items()
         )
@@ -80,6 +80,18 @@ def programs(index):
             ),
             *(arrays, queries),
         ),
+        "plaid in some documents": (
+            lambda a, q, ok: plaid._search_batch(
+                a, q, 0.5, 2, settings.ndocs, 10, 1024, plaid._ACCELERATOR, None, ok
+            ),
+            *(arrays, queries, shaped(len(arrays.offsets) - 1, dtype=bool)),
+        ),
+        "plaid of a few documents": (
+            lambda a, q, given: plaid._search_batch(
+                a, q, 0.5, 1, 1, 16, 64, plaid._ACCELERATOR, None, None, given
+            ),
+            *(arrays, queries, shaped(64, dtype=I32)),
+        ),
         "exact": (
             partial(exact._merge, length=48),
             *(arrays, queries, shaped(64, dtype=I32), shaped(4, 16), shaped(4, 16, dtype=I32)),
@@ -95,6 +107,19 @@ def programs(index):
                 memory=plaid._ACCELERATOR,
             ),
             *(shards, shaped(8, dtype=I32), queries, shaped()),
+        ),
+        "sharded plaid in some documents": (
+            partial(
+                sharded._plaid,
+                mesh=mesh,
+                ncells=2,
+                ndocs=64,
+                k=10,
+                capacity=1024,
+                memory=plaid._ACCELERATOR,
+            ),
+            *(shards, shaped(8, dtype=I32), queries, shaped(), None),
+            shaped(8 * (len(arrays.offsets) - 1), dtype=bool),
         ),
         "sharded exact": (
             partial(sharded._merge, length=48, mesh=mesh),
@@ -125,8 +150,11 @@ NAMES = [
     "n-way",
     "ragged",
     "plaid",
+    "plaid in some documents",
+    "plaid of a few documents",
     "exact",
     "sharded plaid",
+    "sharded plaid in some documents",
     "sharded exact",
     "merged shards",
     "k-means",

@@ -308,6 +308,15 @@ def test_an_iterator_of_results_keeps_its_state(model, texts, tmp_path):
     assert {hit.id for hit in retriever.search(texts[0], k=9)} == {"b"}
 
 
+def test_documents_of_another_model_are_not_added(index, plain_folder, texts):
+    other = ColBERT.from_pretrained(plain_folder, dim=index.dim)
+    for change in (index.add, index.upsert):
+        with pytest.raises(ValueError, match="was built with another checkpoint"):
+            change(other, [("x", texts[0])])
+    with pytest.raises(ValueError, match="was built with another checkpoint"):
+        index.retrain(other)
+
+
 def test_refresh_refuses_an_index_of_another_model(model, plain_folder, texts, tmp_path):
     retriever = Retriever.build(tmp_path / "i", model, texts[:9])
     Retriever.build(tmp_path / "i", plain_folder, texts[:9], overwrite=True, dim=model.dim)

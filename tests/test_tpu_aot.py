@@ -73,7 +73,7 @@ def compile_all(folder: str) -> dict[str, str]:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
     from colbert_jax import Index
     from colbert_jax.scoring.residual import token_maxima
@@ -81,7 +81,7 @@ def compile_all(folder: str) -> dict[str, str]:
     index = Index.open(folder)
     chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
     one = SingleDeviceSharding(chips[0])
-    mesh = jax.make_mesh((len(chips),), ("data",), devices=chips)
+    mesh = jax.make_mesh((len(chips),), ("data",), (AxisType.Auto,), devices=chips)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def shaped(*shape: int, dtype=jnp.float32, place=one) -> jax.ShapeDtypeStruct:

@@ -453,7 +453,7 @@ class Index:
         Raises:
           DuplicateIdError (a ValueError): ids that are there, before anything is encoded.
           RuntimeError: somebody else builds or changes the index.
-          ValueError, TypeError: bad input, named.
+          ValueError, TypeError: bad input, named; or another model than the index was built with.
         """
         return self._grown("add", model, documents, embeddings, lengths, ids, fields, progress)
 
@@ -515,6 +515,7 @@ class Index:
           ValueError: it keeps no texts.
           RuntimeError: somebody else builds or changes the index.
         """
+        self._check_model(model)
         if self.texts is None:
             raise ValueError(
                 f"{self.path}: keeps no texts to encode again (store_texts=False): build it again"
@@ -551,6 +552,8 @@ class Index:
     ) -> Index:
         kept = _source(kind, model, documents, embeddings, lengths, ids, fields)
         now = self.refresh()
+        if model is not None:
+            now._check_model(model)
         if now.metadata.num_centroids == 0 and kind != "update":
             # Nothing was ever in it: its first documents are what a build starts from.
             build_index(
@@ -566,6 +569,15 @@ class Index:
         else:
             changes.add_documents(self.path, self._opened_now, kept, kind, progress)
         return self.refresh()
+
+    def _check_model(self, model: DocumentEncoder) -> None:
+        """Raises ValueError for another model than the one whose embeddings are indexed."""
+        known = self.metadata.model
+        if known is not None and model.describe()["fingerprint"] != known["fingerprint"]:
+            raise ValueError(
+                f"{self.path}: was built with another checkpoint, or other document settings; its "
+                "own is at " + known["load"]["name_or_path"]
+            )
 
     def _opened_now(self) -> changes.Opened:
         now = self.refresh()

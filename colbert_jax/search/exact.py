@@ -73,10 +73,9 @@ def exact_search(
                 alike = alike[allowed[alike]]
             for at in range(0, len(alike), limit):
                 positions = alike[at : at + limit]
-                size = (
-                    limit if allowed is not None else min(limit, next_power_of_two(len(positions)))
-                )
-                padded = np.pad(positions, (0, size - len(positions)), constant_values=len(lengths))
+                size = limit if allowed is not None else next_power_of_two(len(positions))
+                padding = (0, min(limit, size) - len(positions))
+                padded = np.pad(positions, padding, constant_values=len(lengths))
                 best = _merge(arrays, padded_queries, padded, *best, length=length)
             bar.update(int(stop) - start)
             start = int(stop)
