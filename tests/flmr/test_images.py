@@ -10,7 +10,13 @@ from safetensors.numpy import load_file
 
 from colbert_jax.checkpoints.common import get_path
 from colbert_jax.checkpoints.flmr import _side_names
-from colbert_jax.flmr import FLMRConfig, FLMRModelForRetrieval
+from colbert_jax.flmr import (
+    FLMRConfig,
+    FLMRModelForRetrieval,
+    create_searcher,
+    index_custom_collection,
+    search_custom_collection,
+)
 from colbert_jax.models.flmr import image_names
 
 TEXTS = ["find a city : what river?", "search : cats run", "no instruction"]
@@ -345,3 +351,23 @@ def test_loss_and_gradients_equal_torch(preflmr, ways):
         expected = expected.T if path[-1] == "kernel" else expected
         scale = max(1.0, float(np.abs(expected).max()))
         np.testing.assert_allclose(gradient, expected, atol=1e-4 * scale, err_msg=name)
+
+
+def test_image_queries_search_an_index_of_texts(preflmr, tmp_path):
+    """PreFLMR's documents are texts: only the queries' embeddings come from images."""
+    _, model = preflmr
+    texts = support.passages(60)
+    index_custom_collection(texts, model, index_root_path=tmp_path, doc_maxlen=48)
+    searcher = create_searcher(index_root_path=tmp_path)
+    q = model.query_tokenizer(TEXTS)
+    rows = model.query(**q, pixel_values=pixels(3)).late_interaction_output
+    ranking = search_custom_collection(searcher, dict(enumerate(TEXTS)), rows, 5, exact=True)
+    d = model.context_tokenizer(texts)
+    out = model.doc(d["input_ids"], d["attention_mask"])
+    scores = model.score_matrix(rows, out.late_interaction_output, out.context_mask)
+    for i, hits in ranking.todict().items():
+        best = np.sort(np.asarray(scores[i]))[::-1][:5]
+        np.testing.assert_allclose([score for *_, score in hits], best, rtol=0.02)  # 8 bits
+        assert hits[0][0] == scores[i].argmax()
+    with pytest.warns(UserWarning, match="only its text part is read"):
+        assert searcher.encode(TEXTS).shape == (3, TEXT_ROWS, 16)

@@ -127,25 +127,6 @@ def test_rows_of_published_models():
     assert 512 + ImageEncoderConfig(vision=B32, dim=128).rows(regions=10) == 832
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowers(platform):
-    made = config()
-
-    def whole(tree, pixels, text):
-        encoder = make_image_encoder(made, tree, jnp.bfloat16)
-        seen = encoder.see(pixels)
-        return encoder.project(seen.class_token[:, None]), encoder.map_patches(
-            seen.patches[:, None], text
-        )
-
-    tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params(made, tensors()))
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 3, 32, 32), (2, 16, 32))]
-    assert (
-        "bf16"
-        in jax.jit(whole).trace(tree, *shapes).lower(lowering_platforms=(platform,)).as_text()
-    )
-
-
 def test_wrong_sizes():
     with pytest.raises(ValueError, match="prefix_length must be >= 1, got 0"):
         config(prefix_length=0)
