@@ -8,7 +8,7 @@ import string
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 _SENTENCE = """the a of and to in is was for on with as by at from it an be this that what who which
 how are some cat cats dog dogs skinny just run runs running river bank money water heat flow wing
@@ -175,6 +175,118 @@ def write_flmr(
         (place / "tokenizer_config.json").write_text(json.dumps(own))
     (folder / "vocab.txt").unlink()
     (folder / "tokenizer_config.json").unlink()
+    return folder
+
+
+VISION = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_channels=3,
+    image_size=32,
+    patch_size=8,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)
+MAPPING = {"num_attention_heads": 2, "intermediate_size": 48}  # beside the text encoder's width
+
+
+def image_tensors(
+    vision: dict, width: int, dim: int, prefix_length: int, *, mapping: int = 1, side: str = "query"
+) -> dict[str, np.ndarray]:
+    """Random weights of the image side under FLMR's names.
+
+    Args:
+      vision: fields of the vision configuration.
+      width: of the text encoder.
+      mapping: layers of the mapping network; 0 for none.
+    """
+    rng = np.random.default_rng(11)
+    h, i = vision["hidden_size"], vision["intermediate_size"]
+    size = vision["patch_size"]
+    clip = f"{side}_vision_encoder.vision_model.vision_model."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{clip}embeddings.class_embedding": (h,),
+        f"{clip}embeddings.patch_embedding.weight": (h, vision["num_channels"], size, size),
+        f"{clip}embeddings.position_embedding.weight": (
+            (vision["image_size"] // size) ** 2 + 1,
+            h,
+        ),
+    }
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
+
+    def norm(name: str, features: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (features,)
+
+    norm(f"{clip}pre_layrnorm", h)
+    norm(f"{clip}post_layernorm", h)
+    for n in range(vision["num_hidden_layers"]):
+        layer = f"{clip}encoder.layers.{n}."
+        for part in "qkv":
+            linear(f"{layer}self_attn.{part}_proj", h, h)
+        linear(f"{layer}self_attn.out_proj", h, h)
+        norm(f"{layer}layer_norm1", h)
+        norm(f"{layer}layer_norm2", h)
+        linear(f"{layer}mlp.fc1", i, h)
+        linear(f"{layer}mlp.fc2", h, i)
+    linear(f"{side}_vision_projection.model.0", dim * prefix_length // 2, h)
+    linear(f"{side}_vision_projection.model.2", dim * prefix_length, dim * prefix_length // 2)
+    if mapping:
+        linear("transformer_mapping_input_linear", width, h)
+        linear("transformer_mapping_output_linear", dim, width)
+    for n in range(mapping):
+        layer = f"transformer_mapping_network.layer.{n}."
+        for block in ("attention", "crossattention"):
+            for part in ("self.query", "self.key", "self.value", "output.dense"):
+                linear(f"{layer}{block}.{part}", width, width)
+            norm(f"{layer}{block}.output.LayerNorm", width)
+        linear(f"{layer}intermediate.dense", MAPPING["intermediate_size"], width)
+        linear(f"{layer}output.dense", width, MAPPING["intermediate_size"])
+        norm(f"{layer}output.LayerNorm", width)
+    return {
+        name: (
+            rng.normal(0, 0.2, shape) + ("norm" in name.lower() and name.endswith("weight"))
+        ).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def write_preflmr(
+    folder: Path,
+    *,
+    mapping: int = 1,
+    separate: bool = True,
+    config: dict | None = None,
+    vision: dict | None = None,
+    **fields,
+) -> Path:
+    """A PreFLMR folder, or with `mapping=0` one of FLMR's kind: `write_flmr` and the image side."""
+    vision = VISION | (vision or {})
+    settings: dict = dict(
+        use_vision_encoder=True,
+        query_concat_output_from_vision_encoder=True,
+        mapping_network_prefix_length=4,
+        vision_config={"model_type": "flmr_vision_model"} | vision,
+        use_transformer_mapping_network=bool(mapping),
+    )
+    if mapping:
+        settings |= dict(
+            mask_instruction_token=":",
+            transformer_mapping_config_base="mapping",
+            transformer_mapping_num_hidden_layers=mapping,
+        )
+    write_flmr(folder, config, separate=separate, **settings | fields)
+    width = TINY["hidden_size"]
+    if mapping:
+        (folder / "mapping").mkdir()
+        base = TINY | MAPPING | {"vocab_size": 99}
+        (folder / "mapping" / "config.json").write_text(json.dumps(base))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= image_tensors(vision, width, 16, 4, mapping=mapping)
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

@@ -13,7 +13,10 @@ from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig, TrainingConfig
 from colbert_jax.models.backbones import config_from_huggingface
+from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
+from colbert_jax.models.flmr import ImageEncoderConfig, image_shapes, make_image_encoder
+from colbert_jax.models.vision import vision_config
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays
@@ -50,6 +53,25 @@ def training_step(mesh=None):
     gradients = make_gradients(encoder, config, "bfloat16", mesh)
     function = partial(gradients, trained=("backbone", "head"))
     return function, params, batch, shaped(dtype=I32), shaped(dtype=I32)
+
+
+def image_query():
+    """From pixels and states of text to rows of queries, with two regions an image, in bfloat16."""
+    vision = vision_config(support.VISION | {"initializer_range": 0.02})
+    mapping = BertConfig(**{**support.SIZES, "hidden_size": 24}).with_layers(1)
+    config = ImageEncoderConfig(vision=vision, dim=16, mapping=mapping)
+    params: dict = {}
+    for path, shape in image_shapes(config).items():
+        set_path(params, path, shaped(*shape))
+
+    def rows(params, pixels, text):
+        encoder = make_image_encoder(config, params, jnp.bfloat16)
+        seen = encoder.see(pixels)
+        class_tokens = seen.class_token.reshape(4, 2, -1)
+        patches = seen.patches.reshape(4, 2, *seen.patches.shape[1:])
+        return encoder.project(class_tokens), encoder.map_patches(patches, text)
+
+    return rows, params, shaped(8, *vision.image_shape), shaped(4, 32, 24)
 
 
 def programs(index):
@@ -140,6 +162,7 @@ def programs(index):
             codec.decompress,
             *(codec_shapes, shaped(512, dtype=I32), shaped(512, 4, dtype=jnp.uint8)),
         ),
+        "image query": image_query(),
         "training step": training_step(),
         "sharded training step": training_step(mesh),
     }
@@ -160,6 +183,7 @@ NAMES = [
     "k-means",
     "compress",
     "decompress",
+    "image query",
     "training step",
     "sharded training step",
 ]

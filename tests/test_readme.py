@@ -60,6 +60,7 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
         "LinWeizheDragon/ColBERT-v2": support.write_flmr(tmp_path / "flmr"),
+        "LinWeizheDragon/PreFLMR_ViT-B": support.write_preflmr(tmp_path / "preflmr"),
     }
     original = hub.resolve
     monkeypatch.setattr(

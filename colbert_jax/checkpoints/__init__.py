@@ -59,7 +59,12 @@ LAYOUTS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 
 def read_checkpoint(
-    path: Path, *, dim: int | None = None, seed: int = 0, base: Path | None = None
+    path: Path,
+    *,
+    dim: int | None = None,
+    seed: int = 0,
+    base: Path | None = None,
+    images: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint of any supported layout, which is detected from its files.
 
@@ -71,11 +76,14 @@ def read_checkpoint(
       seed: for the new projection.
       base: for a `.dnn` file, the folder of the model it was trained from. If None, the file's
         folder.
+      images: whether to read FLMR's image encoder too. If False, a checkpoint that has one is read
+        without it, with a warning.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
-    return _read(Path(path), detect_layout(path), dim=dim, seed=seed, base=base)
+    path = Path(path)
+    return _read(path, detect_layout(path), dim=dim, seed=seed, base=base, images=images)
 
 
 def _read(path: Path, layout: str, **arguments: Any) -> Checkpoint:
@@ -160,6 +168,11 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native
       FileExistsError: `folder` exists and is not empty.
     """
     _check_layout(layout)
+    if checkpoint.images is not None and layout != "flmr":
+        raise ValueError(
+            f"the {layout} layout has no image encoder, this checkpoint has one; write the flmr "
+            "layout, or the text part alone: dataclasses.replace(checkpoint, images=None)"
+        )
     with publishing(folder) as draft:
         LAYOUTS[layout](checkpoint, draft)
         carried.write(checkpoint.config, _REGISTER[layout].kept(checkpoint.config), draft)

@@ -28,8 +28,23 @@ from colbert_jax.models.backbones import (
 )
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig
+from colbert_jax.models.flmr import ImageEncoderConfig
 from colbert_jax.tensors.weights import Tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """FLMR's image encoder: architecture and parameters.
+
+    params: nested dict of float32 arrays, the state of `models.flmr.ImageEncoder`.
+    context_params: the same, without a mapping network, for a second one that encodes documents. If
+      None, one encoder serves both.
+    """
+
+    config: ImageEncoderConfig
+    params: dict
+    context_params: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Checkpoint:
     pooler: BERT's pooler by tensor name. Token embeddings do not use it; some original libraries
       expect it in a checkpoint.
     weights: the file that the parameters were read from, for errors.
+    images: FLMR's image encoder. If None, the model is of texts only.
     """
 
     folder: Path
@@ -53,6 +69,7 @@ class Checkpoint:
     query_params: dict | None = None
     pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: Path | None = None
+    images: ImageSide | None = None
 
     def with_text(self, **changes: Any) -> Checkpoint:
         """Return the checkpoint with some text settings changed."""
@@ -150,8 +167,15 @@ def fill_params(
     Raises:
       ValueError: a tensor is missing, of another shape, or not finite.
     """
+    return read_params(param_shapes(encoder), sources)
+
+
+def read_params(
+    shapes: Mapping[tuple, tuple[int, ...]],
+    sources: Iterable[tuple[Tensors, Mapping[tuple, str]]],
+) -> dict:
+    """Read a module's parameters, of these shapes by path; see `fill_params`."""
     params: dict = {}
-    shapes = param_shapes(encoder)
     for tensors, names in sources:
         # torch keeps kernels as [out, in], Flax as [in, out]
         transposed = {name: path[-1] == "kernel" for path, name in names.items()}

@@ -1,7 +1,8 @@
-"""FLMR folders (`LinWeizheDragon/ColBERT-v2` and the PreFLMR family), their text part.
+"""FLMR folders: `LinWeizheDragon/ColBERT-v2`, FLMR and the PreFLMR family.
 
-Queries and documents share a BERT or have one each; tokenizers are in `query_tokenizer/` and
-`context_tokenizer/`. Vision tensors are not read, with a warning.
+Queries and documents share a BERT or have one each, and so with images; tokenizers are in
+`query_tokenizer/` and `context_tokenizer/`. The image encoder is read where it is asked for;
+otherwise a warning says that it is there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from colbert_jax.checkpoints.common import (
     Checkpoint,
+    ImageSide,
     backbone_paths,
     backbone_tensors,
     fill_params,
@@ -23,20 +25,25 @@ from colbert_jax.checkpoints.common import (
     fold_head,
     head_paths,
     masks_punctuation,
+    read_backbone,
+    read_params,
     read_pooler,
     refuse_text,
     refuse_unknown,
     save_tensors,
+    tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.checkpoints.warn import expect_any, warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, present_folder, read_object, write_json
-from colbert_jax.models.backbones import config_from_huggingface
+from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
-from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
+from colbert_jax.models.flmr import ImageEncoderConfig, image_names, image_shapes
+from colbert_jax.models.vision import image_size_of, vision_config
+from colbert_jax.tensors.weights import SAFETENSORS, Tensors, find_tensors
 from colbert_jax.text import ModelTokenizer
 
 MODEL_TYPE = "flmr"
@@ -60,6 +67,22 @@ TEXT_DEFAULTS: dict[str, Any] = dict(
     text_encoder_base_model="bert-base-uncased",
     query_maxlen=32,
 )
+VISION_DEFAULTS: dict[str, Any] = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+    patch_size=32,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    initializer_range=0.02,
+)
+_PREFIX_LENGTH = _CROSS_LENGTH = 32
+# Mapping networks that are known without their configuration: BERT-base, as TEXT_DEFAULTS are.
+_MAPPING_BASES = ("bert-base-uncased", "google-bert/bert-base-uncased")
+_MAPPING_FOLDER = "transformer_mapping"
 _LENGTHS = {"query_maxlen": TEXT_DEFAULTS["query_maxlen"], "doc_maxlen": 512}
 _TYPES = {
     "mask_instruction_token": str,
@@ -67,6 +90,13 @@ _TYPES = {
     "dim": int,
     "separate_query_and_context_text_encoder": bool,
     "query_mask_input_ids_skip_list": [int],
+    "use_vision_encoder": bool,
+    "separate_query_and_context_vision_encoder": bool,
+    "mapping_network_prefix_length": int,
+    "use_transformer_mapping_network": bool,
+    "transformer_mapping_config_base": str,
+    "transformer_mapping_num_hidden_layers": int,
+    "transformer_mapping_cross_attention_length": int,
 }
 _TOKENIZER_TYPES = {"query_maxlen": int, "doc_maxlen": int, "attend_to_mask_tokens": bool}
 BASES = ("bert-base-uncased",)
@@ -95,8 +125,8 @@ def detect(folder: Path) -> bool:
     return read_object(file).get("model_type") == MODEL_TYPE
 
 
-def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
-    """Read the text part; arguments and errors as for `checkpoints.read_checkpoint`."""
+def read(folder: Path, *, dim: int | None = None, images: bool = False, **_: Any) -> Checkpoint:
+    """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / "config.json"
     fields = read_object(file)
     check_types(file, fields, _TYPES)
@@ -118,15 +148,13 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     for asked, where in ((fields.get("dim"), f"{file.name} has dim"), (dim, "dim was given as")):
         if asked is not None and asked != encoder.dim:
             raise ValueError(f"{folder}: {where} {asked}, but the weights project to {encoder.dim}")
+    image_config = _find_images(tensors, fields, file, encoder, wanted=images)
     names = {side: _side_names(encoder, side) for side in found}
     known = {name for side in names.values() for name in side.values()}
-    refuse_unknown(tensors, backbone, known, _VISION)
-    vision = [name for name in tensors.names() if any(part in f".{name}" for part in _VISION)]
-    if vision or fields.get("use_vision_encoder"):
-        warn(
-            f"{file}: a model of texts and images: only its text part is read, without "
-            f"{len(vision)} tensors of the vision encoder; images need the original library"
-        )
+    if image_config is not None:
+        for side in (QUERY, CONTEXT):
+            known |= set(image_names(image_config, side).values())
+    refuse_unknown(tensors, backbone, known, _VISION if image_config is None else ())
     params = {
         side: fill_params(encoder, [(tensors, names[side])])
         for side in (found if separate else found[:1])
@@ -141,7 +169,146 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         query_params=params[QUERY] if separate else None,
         pooler=read_pooler(tensors, f"{found[0]}_text_encoder.bert_model."),
         weights=tensors.file,
+        images=None if image_config is None else _read_images(tensors, fields, file, image_config),
     )
+
+
+def _find_images(
+    tensors: Tensors, fields: dict[str, Any], file: Path, encoder: EncoderConfig, *, wanted: bool
+) -> ImageEncoderConfig | None:
+    """The architecture of the image encoder; None, after a warning, if there is one unread.
+
+    Checkpoints from before `use_vision_encoder` always have one; so their tensors decide.
+    """
+    asked = fields.get("use_vision_encoder")
+    stored = [name for name in tensors.names() if any(part in f".{name}" for part in _VISION)]
+    if not stored:
+        if asked:
+            raise ValueError(
+                f"{tensors.file}: {file.name} has use_vision_encoder true, but the weights hold no "
+                "vision encoder; set it to false for a model of texts"
+            )
+        return None
+    if wanted and asked is not False:
+        return read_image_config(fields, file, encoder)
+    why = "colbert_jax.flmr.FLMRModelForRetrieval reads it whole"
+    if asked is False:
+        why = "use_vision_encoder is false"
+    warn(
+        f"{file}: a model of texts and images: only its text part is read, without {len(stored)} "
+        f"tensors of the vision encoder; {why}"
+    )
+    return None
+
+
+def _read_images(
+    tensors: Tensors, fields: dict[str, Any], file: Path, config: ImageEncoderConfig
+) -> ImageSide:
+    """Read the image encoder of queries, and of documents where they have one of their own."""
+    first = {side: f"{side}_vision_projection.model.0.weight" for side in (QUERY, CONTEXT)}
+    sides = [side for side, name in first.items() if name in tensors]
+    separate = bool(fields.get("separate_query_and_context_vision_encoder", False))
+    if not sides or (separate and len(sides) < 2):
+        missing = next(name for side, name in first.items() if side not in sides)
+        raise ValueError(f"{tensors.file}: tensor {missing!r} is missing")
+    _check_positions(tensors, config, sides[0])
+    params: list[dict] = []
+    for side in sides if separate else sides[:1]:
+        # The mapping network is stored once and serves queries, whichever side's tower they share.
+        one = config if not params else dataclasses.replace(config, mapping=None)
+        params.append(read_params(image_shapes(one), [(tensors, image_names(one, side))]))
+    return ImageSide(config, *params)
+
+
+def _check_positions(tensors: Tensors, config: ImageEncoderConfig, side: str) -> None:
+    """Raise ValueError if there are other positions than images of that size have patches."""
+    names, vision = image_names(config, side), config.vision
+    kernel = ("vision", "patches", "kernel")
+    tensors.check_shape(names[kernel], image_shapes(config)[kernel][::-1])
+    name = names["vision", "position", "embedding"]
+    positions = tensors.shape(name)[0]
+    if positions != vision.patches + 1:
+        fits = image_size_of(positions, vision.patch_size)
+        advice = f"; image_size {fits} would fit" if fits else ""
+        raise ValueError(
+            f"{tensors.file}: tensor {name!r} has {positions} positions, but vision_config has "
+            f"image_size {vision.image_size} and patch_size {vision.patch_size}, which are "
+            f"{vision.patches} patches and a class token{advice}"
+        )
+
+
+def read_image_config(
+    fields: dict[str, Any], file: Path, encoder: EncoderConfig
+) -> ImageEncoderConfig:
+    """Return the image encoder's architecture: `vision_config` over the original's defaults.
+
+    Args:
+      fields: of config.json.
+      file: config.json, for errors and beside which a mapping network's configuration may lie.
+      encoder: of texts.
+
+    Raises ValueError, naming file and field.
+    """
+    vision = fields.get("vision_config") or {}
+    if not isinstance(vision, dict):
+        raise ValueError(f"{file}: vision_config must be an object")
+    vision = VISION_DEFAULTS | {key: value for key, value in vision.items() if value is not None}
+    try:
+        seen = vision_config(vision)
+    except ValueError as error:
+        raise ValueError(f"{file}: vision_config: {error}") from None
+    mapping = None
+    if fields.get("use_transformer_mapping_network"):
+        mapping = _mapping(fields, file, encoder.backbone.hidden_size)
+    try:
+        return ImageEncoderConfig(
+            vision=seen,
+            dim=encoder.dim,
+            prefix_length=_or(fields.get("mapping_network_prefix_length"), _PREFIX_LENGTH),
+            mapping=mapping,
+            cross_length=_or(
+                fields.get("transformer_mapping_cross_attention_length"), _CROSS_LENGTH
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _mapping(fields: dict[str, Any], file: Path, width: int) -> BertConfig:
+    """The mapping network's layers, from the name of the model whose layers they are like."""
+    base = fields.get("transformer_mapping_config_base")
+    layers = fields.get("transformer_mapping_num_hidden_layers")
+    if base is None or layers is None:
+        missing = "config_base" if base is None else "num_hidden_layers"
+        raise ValueError(
+            f"{file}: use_transformer_mapping_network needs transformer_mapping_{missing}"
+        )
+    if base in _MAPPING_BASES:
+        backbone = config_from_huggingface(TEXT_DEFAULTS | {"model_type": "bert"})
+    else:
+        places = [file.parent / base / "config.json", Path(base) / "config.json"]
+        found = next((place for place in places if present(place)), None)
+        if found is None:
+            raise ValueError(
+                f"{file}: transformer_mapping_config_base {base!r} is neither "
+                f"{_MAPPING_BASES[0]} nor a folder with a config.json"
+            )
+        backbone = read_backbone(found)
+    if not isinstance(backbone, BertConfig) or backbone.hidden_size != width:
+        raise ValueError(
+            f"{file}: transformer_mapping_config_base {base!r} must be a BERT as wide as the text "
+            f"encoder, {width}; it is {backbone.model_type}, {backbone.hidden_size} wide"
+        )
+    try:
+        return backbone.with_layers(layers)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: transformer_mapping_num_hidden_layers {layers}: {error}"
+        ) from None
 
 
 def text_backbone(fields: dict[str, Any], file: Path) -> BackboneConfig:
@@ -253,6 +420,16 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         tensors |= backbone_tensors(checkpoint, params, prefix, pooler=True)
         projection = fold_head(checkpoint.encoder, params, "flmr")
         tensors[f"{side}_text_encoder_linear.weight"] = projection
+    images = checkpoint.images
+    if images is not None:
+        tensors |= tensors_of(images.params, image_names(images.config, QUERY))
+        if images.context_params is not None:
+            without = dataclasses.replace(images.config, mapping=None)
+            tensors |= tensors_of(images.context_params, image_names(without, CONTEXT))
+        mapping = images.config.mapping
+        if mapping is not None and _mapping_base(mapping) == _MAPPING_FOLDER:
+            (folder / _MAPPING_FOLDER).mkdir(exist_ok=True)
+            write_json(folder / _MAPPING_FOLDER / "config.json", to_huggingface(mapping))
     save_tensors(folder / SAFETENSORS, tensors)
     write_json(folder / "config.json", config_fields(checkpoint, separate))
     for side, name, settings in (
@@ -302,18 +479,51 @@ def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:
         "mask_punctuation": masks_punctuation(checkpoint, "flmr"),
         "mask_instruction_token": text.mask_instruction_token,
         "separate_query_and_context_text_encoder": separate,
-        "separate_query_and_context_vision_encoder": False,
-        "use_vision_encoder": False,
-        "use_transformer_mapping_network": False,
         "query_concat_output_from_text_encoder": True,
-        "query_concat_output_from_vision_encoder": False,
         "context_concat_output_from_text_encoder": True,
         "context_concat_output_from_vision_encoder": False,
         "load_cpu_extension": False,
         "text_config": differing,
-        "vision_config": {"model_type": "flmr_vision_model"},
         "torch_dtype": "float32",
+    } | image_fields(checkpoint.images)
+
+
+def image_fields(images: ImageSide | None) -> dict[str, Any]:
+    """Return the fields of config.json that say what the image encoder is."""
+    vision: dict[str, Any] = {"model_type": "flmr_vision_model"}
+    has_images = images is not None
+    fields = {
+        "use_vision_encoder": has_images,
+        "query_concat_output_from_vision_encoder": has_images,
+        "separate_query_and_context_vision_encoder": False,
+        "use_transformer_mapping_network": False,
+        "vision_config": vision,
     }
+    if images is None:
+        return fields
+    config = images.config
+    vision |= {
+        name: value
+        for name, value in dataclasses.asdict(config.vision).items()
+        if VISION_DEFAULTS[name] != value
+    }
+    fields["separate_query_and_context_vision_encoder"] = images.context_params is not None
+    fields["mapping_network_prefix_length"] = config.prefix_length
+    if config.mapping is not None:
+        fields |= {
+            "use_transformer_mapping_network": True,
+            "transformer_mapping_config_base": _mapping_base(config.mapping),
+            "transformer_mapping_num_hidden_layers": config.mapping.num_hidden_layers,
+            "transformer_mapping_cross_attention_length": config.cross_length,
+        }
+    return fields
+
+
+def _mapping_base(mapping: BertConfig) -> str:
+    """The name of the known model with such layers, or of the folder that describes them."""
+    known = config_from_huggingface(TEXT_DEFAULTS | {"model_type": "bert"})
+    same = known.with_layers(mapping.num_hidden_layers) == mapping
+    return _MAPPING_BASES[0] if same else _MAPPING_FOLDER
 
 
 def write_flmr_tokenizer(

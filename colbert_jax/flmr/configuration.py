@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from colbert_jax.checkpoints import hub
-from colbert_jax.checkpoints.flmr import TEXT_DEFAULTS
+from colbert_jax.checkpoints.flmr import TEXT_DEFAULTS, VISION_DEFAULTS
 from colbert_jax.files import read_object, write_json
 
 
@@ -71,24 +71,14 @@ class FLMRTextConfig(_Config):
 
 
 class FLMRVisionConfig(_Config):
-    """The vision encoder: CLIP's. Kept for `config.json`; this library has the text part."""
+    """The vision encoder: CLIP's."""
 
     model_type = "flmr_vision_model"
-    defaults: ClassVar[Mapping[str, Any]] = dict(
-        hidden_size=768,
-        intermediate_size=3072,
-        projection_dim=512,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_channels=3,
-        image_size=224,
-        patch_size=32,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        attention_dropout=0.0,
-        initializer_range=0.02,
-        initializer_factor=1.0,
-    )
+    defaults: ClassVar[Mapping[str, Any]] = VISION_DEFAULTS | {
+        "projection_dim": 512,
+        "attention_dropout": 0.0,
+        "initializer_factor": 1.0,
+    }
 
 
 class FLMRConfig(_Config):

@@ -1,4 +1,4 @@
-"""`FLMRModelForRetrieval`, its text part: BERT, projection, masks, late interaction, loss.
+"""`FLMRModelForRetrieval`: text and image encoders, masks, late interaction, loss.
 
 Every method is a pure function of `params` (by default the model's own), so that gradients are
 `jax.grad(lambda params: model(..., params=params).loss)(model.params)`.
@@ -19,7 +19,8 @@ from flax import nnx
 
 from colbert_jax import runtime
 from colbert_jax.checkpoints import carried, flmr, hub, read_checkpoint
-from colbert_jax.checkpoints.common import Checkpoint
+from colbert_jax.checkpoints.common import Checkpoint, ImageSide
+from colbert_jax.checkpoints.warn import warn
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import replacing_files, write_json
@@ -37,6 +38,7 @@ from colbert_jax.flmr.tokenization import (
 )
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
+from colbert_jax.models.flmr import ImageEncoder, ImageEncoderConfig, Seen, make_image_encoder
 from colbert_jax.models.layers import MASKED
 from colbert_jax.search.arrays import Hits
 from colbert_jax.text import outside_instruction
@@ -45,19 +47,24 @@ _MASKED_SCORE = -9999.0  # of a document position that is no token, upstream's n
 
 
 class _Encoded(NamedTuple):
-    """projected [B, L, D], and what was asked for beside."""
+    """projected [B, L, D], the last states [B, L, H], and what was asked for beside."""
 
     projected: jax.Array
+    last: jax.Array
     attentions: tuple[jax.Array, ...] | None
     hidden_states: tuple[jax.Array, ...] | None
 
 
 class FLMRModelForRetrieval:
-    """Late interaction of text queries and text documents.
+    """Late interaction of queries and documents of texts and images.
+
+    Its stages can be called one by one: `encode_text`, `encode_image`, `map_image`, `score_matrix`.
 
     Attributes:
       config: FLMRConfig.
-      params: {"context": ..., "query": ...}; only "context" where one encoder serves both.
+      images: architecture of the image encoder; None for a model of texts.
+      params: {"context": ..., "query": ..., "images": ..., "context_images": ...}; no "query" where
+        one text encoder serves both, no "context_images" where one image encoder does.
       query_tokenizer, context_tokenizer: as given, or the checkpoint's own.
     """
 
@@ -69,6 +76,7 @@ class FLMRModelForRetrieval:
         *,
         seed: int = 0,
         dtype: Any = None,
+        freeze_vision: bool = True,
         checkpoint: Checkpoint | None = None,
     ):
         """A model with random weights drawn from `seed`; see `from_pretrained` for trained ones.
@@ -78,6 +86,7 @@ class FLMRModelForRetrieval:
             its vocabulary has the punctuation and the instruction token.
           dtype: of the dense layers' computation. If None, bfloat16 on accelerators and float32 on
             a CPU.
+          freeze_vision: whether gradients end before the vision encoder, as in upstream's training.
         """
         if config.query_mask_input_ids_skip_list:
             raise ValueError("query_mask_input_ids_skip_list is not supported; leave it out")
@@ -104,7 +113,7 @@ class FLMRModelForRetrieval:
             if value != getattr(checkpoint.config.text, name)
         }
         self._checkpoint = dataclasses.replace(
-            checkpoint.with_text_config(text), params={}, query_params=None
+            checkpoint.with_text_config(text), params={}, query_params=None, images=None
         )
         texts = self._checkpoint.text_tokenizer()
         # [V] True for the ids that give no embedding in documents.
@@ -116,8 +125,21 @@ class FLMRModelForRetrieval:
         params = {"context": checkpoint.params}
         if checkpoint.query_params is not None:
             params["query"] = checkpoint.query_params
+        self.images: ImageEncoderConfig | None = None
+        self._freeze_vision = freeze_vision
+        if checkpoint.images is not None:
+            self.images = checkpoint.images.config
+            self._make_image_encoder = {
+                side: partial(make_image_encoder, one, dtype=compute)
+                for side, one in _image_configs(checkpoint.images).items()
+            }
+            params["images"] = checkpoint.images.params
+            if checkpoint.images.context_params is not None:
+                params["context_images"] = checkpoint.images.context_params
         self.params = jax.device_put(params, may_alias=True)
         self._encode = jax.jit(self._encode_ids, static_argnames="details")
+        self._see = jax.jit(self._see_pixels, static_argnames=("side", "details"))
+        self._map = jax.jit(self._map_states, static_argnames="side")
 
     @classmethod
     def from_pretrained(
@@ -128,15 +150,21 @@ class FLMRModelForRetrieval:
         *,
         config: FLMRConfig | None = None,
         dtype: Any = None,
+        freeze_vision: bool = True,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> FLMRModelForRetrieval:
         """Load a folder or a hub id in the layout of FLMR or of Stanford ColBERT.
 
+        Args:
+          config: in place of the checkpoint's; with `use_vision_encoder=False` the text part of a
+            checkpoint with images is loaded.
+
         Raises FileNotFoundError and ValueError as `ColBERT.from_pretrained`.
         """
         folder = hub.resolve(name_or_path, revision=revision, token=token)
-        checkpoint = read_checkpoint(folder)
+        images = config is None or config.use_vision_encoder
+        checkpoint = read_checkpoint(folder, images=images)
         if not isinstance(checkpoint.encoder.backbone, BertConfig) or not checkpoint.encoder.head:
             raise ValueError(f"{folder}: not a BERT encoder with a projection; use ColBERT instead")
         if config is None:
@@ -152,7 +180,14 @@ class FLMRModelForRetrieval:
             context_tokenizer = FLMRContextEncoderTokenizer(
                 checkpoint.tokenizer, {"doc_maxlen": text.doc_maxlen}
             )
-        return cls(config, query_tokenizer, context_tokenizer, dtype=dtype, checkpoint=checkpoint)
+        return cls(
+            config,
+            query_tokenizer,
+            context_tokenizer,
+            dtype=dtype,
+            freeze_vision=freeze_vision,
+            checkpoint=checkpoint,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint and both tokenizers; files of the same names are replaced."""
@@ -164,22 +199,36 @@ class FLMRModelForRetrieval:
                 "architectures": ["FLMRModelForRetrieval"],
                 "separate_query_and_context_text_encoder": "query" in self.params,
             }
-            write_json(draft / "config.json", fields | _TEXT_ONLY)
+            if checkpoint.images is None:
+                fields |= _TEXT_ONLY
+            else:
+                written = flmr.image_fields(checkpoint.images)
+                vision = fields["vision_config"] | written["vision_config"]
+                del written["query_concat_output_from_vision_encoder"]  # the configuration's own
+                fields |= written | {"vision_config": vision}
+            write_json(draft / "config.json", fields)
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
         params = jax.tree.map(np.asarray, self.params)
+        images = None
+        if self.images is not None:
+            images = ImageSide(self.images, params["images"], params.get("context_images"))
         return dataclasses.replace(
-            self._checkpoint, params=params["context"], query_params=params.get("query")
+            self._checkpoint,
+            params=params["context"],
+            query_params=params.get("query"),
+            images=images,
         )
 
     def colbert(self, **text_settings: Any) -> ColBERT:
-        """The same model as a `ColBERT`, which batches, indexes and ranks.
+        """The same model as a `ColBERT`, which batches, indexes and ranks texts.
 
         Args:
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
         """
-        checkpoint = self.checkpoint().with_text(**text_settings)
+        checkpoint = dataclasses.replace(self.checkpoint(), images=None)
+        checkpoint = checkpoint.with_text(**text_settings)
         return ColBERT(checkpoint, load=self._load | text_settings, dtype=self._dtype)
 
     def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
@@ -199,27 +248,43 @@ class FLMRModelForRetrieval:
         *,
         params: dict | None = None,
     ) -> FLMRQueryEncoderOutput:
-        """Encode queries to token embeddings.
+        """Encode queries to token embeddings: of the text, of the image, of its patches.
 
         Args:
           input_ids, attention_mask: int[B, L], from FLMRQueryEncoderTokenizer.
-          concat_output_from_text_encoder: True, or a list of one bool per query; False zeroes the
-            rows of its text.
+          pixel_values: float[B, channels, height, width] or, of several regions an image, float[B,
+            regions, channels, height, width], normalised. If None, the queries are texts, whatever
+            the configuration says.
+          image_features: float[B, hidden_size] or float[B, regions, hidden_size], class tokens in
+            place of pixel_values, for models without a mapping network.
+          concat_output_from_vision_encoder, concat_output_from_text_encoder: whether the image and
+            the text are part of the embeddings; or a list of one bool per query, where False leaves
+            rows of zeros. If None, as the configuration says.
 
         Raises:
-          NotImplementedError: images, which are the vision part.
+          NotImplementedError: an image, and the model has no vision encoder.
+          ValueError: arrays of other shapes, or nothing that would be encoded.
         """
-        _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
         ids, attended = self._ids(input_ids, attention_mask)
+        flags = (concat_output_from_text_encoder, concat_output_from_vision_encoder)
+        image = self._image("query", pixel_values, image_features, len(ids), flags[1])
+        with_text, with_image = self._concatenated("query", len(ids), image is not None, *flags)
         details = (bool(output_attentions), bool(output_hidden_states))
-        encoded = self._encode(self._side("query", params), ids, attended, details)
-        kept = ids != 0
-        if self._instruction is not None:
-            kept &= outside_instruction(ids, self._instruction)
-        with_text = _with_text(concat_output_from_text_encoder, len(ids))
-        rows = encoded.projected * kept[..., None] * with_text
+        encoded, rows, _ = self._text_rows("query", ids, attended, details, params)
+        parts, seen = [], None
+        if with_text is not None:
+            parts.append(rows * with_text)
+        if with_image is not None and image is not None:
+            image_rows, seen = self._image_rows("query", image, encoded.last, details, params)
+            parts.append(image_rows * with_image)
+        whole = jnp.concatenate(parts, axis=1)
         return FLMRQueryEncoderOutput(
-            rows[:, 0], _unit(rows), encoded.attentions, encoded.hidden_states
+            whole[:, 0],
+            _unit(whole),
+            encoded.attentions,
+            encoded.hidden_states,
+            None if seen is None else seen.attentions,
+            None if seen is None else seen.states,
         )
 
     def doc(
@@ -237,30 +302,118 @@ class FLMRModelForRetrieval:
         *,
         params: dict | None = None,
     ) -> FLMRContextEncoderOutput:
-        """Encode documents to token embeddings, float32.
+        """Encode documents to token embeddings, float32: of the image, of the text.
 
         Args:
+          pixel_values, image_features, concat_output_from_vision_encoder,
+            concat_output_from_text_encoder: as for `query`. An image gives the embeddings of its
+            class token only, and by most configurations none: pass
+            `concat_output_from_vision_encoder=True`.
           keep_dims: False gives a list of [tokens, D] on the host, without masked rows.
           return_mask: whether to give context_mask.
         """
-        _no_images(pixel_values, image_features, concat_output_from_vision_encoder)
         ids, attended = self._ids(input_ids, attention_mask)
+        flags = (concat_output_from_text_encoder, concat_output_from_vision_encoder)
+        image = self._image("context", pixel_values, image_features, len(ids), flags[1])
+        with_text, with_image = self._concatenated("context", len(ids), image is not None, *flags)
+        if image is not None and with_image is None and flags[1] is None:
+            warn(
+                "images of documents are left out: context_concat_output_from_vision_encoder is "
+                "False in the configuration; pass concat_output_from_vision_encoder=True to use "
+                "them, or False not to be told"
+            )
         details = (bool(output_attentions), bool(output_hidden_states))
-        encoded = self._encode(self._side("context", params), ids, attended, details)
-        kept = ~jnp.asarray(self._context_skip)[ids] & (ids != 0)
-        kept = kept[..., None] & _with_text(concat_output_from_text_encoder, len(ids))
-        rows = _unit(encoded.projected * kept)
-        late: Any = rows
+        encoded, rows, kept = self._text_rows("context", ids, attended, details, params)
+        parts, masks, seen = [], [], None
+        if with_image is not None and image is not None:
+            image_rows, seen = self._image_rows("context", image, None, details, params)
+            parts.append(image_rows)
+            masks.append(jnp.broadcast_to(with_image, (*image_rows.shape[:2], 1)))
+        if with_text is not None:
+            parts.append(rows)
+            masks.append(kept[..., None] & with_text)
+        mask = jnp.concatenate(masks, axis=1)
+        whole = _unit(jnp.concatenate(parts, axis=1) * mask)
+        late: Any = whole
         if not keep_dims:
-            flags = np.asarray(kept)[..., 0]
-            late = [row[flag] for row, flag in zip(np.asarray(rows), flags, strict=True)]
+            chosen = np.asarray(mask)[..., 0]
+            late = [row[flag] for row, flag in zip(np.asarray(whole), chosen, strict=True)]
         return FLMRContextEncoderOutput(
-            rows[:, 0],
+            whole[:, 0],
             late,
-            kept if return_mask else None,
+            mask if return_mask else None,
             encoded.attentions,
             encoded.hidden_states,
+            None if seen is None else seen.attentions,
+            None if seen is None else seen.states,
         )
+
+    def encode_text(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        *,
+        side: str = "query",
+        params: dict | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run the text stage alone.
+
+        Args:
+          side: "query" or "context".
+
+        Returns:
+          token embeddings float32[B, L, D], masked and not normalised, and the text encoder's last
+          states float32[B, L, H], which `map_image` takes.
+        """
+        _check_side(side)
+        ids, attended = self._ids(input_ids, attention_mask)
+        encoded, rows, _ = self._text_rows(side, ids, attended, (False, False), params)
+        return rows, encoded.last
+
+    def encode_image(
+        self, pixel_values: Any, *, side: str = "query", params: dict | None = None
+    ) -> Seen:
+        """Run the vision encoder alone.
+
+        Args:
+          pixel_values: as for `query`.
+
+        Returns:
+          class_token float32[B, regions, hidden_size] and patches float32[B, regions, patches,
+          hidden_size].
+        """
+        _check_side(side)
+        return self._seen(side, self._pixels(pixel_values), (False, False), params)
+
+    def map_image(
+        self,
+        class_tokens: Any,
+        patches: Any = None,
+        text: Any = None,
+        *,
+        side: str = "query",
+        params: dict | None = None,
+    ) -> jax.Array:
+        """Run the stage from images to token embeddings alone.
+
+        Args:
+          class_tokens: float[B, regions, hidden_size], and patches float[B, regions, patches,
+            hidden_size], both from `encode_image`. Patches are for the mapping network of queries.
+          text: float[B, L, H], from `encode_text`.
+
+        Returns:
+          float32[B, rows, D], not normalised.
+        """
+        _check_side(side)
+        if self.images is None:
+            raise NotImplementedError(_NO_TOWER)
+        mapped = side == "query" and self.images.mapping is not None
+        if mapped != (patches is not None) or mapped != (text is not None):
+            raise ValueError(
+                "map_image takes patches and text for queries of a model with a mapping network, "
+                "and neither otherwise"
+            )
+        return self._map(self._image_side(side, params), class_tokens, patches, text, side)
 
     def score(self, Q: Any, D_padded: Any, D_mask: Any) -> jax.Array:
         """Score each query with its document by MaxSim; masked positions have -9999, as upstream.
@@ -426,6 +579,164 @@ class FLMRModelForRetrieval:
         params = self.params if params is None else params
         return params.get(side, params["context"])
 
+    def _image_side(self, side: str, params: dict | None) -> dict:
+        params = self.params if params is None else params
+        own = params.get("context_images") if side == "context" else None
+        return params["images"] if own is None else own
+
+    def _text_rows(
+        self,
+        side: str,
+        ids: jax.Array,
+        attended: jax.Array,
+        details: tuple[bool, bool],
+        params: dict | None,
+    ) -> tuple[_Encoded, jax.Array, jax.Array]:
+        """What the encoder gives, the masked token embeddings [B, L, D], and the mask [B, L]."""
+        encoded = self._encode(self._side(side, params), ids, attended, details)
+        kept = ids != 0
+        if side == "context":
+            kept &= ~jnp.asarray(self._context_skip)[ids]
+        elif self._instruction is not None:
+            kept &= outside_instruction(ids, self._instruction)
+        return encoded, encoded.projected * kept[..., None], kept
+
+    def _image_rows(
+        self,
+        side: str,
+        image: tuple[jax.Array, bool],
+        text: jax.Array | None,
+        details: tuple[bool, bool],
+        params: dict | None,
+    ) -> tuple[jax.Array, Seen | None]:
+        """Token embeddings of images [B, rows, D], and what the vision encoder gave."""
+        assert self.images is not None
+        array, has_pixels = image
+        own, seen, patches = self._image_side(side, params), None, None
+        if has_pixels:
+            seen = self._seen(side, array, details, params)
+            array = seen.class_token
+            if side == "query" and self.images.mapping is not None:
+                patches = seen.patches
+        return self._map(own, array, patches, None if patches is None else text, side), seen
+
+    def _seen(
+        self, side: str, pixels: jax.Array, details: tuple[bool, bool], params: dict | None
+    ) -> Seen:
+        """What the vision encoder gives; class tokens and patches by batch and regions."""
+        batch, regions = pixels.shape[:2]
+        flat = pixels.reshape(-1, *pixels.shape[2:])
+        seen = self._see(self._image_side(side, params), flat, side, details)
+        return seen._replace(
+            class_token=seen.class_token.reshape(batch, regions, -1),
+            patches=seen.patches.reshape(batch, regions, *seen.patches.shape[1:]),
+        )
+
+    def _image(
+        self, side: str, pixel_values: Any, image_features: Any, batch: int, flag: Any
+    ) -> tuple[jax.Array, bool] | None:
+        """Check what is given of images: [B, regions, ...] and whether it is of pixels, or None."""
+        if pixel_values is None and image_features is None:
+            if flag is not None and np.any(flag):
+                if self.images is None:
+                    raise NotImplementedError(_NO_TOWER)
+                raise ValueError(
+                    "concat_output_from_vision_encoder asks for images; pass pixel_values"
+                )
+            return None
+        if self.images is None:
+            raise NotImplementedError(_NO_TOWER)
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("pass either pixel_values or image_features")
+        if pixel_values is not None:
+            return self._pixels(pixel_values, batch), True
+        if side == "query" and self.images.mapping is not None:
+            raise ValueError(
+                "image_features are class tokens, but this model's mapping network needs the "
+                "patches of images too; pass pixel_values"
+            )
+        array = _floats("image_features", image_features)
+        array = array[:, None] if array.ndim == 2 else array
+        width = self.images.vision.hidden_size
+        if array.ndim != 3 or array.shape[0] != batch or array.shape[2] != width or not array.size:
+            raise ValueError(
+                f"image_features must be [{batch}, {width}] or [{batch}, regions, {width}], got "
+                f"{list(np.shape(image_features))}"
+            )
+        return jnp.asarray(array, jnp.float32), False
+
+    def _pixels(self, pixel_values: Any, batch: int | None = None) -> jax.Array:
+        """Check images, of so many texts: float32[B, regions, channels, height, width]."""
+        if self.images is None:
+            raise NotImplementedError(_NO_TOWER)
+        array = _floats("pixel_values", pixel_values)
+        shape, given = self.images.vision.image_shape, list(array.shape)
+        array = array[:, None] if array.ndim == 4 else array
+        counts = batch is None or len(array) == batch
+        if array.ndim != 5 or array.shape[2:] != shape or not counts or 0 in array.shape[:2]:
+            one, size = ", ".join(map(str, shape)), "B" if batch is None else batch
+            raise ValueError(
+                f"pixel_values must be [{size}, {one}] or [{size}, regions, {one}] for this model "
+                f"and its texts, got {given}"
+            )
+        return jnp.asarray(array, jnp.float32)
+
+    def _concat(self, side: str, part: str) -> bool:
+        return bool(getattr(self.config, f"{side}_concat_output_from_{part}_encoder"))
+
+    def _concatenated(
+        self, side: str, batch: int, has_image: bool, text: Any, image: Any
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Of text and image, bool[B, 1, 1] which rows count; None for a part that is left out."""
+        if image is None:
+            image = has_image and self._concat(side, "vision")
+        if text is None:
+            text = self._concat(side, "text") if has_image else True
+        flags = []
+        for part, flag in (("text", text), ("vision", image)):
+            name = f"concat_output_from_{part}_encoder"
+            if np.ndim(flag) == 0:
+                flags.append(jnp.full((batch, 1, 1), True) if flag else None)
+            elif np.shape(flag) != (batch,):
+                raise ValueError(f"{name} has {len(flag)} flags for {batch} rows")
+            else:
+                flags.append(jnp.asarray(np.asarray(flag, bool))[:, None, None])
+        if flags[0] is None and (flags[1] is None or not has_image):
+            raise ValueError(
+                "concat_output_from_text_encoder=False leaves nothing of a text-only query or "
+                "document"
+            )
+        return flags[0], flags[1]
+
+    def _see_pixels(
+        self, params: dict, pixels: jax.Array, side: str, details: tuple[bool, bool]
+    ) -> Seen:
+        if self._freeze_vision:
+            params = params | {"vision": jax.lax.stop_gradient(params["vision"])}
+        encoder = self._image_encoder(side, params)
+        seen = encoder.see(pixels)
+        assert seen.states is not None
+        if details[0]:
+            every = jnp.ones(seen.states[0].shape[:2], bool)
+            attentions = tuple(
+                _attention_weights(layer.attention, layer.attention_norm(x), every)
+                for layer, x in zip(encoder.vision.layers, seen.states, strict=False)
+            )
+            seen = seen._replace(attentions=attentions)
+        return seen if details[1] else seen._replace(states=None)
+
+    def _map_states(
+        self, params: dict, class_tokens: Any, patches: Any, text: Any, side: str
+    ) -> jax.Array:
+        encoder = self._image_encoder(side, params)
+        rows = [encoder.project(class_tokens)]
+        if patches is not None:
+            rows.append(encoder.map_patches(patches, text))
+        return jnp.concatenate(rows, axis=1)
+
+    def _image_encoder(self, side: str, params: dict) -> ImageEncoder:
+        return self._make_image_encoder[side](params)
+
     def _encode_ids(
         self, params: dict, ids: jax.Array, attended: jax.Array, details: tuple[bool, bool]
     ) -> _Encoded:
@@ -438,10 +749,12 @@ class FLMRModelForRetrieval:
                 attentions.append(_attention_weights(layer.attention, x, attended))
             x = layer(x, attended)
             hidden.append(x)
+        last = x
         for layer in encoder.head:
             x = layer(x)
         return _Encoded(
             x.astype(jnp.float32),
+            last,
             tuple(attentions) if details[0] else None,
             tuple(hidden) if details[1] else None,
         )
@@ -498,26 +811,37 @@ def _unit(rows: jax.Array) -> jax.Array:
     return rows / jnp.maximum(norm, 1e-12)
 
 
-def _with_text(flag: Any, batch: int) -> Any:
-    """[B, 1, 1] whether a row's text counts."""
-    if flag is None or flag is True:
-        return jnp.ones((batch, 1, 1), bool)
-    if flag is False:
-        raise ValueError(
-            "concat_output_from_text_encoder=False leaves nothing of a text-only query or document"
-        )
-    if len(flag) != batch:
-        raise ValueError(f"concat_output_from_text_encoder has {len(flag)} flags for {batch} rows")
-    return jnp.asarray(flag, bool)[:, None, None]
+def _floats(name: str, value: Any) -> Any:
+    """A NumPy or JAX array of finite floats."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be normalised floats, got {array.dtype}")
+    if isinstance(array, np.ndarray) and array.ndim:
+        wrong = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+        if wrong.any():
+            raise ValueError(f"{name} of item {wrong.argmax()} hold NaN or infinite values")
+    return array
 
 
-def _no_images(pixel_values: Any, image_features: Any, flag: Any) -> None:
-    asked = flag is not None and np.any(flag)
-    if pixel_values is not None or image_features is not None or asked:
-        raise NotImplementedError(
-            "images are not supported, only FLMR's text part is: leave out pixel_values and "
-            "image_features, and leave concat_output_from_vision_encoder False"
-        )
+def _check_side(side: str) -> None:
+    if side not in ("query", "context"):
+        raise ValueError(f"side must be 'query' or 'context', got {side!r}")
+
+
+def _image_configs(images: ImageSide) -> dict[str, ImageEncoderConfig]:
+    """Of queries, and of documents: an encoder of their own has no mapping network."""
+    own = images.context_params is not None
+    config = images.config
+    return {
+        "query": config,
+        "context": dataclasses.replace(config, mapping=None) if own else config,
+    }
+
+
+_NO_TOWER = (
+    "images are not supported by this model, which is FLMR's text part without a vision encoder: "
+    "leave out pixel_values and image_features, and leave concat_output_from_vision_encoder False"
+)
 
 
 def _config_of(folder: Path, checkpoint: Checkpoint) -> FLMRConfig:
@@ -535,6 +859,14 @@ def _random_checkpoint(config: FLMRConfig, tokenizer: Any, seed: int) -> Checkpo
         make = partial(TokenEncoder, encoder)
         return nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(seed)), nnx.Param))
 
+    images = None
+    if config.use_vision_encoder:
+        fields = vars(config) | {"vision_config": vars(config.vision_config)}
+        side = flmr.read_image_config(fields, Path("FLMRConfig"), encoder)
+        own = config.separate_query_and_context_vision_encoder
+        drawn = nnx.to_pure_dict(nnx.state(ImageEncoder(side, rngs=nnx.Rngs(seed)), nnx.Param))
+        without = {name: value for name, value in drawn.items() if name != "mapping"}
+        images = ImageSide(side, drawn, without if own else None)
     separate = config.separate_query_and_context_text_encoder
     params = draw(seed)
     return Checkpoint(
@@ -545,4 +877,5 @@ def _random_checkpoint(config: FLMRConfig, tokenizer: Any, seed: int) -> Checkpo
         params,
         # Upstream copies the one encoder when there are two.
         query_params=params if separate else None,
+        images=images,
     )

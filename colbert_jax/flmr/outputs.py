@@ -27,16 +27,17 @@ class _QueryFields(NamedTuple):
     late_interaction_output: jax.Array
     text_encoder_attentions: tuple[jax.Array, ...] | None = None
     text_encoder_hidden_states: tuple[jax.Array, ...] | None = None
-    vision_encoder_attentions: None = None
-    vision_encoder_hidden_states: None = None
+    vision_encoder_attentions: tuple[jax.Array, ...] | None = None
+    vision_encoder_hidden_states: tuple[jax.Array, ...] | None = None
     transformer_mapping_network_attentions: None = None
     transformer_mapping_network_hidden_states: None = None
 
 
 class FLMRQueryEncoderOutput(_Output, _QueryFields):
     """pooler_output [B, D], the first row before normalisation; late_interaction_output [B, Lq, D]
-    of unit rows, zeros where a token is masked; attentions [B, heads, L, L] and hidden states
-    [B, L, H] of every layer where asked for."""
+    of unit rows, zeros where a token is masked, the text's before the image's; attentions
+    [B, heads, L, L] and hidden states [B, L, H] of every layer where asked for, those of the vision
+    encoder [B * regions, ...]."""
 
 
 class _ContextFields(NamedTuple):
@@ -45,15 +46,16 @@ class _ContextFields(NamedTuple):
     context_mask: jax.Array | None = None
     text_encoder_attentions: tuple[jax.Array, ...] | None = None
     text_encoder_hidden_states: tuple[jax.Array, ...] | None = None
-    vision_encoder_attentions: None = None
-    vision_encoder_hidden_states: None = None
+    vision_encoder_attentions: tuple[jax.Array, ...] | None = None
+    vision_encoder_hidden_states: tuple[jax.Array, ...] | None = None
     transformer_mapping_network_attentions: None = None
     transformer_mapping_network_hidden_states: None = None
 
 
 class FLMRContextEncoderOutput(_Output, _ContextFields):
-    """As FLMRQueryEncoderOutput, with a normalised pooler_output and context_mask bool[B, Ld, 1].
-    With `keep_dims=False` late_interaction_output is a list of [tokens, D] without masked rows."""
+    """As FLMRQueryEncoderOutput, with a normalised pooler_output and context_mask bool[B, Ld, 1];
+    the image's rows are before the text's. With `keep_dims=False` late_interaction_output is a list
+    of [tokens, D] without masked rows."""
 
 
 class _RetrievalFields(NamedTuple):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from colbert_jax.config import require
 from colbert_jax.models import bert, modernbert, mpnet
-from colbert_jax.models.config import Architecture, BackboneConfig
+from colbert_jax.models.config import Architecture, BackboneConfig, named_tensors
 
 _MODULES: tuple[Any, ...] = (bert, mpnet, modernbert)
 
@@ -87,15 +87,11 @@ def tensor_names(config: BackboneConfig, prefix: str = "") -> dict[tuple, str]:
 
     A `kernel` is the transpose of its tensor: torch keeps [out, in], Flax [in, out].
     """
-    names: dict[tuple, str] = {}
-    for ours, theirs in architecture(config).tensors.items():
-        for i in range(config.num_hidden_layers if "*" in ours else 1):
-            module = ours.replace("*", str(i))
-            if config.has_module(module):
-                path = tuple(int(part) if part.isdigit() else part for part in module.split("."))
-                for leaf, name in _leaves(config, module).items():
-                    names[*path, leaf] = f"{prefix}{theirs.replace('*', str(i))}.{name}"
-    return names
+
+    def leaves(module: str) -> dict[str, str]:
+        return _leaves(config, module) if config.has_module(module) else {}
+
+    return named_tensors(architecture(config).tensors, config.num_hidden_layers, leaves, prefix)
 
 
 def _leaves(config: BackboneConfig, module: str) -> dict[str, str]:

@@ -163,7 +163,7 @@ class TokenEncoder(nnx.Module):
         return x.astype(jnp.float32)
 
 
-class _OneKey:
+class OneKey:
     """In place of `nnx.Rngs` where values do not matter: counting keys takes most of the time."""
 
     def params(self) -> jax.Array:
@@ -177,7 +177,7 @@ def _structure(
     """Split an encoder as `nnx.split` does, with shapes in place of parameters."""
 
     def make() -> TokenEncoder:
-        model = TokenEncoder(config, dtype=dtype, rngs=_OneKey())  # type: ignore
+        model = TokenEncoder(config, dtype=dtype, rngs=OneKey())  # type: ignore
         if quantization is not None:
             quantize_modules(model.backbone)
         return model
@@ -197,7 +197,12 @@ def make_encoder(
       params: nested dict; with `quantization`, as `quantize` returns it.
       dtype, quantization: as for `colbert.ColBERT`.
     """
-    graphdef, state = _structure(config, jnp.dtype(dtype), quantization)
+    return merged(_structure(config, jnp.dtype(dtype), quantization), params)
+
+
+def merged(structure: tuple[nnx.GraphDef, nnx.State], params: dict) -> Any:
+    """Make a module of a structure, which stays as it is, from nested parameters."""
+    graphdef, state = structure
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)

@@ -7,9 +7,9 @@ maps ours to theirs. Defaults are those of transformers. The sizes have no defau
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from flax import nnx
 
@@ -17,6 +17,25 @@ from colbert_jax.config import require, require_types
 from colbert_jax.models.activations import activation
 
 MAX_LAYERS = 1000  # far above any model; a damaged file may claim more
+
+
+class LayerConfig(Protocol):
+    """What a transformer layer needs of a configuration, of texts or of images."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def initializer_range(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +154,22 @@ class Architecture:
     unused: tuple[str, ...] = ()
     pooler: bool = False
     token_types: bool = False
+
+
+def named_tensors(
+    table: Mapping[str, str], layers: int, leaves: Callable[[str], Mapping[str, str]], prefix: str
+) -> dict[tuple, str]:
+    """Map paths in an NNX state to tensor names, from a table of modules as `Architecture` has it.
+
+    Args:
+      leaves: path of a module -> our and their name of each of its parameters; none: there is no
+        such module.
+    """
+    names: dict[tuple, str] = {}
+    for ours, theirs in table.items():
+        for i in range(layers if "*" in ours else 1):
+            module = ours.replace("*", str(i))
+            path = tuple(int(part) if part.isdigit() else part for part in module.split("."))
+            for leaf, name in leaves(module).items():
+                names[*path, leaf] = f"{prefix}{theirs.replace('*', str(i))}.{name}"
+    return names

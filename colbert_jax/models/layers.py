@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.models.activations import activation
-from colbert_jax.models.config import BackboneConfig
+from colbert_jax.models.config import BackboneConfig, LayerConfig
 
 # Added to the attention score of a token that must not be attended to. It is finite, so that a row
 # with nothing to attend to gives an average and not NaN; nothing but the score may be added to it.
@@ -32,7 +32,7 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
 
 
-def dense(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, Any]:
+def dense(config: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, Any]:
     """Return the keyword arguments for every `nnx.Linear` of a backbone."""
     return dict(
         kernel_init=nnx.initializers.normal(config.initializer_range),
@@ -43,7 +43,7 @@ def dense(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str,
 
 
 def layer_norm(
-    config: BackboneConfig, width: int, *, use_bias: bool = True, rngs: nnx.Rngs
+    config: LayerConfig, width: int, *, use_bias: bool = True, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
     """Make a layer normalisation over `width` features."""
     # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
@@ -163,10 +163,11 @@ def attention(
     precision: jax.lax.Precision,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute scaled dot-product attention within one sequence.
+    """Compute scaled dot-product attention of one sequence.
 
     Args:
-      query, key, value: [L, heads, head_dim].
+      query: [L, heads, head_dim].
+      key, value: [L of the keys, heads, head_dim].
       bias: float32, broadcastable to [heads, L of the queries, L of the keys], added to the scores.
       dropout: applied to the attention weights. If None, no dropout.
 
@@ -189,13 +190,14 @@ def attend(
     position_bias: jax.Array | None = None,
     train: TrainMode | None = None,
 ) -> jax.Array:
-    """Compute attention within each sequence of a batch.
+    """Compute attention within each sequence of a batch, or from each to another one.
 
     Args:
-      query, key, value: [B, L, heads, head_dim].
-      attended: bool[B, L], the tokens that others may attend to.
-      position_bias: float32[heads or 1, L, L], added to the scores of every sequence; MASKED
-        forbids a pair of positions. If None, nothing is added.
+      query: [B, L, heads, head_dim].
+      key, value: [B, L of the keys, heads, head_dim].
+      attended: bool[B, L of the keys], the tokens that others may attend to.
+      position_bias: float32[heads or 1, L, L of the keys], added to the scores of every sequence;
+        MASKED forbids a pair of positions. If None, nothing is added.
       train: dropout of the attention weights. If None, the model is not being trained.
 
     Returns:
@@ -228,9 +230,9 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with four dense layers."""
+    """Multi-head attention with four dense layers, within a sequence or to another one."""
 
-    def __init__(self, config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         linear = partial(nnx.Linear, width, width, **dense(config, dtype, rngs))
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
@@ -242,18 +244,26 @@ class Attention(nnx.Module):
         attended: jax.Array,
         position_bias: jax.Array | None,
         train: TrainMode | None = None,
+        *,
+        other: jax.Array | None = None,
     ) -> jax.Array:
+        """Apply attention to x [B, L, H], arguments as for `attend`: [B, L, H].
+
+        other: [B, L of the keys, H], the sequence that x attends to. If None, x itself.
+        """
+
         def split(y: jax.Array) -> jax.Array:  # [B, L, H] -> [B, L, heads, head_dim]
             return y.reshape(*y.shape[:2], self.heads, self.head_dim)
 
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        source = x if other is None else other
+        query, key, value = split(self.query(x)), split(self.key(source)), split(self.value(source))
         return self.output(attend(query, key, value, attended, position_bias, train))
 
 
 class PostNormLayer(nnx.Module):
     """The layer of the original transformer: each block is added to its input, then normalised."""
 
-    def __init__(self, config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         settings = dense(config, dtype, rngs)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
