@@ -37,7 +37,7 @@ from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
 from colbert_jax.index.columns import TEXT
-from colbert_jax.index.fields import FIELDS
+from colbert_jax.index.fields import FIELDS, fields_checksum
 from colbert_jax.index.folder import (
     METADATA,
     await_visible,
@@ -451,7 +451,9 @@ def _finish(
         columns=state.key["columns"],
         outlier_distance=state["outlier_distance"],
         fields=FIELDS if source.has_fields else None,
-        checksums={},
+        checksums={FIELDS: fields_checksum(folder / FIELDS, len(lengths))}
+        if source.has_fields
+        else {},
     )
     fmt.write_metadata(folder, metadata)
     state.update(finished=1)

@@ -45,7 +45,15 @@ from colbert_jax.index.columns import (
     UnknownIdError,
     open_column,
 )
-from colbert_jax.index.fields import FIELDS, FieldStore, FieldsWriter, copy_fields
+from colbert_jax.index.fields import (
+    FIELDS,
+    FieldStore,
+    FieldsWriter,
+    copy_fields,
+    delete_fields,
+    fields_checksum,
+    verify_fields,
+)
 from colbert_jax.index.folder import changing, discard, naming
 from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 from colbert_jax.index.sources import DocumentSource
@@ -60,6 +68,11 @@ _ROWS = 1 << 18  # tokens copied at a time
 _STRINGS = 1 << 12  # strings copied at a time
 _SAMPLED = 10_000  # tokens whose residuals are looked at
 _NAMED = 5  # ids in a message
+# Arrays from which changes make others, which get checksums of their own.
+_IDS = (*fmt.string_arrays(ID), "deleted")
+TOLD = (*_IDS, *fmt.string_arrays(TEXT))
+_CODEC = ("centroids", "bucket_cutoffs", "bucket_weights")
+_COPIED = ("codes", "residuals", "offsets", *TOLD)
 
 
 class Opened(NamedTuple):
@@ -77,6 +90,18 @@ class Opened(NamedTuple):
     def position(self, id: str) -> int | None:
         """Where the document with an id is; None if there is none, or it is deleted."""
         return self.ids.position(id, self.deleted)
+
+
+def check_whole(path: Path, metadata: fmt.Metadata, arrays: Iterable[str]) -> None:
+    """Compare the checksums of those of some arrays that are there, and of the metadata.
+
+    What is made of a damaged file would get a checksum of its own, and look whole.
+
+    Raises IndexFormatError, naming the file.
+    """
+    there = fmt.array_specs(metadata)
+    with fmt.IndexFiles(path) as files:
+        files.check(metadata, [name for name in arrays if name in there])
 
 
 # --- Add, update, upsert --------------------------------------------------------------------
@@ -105,6 +130,8 @@ def add_documents(
     with changing(path, "adding") as folder:
         now = open_now()
         metadata = now.metadata
+        check_whole(now.path, metadata, (*_CODEC, *_IDS))
+        _check_next_id(now)
         group = Group()
         state = BuildState(folder, group)
         by_position = isinstance(now.ids, Positions)
@@ -114,7 +141,7 @@ def add_documents(
                 f"{path}: token embeddings of {metadata.dim} dimensions, these have {source.dim}"
             )
         source.prepare(folder, group, progress)
-        settings = config_of(metadata)
+        settings = config_of(now.path, metadata)
         key = {
             "kind": kind,
             "content": source.fingerprint,
@@ -140,11 +167,28 @@ def add_documents(
         discard(folder)
 
 
-def config_of(metadata: fmt.Metadata) -> IndexConfig:
+def config_of(path: Path, metadata: fmt.Metadata) -> IndexConfig:
     """The settings of the build; of a converted index, those that are known."""
     names = {field.name for field in dataclasses.fields(IndexConfig)}
     known = {name: value for name, value in metadata.settings.items() if name in names}
-    return IndexConfig(**known)
+    try:
+        return IndexConfig(**known)
+    except (TypeError, ValueError) as error:
+        file = path / fmt.METADATA
+        raise fmt.IndexFormatError(f"{file}: field 'settings' is damaged: {error}") from None
+
+
+def _check_next_id(now: Opened) -> None:
+    """Raises IndexFormatError where the next number is an id that is there: they ascend."""
+    change = now.metadata.change
+    if change is None or change.next_id is None or not len(now.ids):
+        return
+    last = now.ids.one(len(now.ids) - 1)
+    if not (last.isascii() and last.isdigit() and int(last) < change.next_id):
+        file = now.path / fmt.METADATA
+        raise fmt.IndexFormatError(
+            f"{file}: damaged: 'change.next_id' is {change.next_id}, the last id is {last!r:.80}"
+        )
 
 
 def _given_ids(folder: Path, source: DocumentSource) -> Column | None:
@@ -356,6 +400,7 @@ def delete_documents(path: Path, open_now: Callable[[], Opened], ids: Iterable[s
         if state.is_of(key) and state["change"] == now.metadata.state:
             discard(folder)
             return
+        check_whole(now.path, now.metadata, _IDS)
         there = [now.position(id) for id in wanted]
         _refuse(
             path,
@@ -406,6 +451,7 @@ def compact(path: Path, open_now: Callable[[], Opened], progress: bool | None) -
         ):
             discard(folder)
             return
+        check_whole(now.path, now.metadata, _COPIED)
         state = BuildState(folder, Group())
         state.start({"compact": now.metadata.state}, Group())
         left = np.flatnonzero(~now.deleted)
@@ -477,17 +523,18 @@ class _Publication:
         self._columns = dict(metadata.columns)
         self._num_deleted = metadata.num_deleted
         self._fields = metadata.fields
+        self._fields_checksum = metadata.checksums.get(metadata.fields or "")
 
     def append(self, name: str, parts: Iterable[np.ndarray]) -> None:
         """Append rows to an array's file, behind the committed ones."""
         file = self._now.path / self._files[name]
-        if file.stat().st_nlink > 1:  # a copy by hard links must not get our rows
+        if _is_shared(file):
             own = self._target(name)
             with naming(own):
                 shutil.copyfile(file, own)
             self._files[name], file = own.name, own
-        rows = self._specs[name][1][0]
-        _, self._checksums[name] = fmt.append_rows(file, rows, parts, self._checksums[name])
+        known = self._checksums[name]
+        self._checksums[name] = fmt.append_rows(file, *self._specs[name], parts, known)
 
     def replace(self, name: str, staged: Path) -> None:
         """Take a whole file, written by an `ArrayWriter`, for an array."""
@@ -535,24 +582,34 @@ class _Publication:
         if self._fields is None and staged is None:
             return
         own = path / f"fields-{self.generation}.sqlite"
-        if self._fields is not None and (path / self._fields).stat().st_nlink > 1:
-            copy_fields(path / self._fields, own, np.arange(count))
-            self._fields = own.name
+        if self._fields is None:
+            delete_fields(own)  # a killed change has left it
+        else:
+            file = path / self._fields
+            if self._fields_checksum is None:
+                self._fields_checksum = fields_checksum(file, count)
+            if _is_shared(file):
+                copy_fields(file, own, np.arange(count))
+                self._fields = own.name
         self._fields = self._fields or own.name
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(FieldsWriter(path / self._fields, count))
+            known = self._fields_checksum or 0
+            writer = stack.enter_context(FieldsWriter(path / self._fields, count, known))
             if staged is not None:
                 total = self._num_new
                 store = stack.enter_context(contextlib.closing(FieldStore(staged, total)))
                 for start in range(0, total, _STRINGS):
                     writer.extend(store.several(list(range(start, min(start + _STRINGS, total)))))
+        self._fields_checksum = writer.checksum
 
     def choose_fields(self, left: np.ndarray) -> None:
         """Keep the fields of the documents at ascending positions."""
         if self._fields is not None:
             own = f"fields-{self.generation}.sqlite"
-            path = self._now.path
-            self._fields = own if copy_fields(path / self._fields, path / own, left) else None
+            path, count = self._now.path, len(self._now.deleted)
+            verify_fields(path / self._fields, count, self._fields_checksum)
+            self._fields_checksum = copy_fields(path / self._fields, path / own, left)
+            self._fields = None if self._fields_checksum is None else own
 
     def publish(self, *, lists: bool = False, **values: Any) -> None:
         """Make the new state the index, and delete what only the former one needed.
@@ -579,6 +636,8 @@ class _Publication:
         )
         listed = 0 if lists else change["num_listed_documents"]
         if lists or self._is_time(metadata, listed):
+            if listed:
+                self._check_lists(metadata)
             entries = self._write_lists(metadata, listed)
             metadata = dataclasses.replace(metadata, num_list_entries=entries)
             change["num_listed_documents"] = metadata.num_documents
@@ -586,9 +645,12 @@ class _Publication:
         name = uuid.uuid4().hex
         self._state.update(change=name)
         sync_folder(path)
+        checksums = {file: self._checksums[name] for name, file in self._files.items()}
+        if self._fields is not None and self._fields_checksum is not None:
+            checksums[self._fields] = self._fields_checksum
         metadata = dataclasses.replace(
             metadata,
-            checksums={file: self._checksums[name] for name, file in self._files.items()},
+            checksums=checksums,
             change=fmt.Change(
                 generation=self.generation,
                 name=name,
@@ -609,6 +671,18 @@ class _Publication:
         offsets = self._array(metadata, "offsets")
         unlisted = metadata.num_tokens - int(offsets[listed])
         return unlisted > max(_UNLISTED, metadata.num_tokens // _UNLISTED_SHARE)
+
+    def _check_lists(self, metadata: fmt.Metadata) -> None:
+        """Compare the checksums of what new lists are made of."""
+        check_whole(self._now.path, self._now.metadata, ("lists", "list_offsets"))
+        specs = fmt.array_specs(metadata)
+        with fmt.IndexFiles(self._now.path) as files:
+            for name in ("codes", "offsets"):
+                file = self._files[name]
+                if files.checksum(file, *specs[name]) != self._checksums[name]:
+                    raise fmt.IndexFormatError(
+                        f"{files.folder / file}: damaged: its checksum differs"
+                    )
 
     def _write_lists(self, metadata: fmt.Metadata, listed: int) -> int:
         """Inverted lists: the known ones up to a document, and those of the others."""
@@ -635,6 +709,11 @@ class _Publication:
         dtype, shape = fmt.array_specs(metadata)[name]
         with fmt.IndexFiles(self._now.path) as files:
             return fmt.open_array(files, self._files[name], dtype, shape, grown=True)
+
+
+def _is_shared(file: Path) -> bool:
+    """Whether a file has a second name: a copy of the index by links must not get our rows."""
+    return file.is_symlink() or file.stat().st_nlink > 1
 
 
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:

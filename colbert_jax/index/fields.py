@@ -88,10 +88,12 @@ class FieldsWriter:
       num_documents: the position that comes next.
       has_fields: once the block has ended, whether any document in the file has a field.
       fingerprint: of the fields given, and of whose they are; None: there were none.
+      checksum: of the rows of all documents (`fields_checksum`).
     """
 
-    def __init__(self, file: Path, first: int = 0):
-        self.num_documents, self.has_fields = first, False
+    def __init__(self, file: Path, first: int = 0, checksum: int = 0):
+        """`checksum`: of the documents before `first`."""
+        self.num_documents, self.has_fields, self.checksum = first, False, checksum
         self._file, self._first = file, first
         self._digest: Any = None
         self._connection: sqlite3.Connection | None = None
@@ -139,6 +141,7 @@ class FieldsWriter:
             encoded = text.encode()
             self._digest.update(b"%d %d " % (position, len(encoded)) + encoded)
         rows.sort()
+        self.checksum = _chained((checksum for _, checksum, _ in documents), self.checksum)
         with _naming(self._file):
             if self._connection is None:
                 delete_fields(self._file)  # a log without its file would be taken for the new one's
@@ -156,7 +159,9 @@ class FieldsWriter:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            (count,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            # An empty file is no file of documents that have fields.
+            if not count and (self._is_new or not self._first):
                 for statement in _TABLES.values():
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {_MARK}")
@@ -222,21 +227,21 @@ def companions(file: Path) -> list[Path]:
     return [file.with_name(f"{file.name}-{end}") for end in ("wal", "shm", "journal")]
 
 
-def copy_fields(source: Path, target: Path, positions: np.ndarray) -> bool:
+def copy_fields(source: Path, target: Path, positions: np.ndarray) -> int | None:
     """Write the fields of documents at ascending `positions`, which become 0, 1, ...
 
     Returns:
-      Whether any of them has a field; else there is no target.
+      Their checksum; None if none of them has a field: then there is no target.
     """
     delete_fields(target)
     if len(positions) == 0:
-        return False
+        return None
     store = FieldStore(source, int(positions[-1]) + 1)
     with contextlib.closing(store), FieldsWriter(target) as writer:
         for start in range(0, len(positions), _WRITTEN):
             wanted = positions[start : start + _WRITTEN].tolist()
             writer.extend(store.several(wanted))
-    return writer.has_fields
+    return writer.checksum if writer.has_fields else None
 
 
 def _to_json(fields: Mapping[str, Value]) -> str:
@@ -260,6 +265,11 @@ def _from_json(text: str) -> dict[str, Value]:
 
 def _checksum(position: int, text: str) -> int:
     return zlib.crc32(text.encode(), position & 0xFFFFFFFF)
+
+
+def _chained(checksums: Iterable[int], crc: int) -> int:
+    """CRC-32 of the checksums of rows, after those of which it is `crc`."""
+    return zlib.crc32(np.fromiter(checksums, "<u4").tobytes(), crc)
 
 
 def _rows(position: int, fields: Mapping[str, Value]) -> Iterator[_Row]:
@@ -344,6 +354,15 @@ class FieldStore:
     def verify(self) -> None:
         """Raises IndexFormatError; see `verify_fields`."""
         self._run(lambda connection: _verify(connection, self._file))
+
+    def checksum(self) -> int:
+        """See `fields_checksum`."""
+        rows = self._read(
+            "SELECT checksum FROM documents WHERE position < ? ORDER BY position", [self._n]
+        )
+        if not all(type(sum_) is int and 0 <= sum_ < 1 << 32 for (sum_,) in rows):
+            raise IndexFormatError(f"{self._file}: damaged: a row without a checksum")
+        return _chained((sum_ for (sum_,) in rows), 0)
 
     # --- Filters
 
@@ -555,14 +574,31 @@ def _size(file: Path) -> int:
 # --- Checking -------------------------------------------------------------------------------
 
 
-def verify_fields(file: Path, num_documents: int) -> None:
+def fields_checksum(file: Path, num_documents: int) -> int:
+    """CRC-32 of the checksums of the rows of an index's documents, by position.
+
+    It tells a file whose log was lost, or that is another state's: each is whole in itself.
+    """
+    with contextlib.closing(FieldStore(file, num_documents)) as store:
+        return store.checksum()
+
+
+def verify_fields(file: Path, num_documents: int, checksum: int | None = None) -> None:
     """Read all of a file, and compare what filters look up with what the documents have.
+
+    Args:
+      checksum: that `fields_checksum` must find.
 
     Raises:
       FileNotFoundError, IndexFormatError: naming the file.
     """
     with contextlib.closing(FieldStore(file, num_documents)) as store:
         store.verify()
+        if checksum not in (None, store.checksum()):
+            raise IndexFormatError(
+                f"{file}: damaged: its checksum differs: it is another state's, or its log "
+                f"({companions(file)[0].name}) was lost"
+            )
 
 
 def _verify(connection: sqlite3.Connection, file: Path) -> None:

@@ -59,6 +59,7 @@ _HEADER = 128  # bytes of the header of an array's file
 _LARGEST = float(np.finfo(np.float16).max)  # weight; larger ones overflow in sums of squares
 _ZEROS = 1 << 20  # bytes written at a time
 _READ = 1 << 22  # bytes read at a time
+_MOST_CHANGES = 10**17  # so that names of files have no more digits than they may
 _FARTHEST = 4.0  # no two embeddings of unit length are; centroids are about as long
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -88,7 +89,7 @@ class Metadata:
         None: unknown.
       columns: the bytes of each column of strings that is there.
       checksums: CRC-32 of the committed bytes of each array's file; that of `metadata.json` is of
-        its other fields.
+        its other fields, that of the documents' fields of their rows (`index.fields`).
       origin: of a converted index, where it comes from.
       outlier_distance: the distance from its centroid that one in ten held-out token embeddings
         exceeded when the centroids were trained; None: not known.
@@ -160,6 +161,8 @@ class Metadata:
         empty, whole = values["num_empty_documents"], values["num_documents"]
         if empty > whole or (empty == whole and not changed):
             raise IndexFormatError(f"{file}: damaged: {empty} of {whole} documents are empty")
+        if whole and not values["num_centroids"]:
+            raise IndexFormatError(f"{file}: damaged: {whole} documents, but no centroids")
         try:
             check_packable(values["dim"], values["nbits"])
         except ValueError as error:
@@ -174,7 +177,10 @@ class Metadata:
         demanded = array_specs(metadata)
         if change is not None:
             change.check(file, metadata, demanded)
-        named = metadata.checksums.keys() - {METADATA}
+        for of in (*map(metadata.file, demanded), metadata.fields or ""):
+            if _generation_in(of) > metadata.generation:
+                raise IndexFormatError(f"{file}: damaged: {of} is newer than 'change.generation'")
+        named = metadata.checksums.keys() - {METADATA, metadata.fields}
         files = {metadata.file(name) for name in demanded}
         if named != files:
             other = ", ".join(sorted(named ^ files))
@@ -229,6 +235,16 @@ class Change:
         ):
             if getattr(self, part) > getattr(metadata, whole):
                 raise IndexFormatError(f"{file}: damaged: {part} exceeds {whole}")
+        if self.num_outliers > self.num_added_tokens:
+            raise IndexFormatError(f"{file}: damaged: num_outliers exceeds num_added_tokens")
+        if self.next_id is not None and "pid" not in metadata.columns:
+            raise IndexFormatError(f"{file}: damaged: 'change.next_id', but there are no ids")
+
+
+def _generation_in(file: str) -> int:
+    """The generation in the name of a file; 0 where there is none."""
+    found = re.search(r"-([0-9]+)\.", file)
+    return 0 if found is None else int(found[1])
 
 
 def is_array_file(file: str, array: str) -> bool:
@@ -314,7 +330,7 @@ _OPTIONAL: dict[str, Any] = {
     "fields": lambda value: isinstance(value, str) and is_fields_file(value),
 }
 _CHANGE: dict[str, Any] = {
-    "generation": lambda value: _is_count(value) and value > 0,
+    "generation": lambda value: _is_count(value) and 0 < value < _MOST_CHANGES,
     "name": lambda value: isinstance(value, str),
     "files": lambda value: _is_object(value) and all(isinstance(v, str) for v in value.values()),
     "num_deleted": _is_count,
@@ -331,12 +347,16 @@ def _size_field(column: str) -> str:
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
-    """Write `metadata.json` with the checksums of all arrays: the index is whole."""
+    """Write `metadata.json` with the checksums of all arrays: the index is whole.
+
+    `metadata` has the other checksums.
+    """
     with IndexFiles(folder) as files:
         checksums = {
             metadata.file(name): files.checksum(metadata.file(name), dtype, shape)
             for name, (dtype, shape) in array_specs(metadata).items()
         }
+    checksums |= metadata.checksums
     replace_metadata(folder, dataclasses.replace(metadata, checksums=checksums))
 
 
@@ -446,7 +466,7 @@ class IndexFiles:
                 f"{self.folder}: no index there ({METADATA} is missing)"
             ) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise IndexFormatError(f"{file}: damaged: {error!r}") from None
+            raise IndexFormatError(f"{file}: damaged: {error!r:.200}") from None
         if version not in (FORMAT_VERSION, CHANGED_VERSION):
             raise IndexFormatError(
                 f"{file}: format version {version}, this library reads {FORMAT_VERSION} and "
@@ -464,6 +484,24 @@ class IndexFiles:
         if read < size:
             raise IndexFormatError(f"{self.folder / name}: damaged: shorter than {size} bytes")
         return crc
+
+    def check(self, metadata: Metadata, arrays: Iterable[str]) -> None:
+        """Compare the metadata, and the files of some arrays, with their checksums.
+
+        Raises IndexFormatError, naming a file that is damaged or missing.
+        """
+        fields = self.fields()
+        if metadata.checksums.get(METADATA) not in (None, own_checksum(fields)):
+            raise IndexFormatError(f"{self.folder / METADATA}: damaged: its checksum differs")
+        specs = array_specs(metadata)
+        for array in arrays:
+            name = metadata.file(array)
+            try:
+                found = self.checksum(name, *specs[array])
+            except FileNotFoundError:
+                raise _missing(self.folder / name) from None
+            if found != metadata.checksums[name]:
+                raise IndexFormatError(f"{self.folder / name}: damaged: its checksum differs")
 
     def whole_checksum(self, name: str) -> int:
         """CRC-32 of a file."""
@@ -486,7 +524,9 @@ def delete_others(folder: Path, metadata: Metadata) -> None:
         database = re.sub("-(wal|shm|journal)$", "", file.name)
         ours = any(is_array_file(file.name, name) for name in _ARRAYS) or is_fields_file(database)
         if ours and file.name not in kept and database not in kept:
-            file.unlink(missing_ok=True)
+            # The change is made: what is in the way, such as a folder, is no error any more.
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 # --- Arrays ---------------------------------------------------------------------------------
@@ -535,30 +575,44 @@ def open_array(
     file = files.folder / name
     try:
         with files.open(file.name) as stream:
-            found = _read_header(stream)
-            fits = found[0] == np.dtype(dtype) and found[1][1:] == shape[1:]
-            rows = found[1][0] if len(found[1]) == len(shape) else None
-            if not fits or rows is None or rows > shape[0] or (rows < shape[0] and not grown):
-                raise IndexFormatError(
-                    f"{file}: holds {found[0]} {list(found[1])}, but {METADATA} promises "
-                    f"{np.dtype(dtype)} {list(shape)}"
-                )
-            start = stream.tell()
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            if os.fstat(stream.fileno()).st_size < start + size:
-                raise IndexFormatError(f"{file}: truncated")
-            if size == 0:  # can't be mapped
+            start = _check_header(file, stream, dtype, shape, grown)
+            if math.prod(shape) == 0:  # can't be mapped
                 return np.empty(shape, dtype)
             with naming(file):
                 return np.memmap(stream, dtype, "r", start, shape)
     except FileNotFoundError:
-        raise IndexFormatError(
-            f"{file}: missing; the index is incomplete: build it again"
-        ) from None
-    except (IndexFormatError, OSError, MemoryError):
+        raise _missing(file) from None
+
+
+def _missing(file: Path) -> IndexFormatError:
+    return IndexFormatError(f"{file}: missing; the index is incomplete: build it again")
+
+
+def _check_header(
+    file: Path, stream: BinaryIO, dtype: type, shape: tuple[int, ...], grown: bool
+) -> int:
+    """Where the rows of an array's file start.
+
+    Raises IndexFormatError unless it holds as many as its metadata say; `grown`: or says that it
+    holds fewer.
+    """
+    try:
+        found = _read_header(stream)
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged header fails in numpy's parser in many ways
         raise IndexFormatError(f"{file}: damaged or truncated: {error}") from None
+    fits = found[0] == np.dtype(dtype) and found[1][1:] == shape[1:]
+    rows = found[1][0] if len(found[1]) == len(shape) else None
+    if not fits or rows is None or rows > shape[0] or (rows < shape[0] and not grown):
+        raise IndexFormatError(
+            f"{file}: holds {found[0]} {list(found[1])}, but {METADATA} promises "
+            f"{np.dtype(dtype)} {list(shape)}"
+        )
+    start = stream.tell()
+    if os.fstat(stream.fileno()).st_size < start + math.prod(shape) * np.dtype(dtype).itemsize:
+        raise IndexFormatError(f"{file}: truncated")
+    return start
 
 
 def _read_header(stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
@@ -568,6 +622,8 @@ def _read_header(stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
     shape, fortran, dtype = read[version[0]](stream)
     if fortran and len(shape) > 1:
         raise ValueError("in Fortran's order")
+    if stream.tell() != _HEADER:  # checksums are of the bytes behind one of this size
+        raise ValueError(f"a header of {stream.tell()} bytes")
     return dtype, shape
 
 
@@ -622,21 +678,8 @@ def verify(path: Path, others: Callable[[Path, Metadata], None] | None = None) -
     """
 
     def read(files: IndexFiles) -> None:
-        fields = files.fields()
-        metadata = Metadata.from_json(files.folder / METADATA, fields)
-        known = metadata.checksums.get(METADATA)
-        if known not in (None, own_checksum(fields)):
-            raise IndexFormatError(f"{files.folder / METADATA}: damaged: its checksum differs")
-        for array, spec in array_specs(metadata).items():
-            name = metadata.file(array)
-            try:
-                found = files.checksum(name, *spec)
-            except FileNotFoundError:
-                raise IndexFormatError(
-                    f"{files.folder / name}: missing; the index is incomplete: build it again"
-                ) from None
-            if found != metadata.checksums[name]:
-                raise IndexFormatError(f"{files.folder / name}: damaged: its checksum differs")
+        metadata = files.metadata()
+        files.check(metadata, array_specs(metadata))
         if others is not None:
             others(files.folder, metadata)
 
@@ -782,25 +825,26 @@ class ArrayWriter:
         return magic + room.to_bytes(2, "little") + text.ljust(room - 1).encode() + b"\n"
 
 
-def append_rows(file: Path, rows: int, parts: Iterable[np.ndarray], crc: int) -> tuple[int, int]:
+def append_rows(
+    file: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[np.ndarray], crc: int
+) -> int:
     """Append to the committed rows of an array's file, durably; what follows them is cut off.
 
     Readers have the committed rows mapped, so neither these nor the header are touched.
 
     Args:
-      rows: how many are committed.
+      dtype, shape: of what is committed.
       parts: arrays of rows.
       crc: CRC-32 of what is committed.
 
     Returns:
-      rows and CRC-32 of what is there now.
+      CRC-32 of what is there now.
     """
+    if not present(file):
+        raise _missing(file)
     with file.open("r+b", buffering=0) as stream, naming(file):
-        dtype, shape = _read_header(stream)
-        row = math.prod(shape[1:]) * dtype.itemsize
-        end = stream.tell() + rows * row
-        if os.fstat(stream.fileno()).st_size < end:
-            raise IndexFormatError(f"{file}: truncated")
+        start = _check_header(file, stream, dtype, shape, grown=True)
+        end = start + math.prod(shape) * np.dtype(dtype).itemsize
         stream.truncate(end)
         stream.seek(end)
         for part in parts:
@@ -810,6 +854,5 @@ def append_rows(file: Path, rows: int, parts: Iterable[np.ndarray], crc: int) ->
             crc = zlib.crc32(left, crc)
             while len(left):
                 left = left[stream.write(left) :]
-            rows += len(part)
         os.fsync(stream.fileno())
-    return rows, crc
+    return crc

@@ -28,7 +28,7 @@ from colbert_jax.index.columns import ID, TEXT, Column, Positions, UnknownIdErro
 from colbert_jax.index.fields import FieldStore, verify_fields
 from colbert_jax.index.filters import FilterError, parse_filter
 from colbert_jax.index.folder import METADATA, locate
-from colbert_jax.index.inverted import recent_lists
+from colbert_jax.index.inverted import check_inverted_lists, recent_lists
 from colbert_jax.index.sources import (
     DocumentEncoder,
     DocumentSource,
@@ -523,6 +523,7 @@ class Index:
 
         def documents() -> Iterator[tuple[str, str, dict[str, Value]]]:
             now = self.refresh()  # whoever builds holds the index: it stays as it is
+            changes.check_whole(now.path, now.metadata, changes.TOLD)
             assert now.texts is not None
             for i in np.flatnonzero(~now.deleted).tolist():
                 fields = {} if now._fields is None else now._fields.fields(i)
@@ -531,7 +532,7 @@ class Index:
         build_index(
             self.path,
             lambda: TextSource(model, documents()),
-            changes.config_of(self.metadata),
+            changes.config_of(self.path, self.metadata),
             model=model.describe(),
             overwrite=True,
             progress=progress,
@@ -559,7 +560,7 @@ class Index:
             build_index(
                 self.path,
                 lambda: kept(0),
-                changes.config_of(now.metadata),
+                changes.config_of(now.path, now.metadata),
                 model=now.metadata.model,
                 store_texts=TEXT in now.metadata.columns,
                 overwrite=True,
@@ -581,6 +582,10 @@ class Index:
 
     def _opened_now(self) -> changes.Opened:
         now = self.refresh()
+        if now is self:  # somebody may have damaged it since
+            fmt.open_arrays(self.path)
+            if self.metadata.fields is not None:
+                FieldStore(self.path / self.metadata.fields, len(self.lengths)).close()
         return changes.Opened(now.path, now.metadata, now._files, now.ids, now.deleted)
 
     def advice(self) -> list[str]:
@@ -610,9 +615,7 @@ class Index:
     # --- Files ---
 
     def _file(self, array: str) -> Path:
-        name = f"{array}.npy"  # of an array that is not on disk
-        known = self.metadata.change is None or array in self.metadata.change.files
-        return self.path / (self.metadata.file(array) if known else name)
+        return self.path / _file_name(self.metadata, array)
 
     def _is_continued(self, metadata: fmt.Metadata) -> bool:
         """Whether what is here is still there in a later state, in its place."""
@@ -661,22 +664,14 @@ class Index:
         return dict(zip(("recent_lists", "recent_list_offsets"), lists, strict=True))
 
     def verify(self) -> None:
-        """Read every file of the index that is at `path`, and compare checksums.
+        """Read every file of the index that is at `path`, compare checksums, and lists with codes.
 
         Raises ValueError naming a file that is damaged or missing.
         """
-        fmt.verify(self.path, _verify_fields)
+        fmt.verify(self.path, _verify_contents)
 
-    @contextlib.contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        """Search knows arrays, whoever reads its errors knows files."""
-        try:
-            yield
-        except DamagedArrayError as error:
-            file = self._file(error.array)
-            raise fmt.IndexFormatError(
-                f"{file}: damaged: holds {error.holds}; copy the index again, or build it again"
-            ) from None
+    def _naming_the_file(self) -> contextlib.AbstractContextManager[None]:
+        return _naming_the_file(self.path, self.metadata)
 
     def _checked(self, queries: Any) -> np.ndarray:
         if isinstance(queries, str) or (len(queries) and isinstance(queries[0], str)):
@@ -728,9 +723,39 @@ def _state_of(path: Path) -> str:
     return fmt.read_metadata(locate(path)).state
 
 
-def _verify_fields(folder: Path, metadata: fmt.Metadata) -> None:
+def _verify_contents(folder: Path, metadata: fmt.Metadata) -> None:
     if metadata.fields is not None:
-        verify_fields(folder / metadata.fields, metadata.num_documents)
+        known = metadata.checksums.get(metadata.fields)
+        verify_fields(folder / metadata.fields, metadata.num_documents, known)
+    folder, metadata, arrays = fmt.open_arrays(folder)
+    change = metadata.change
+    with _naming_the_file(folder, metadata):
+        check_inverted_lists(
+            arrays["codes"],
+            arrays["offsets"],
+            arrays["lists"],
+            arrays["list_offsets"],
+            metadata.num_documents if change is None else change.num_listed_documents,
+            metadata.num_centroids,
+        )
+
+
+@contextlib.contextmanager
+def _naming_the_file(folder: Path, metadata: fmt.Metadata) -> Iterator[None]:
+    """Search knows arrays, whoever reads its errors knows files."""
+    try:
+        yield
+    except DamagedArrayError as error:
+        file = folder / _file_name(metadata, error.array)
+        raise fmt.IndexFormatError(
+            f"{file}: damaged: holds {error.holds}; copy the index again, or build it again"
+        ) from None
+
+
+def _file_name(metadata: fmt.Metadata, array: str) -> str:
+    """Of an array that may be in memory only, such as recent lists."""
+    known = metadata.change is None or array in metadata.change.files
+    return metadata.file(array) if known else f"{array}.npy"
 
 
 def check_documents(index: Index, documents: Sequence[str | tuple[str, str]], remedy: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.index.folder import naming
 from colbert_jax.index.format import ArrayWriter, write_array
-from colbert_jax.search.arrays import check_codes
+from colbert_jax.search.arrays import DamagedArrayError, check_codes
 
 _TOKENS = 1 << 20  # tokens inverted at a time
 _ENTRIES = 1 << 20  # entries joined at a time
@@ -111,6 +111,37 @@ def recent_lists(
     centroids, documents = _distinct(codes, documents, max(count, 1))
     sizes = np.bincount(centroids, minlength=num_centroids)
     return (documents + first).astype(np.int32), offsets_from_lengths(sizes)
+
+
+def check_inverted_lists(
+    codes: np.ndarray,
+    offsets: np.ndarray,
+    lists: np.ndarray,
+    list_offsets: np.ndarray,
+    num_documents: int,
+    num_centroids: int,
+) -> None:
+    """Hold the lists on disk to the codes of the first documents, and all codes to their range.
+
+    Raises:
+      DamagedArrayError: they are not what `write_inverted_lists` writes.
+    """
+    for start in range(0, len(codes), _TOKENS):
+        block = np.asarray(codes[start : start + _TOKENS])
+        check_codes(((block >= 0) & (block < num_centroids)).all(), num_centroids)
+    listed = len(list_offsets) - 1
+    free, ends = np.array(list_offsets[:-1]), list_offsets[1:]
+    right = True
+    for centroids, documents in _pairs(codes, offsets[: num_documents + 1]):
+        counts = np.bincount(centroids, minlength=listed)
+        right = right and len(counts) == listed and bool((free + counts <= ends).all())
+        if right:
+            start_of = np.cumsum(counts) - counts
+            places = free[centroids] + np.arange(len(centroids)) - start_of[centroids]
+            right = bool((lists[places] == documents).all())
+            free += counts
+    if not right or (free != ends).any():
+        raise DamagedArrayError("lists", "other documents than those with such codes")
 
 
 def _pairs(codes: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -27,15 +27,19 @@ def pick(files: list[Path], rng: np.random.Generator) -> Path:
     return files[int(rng.integers(len(files)))]
 
 
+def _pick_full(files: list[Path], rng: np.random.Generator) -> Path:
+    return pick([file for file in files if file.stat().st_size], rng)
+
+
 def truncate(folder: Path, files: list[Path], rng: np.random.Generator) -> str:
-    file = pick(files, rng)
+    file = _pick_full(files, rng)
     size = int(rng.integers(file.stat().st_size))
     os.truncate(file, size)
     return f"{file.name} cut to {size} bytes"
 
 
 def flip(folder: Path, files: list[Path], rng: np.random.Generator) -> str:
-    file = pick(files, rng)
+    file = _pick_full(files, rng)
     data = bytearray(file.read_bytes())
     # Half of the flips fall into the first bytes, where headers are.
     most = len(data) if rng.random() < 0.5 else min(len(data), 4096)
@@ -47,7 +51,7 @@ def flip(folder: Path, files: list[Path], rng: np.random.Generator) -> str:
 
 
 def zeros(folder: Path, files: list[Path], rng: np.random.Generator) -> str:
-    file = pick(files, rng)
+    file = _pick_full(files, rng)
     data = bytearray(file.read_bytes())
     start = int(rng.integers(len(data)))
     stop = min(len(data), start + int(rng.integers(1, 4096)))
@@ -226,14 +230,15 @@ class Campaign(NamedTuple):
 
 def _lines(worker: Any) -> Iterator[dict[str, Any] | None]:
     """The worker's lines; None where none comes in time."""
-    pending = b""
+    pending, patience = b"", 20 * LIMIT  # what trials compare with is loaded first
     while True:
-        ready, _, _ = select.select([worker.stdout], [], [], LIMIT * (4 if not pending else 1))
+        ready, _, _ = select.select([worker.stdout], [], [], patience)
         if not ready:
             yield None
             return
         data = os.read(worker.stdout.fileno(), 1 << 16)
         if not data:
             return
+        patience = 4 * LIMIT
         *whole, pending = (pending + data).split(b"\n")
         yield from map(json.loads, whole)
