@@ -210,16 +210,15 @@ class FLMRModelForRetrieval:
 
     def checkpoint(self) -> Checkpoint:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
-        params = jax.tree.map(np.asarray, self.params)
         images = None
         if self.images is not None:
-            images = ImageSide(self.images, params["images"], params.get("context_images"))
-        return dataclasses.replace(
-            self._checkpoint,
-            params=params["context"],
-            query_params=params.get("query"),
-            images=images,
-        )
+            own = self.params.get("context_images")
+            images = ImageSide(self.images, *map(_on_host, (self.params["images"], own)))
+        return dataclasses.replace(self._text_checkpoint(), images=images)
+
+    def _text_checkpoint(self) -> Checkpoint:
+        params, query = map(_on_host, (self.params["context"], self.params.get("query")))
+        return dataclasses.replace(self._checkpoint, params=params, query_params=query)
 
     def colbert(self, **text_settings: Any) -> ColBERT:
         """The same model as a `ColBERT`, which batches, indexes and ranks texts.
@@ -227,8 +226,7 @@ class FLMRModelForRetrieval:
         Args:
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
         """
-        checkpoint = dataclasses.replace(self.checkpoint(), images=None)
-        checkpoint = checkpoint.with_text(**text_settings)
+        checkpoint = self._text_checkpoint().with_text(**text_settings)
         return ColBERT(checkpoint, load=self._load | text_settings, dtype=self._dtype)
 
     def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
@@ -821,6 +819,10 @@ def _floats(name: str, value: Any) -> Any:
         if wrong.any():
             raise ValueError(f"{name} of item {wrong.argmax()} hold NaN or infinite values")
     return array
+
+
+def _on_host(params: dict | None) -> Any:
+    return jax.tree.map(np.asarray, params)
 
 
 def _check_side(side: str) -> None:

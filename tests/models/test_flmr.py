@@ -118,13 +118,36 @@ def test_names_are_the_parameters():
         assert set(names.values()) == set(tensors(depth(made)))
 
 
+def rows_made(config, regions=1):
+    """The number of rows that the stages really give, from shapes alone."""
+    tree: dict = {}
+    for path, shape in image_shapes(config).items():
+        set_path(tree, path, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def rows(tree, pixels, text):
+        encoder = make_image_encoder(config, tree)
+        seen = encoder.see(pixels)
+        made = encoder.project(seen.class_token[None])
+        if config.mapping is not None:
+            made = jnp.concatenate([made, encoder.map_patches(seen.patches[None], text)], axis=1)
+        return made
+
+    width = 1 if config.mapping is None else config.mapping.hidden_size
+    shapes = ((regions, *config.vision.image_shape), (1, 32, width))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.eval_shape(rows, tree, *arrays).shape[1]
+
+
 def test_rows_of_published_models():
     """PreFLMR's B and L, and FLMR with an image and nine regions, beside the text."""
-    text, base = 32, BertConfig(**support.SIZES)
-    fourteen = vision_config(vars(B32) | dict(patch_size=14))
-    assert text + ImageEncoderConfig(vision=B32, dim=128, mapping=base).rows() == 113
-    assert text + ImageEncoderConfig(vision=fourteen, dim=128, mapping=base).rows() == 320
-    assert 512 + ImageEncoderConfig(vision=B32, dim=128).rows(regions=10) == 832
+    base = BertConfig(**support.SIZES)
+    fourteen = vision_config(vars(B32) | dict(patch_size=14, num_hidden_layers=2))
+    for text, regions, expected, made in (
+        (32, 1, 113, ImageEncoderConfig(vision=B32, dim=128, mapping=base)),
+        (32, 1, 320, ImageEncoderConfig(vision=fourteen, dim=128, mapping=base)),
+        (512, 10, 832, ImageEncoderConfig(vision=B32, dim=128)),
+    ):
+        assert text + made.rows(regions) == text + rows_made(made, regions) == expected
 
 
 def test_wrong_sizes():
