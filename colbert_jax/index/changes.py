@@ -63,7 +63,7 @@ from colbert_jax.progress import progress_bar
 KINDS = ("add", "update", "upsert")
 _UNLISTED = 1 << 18  # tokens that searchers invert themselves, or ...
 _UNLISTED_SHARE = 16  # ... this part of all: beyond both, the lists on disk are made again
-_NEW_CENTROIDS = 16  # an add may bring this part of the centroids, even if there are enough
+_POINTS = 16  # training points of a new centroid, at least
 _ROWS = 1 << 18  # tokens copied at a time
 _STRINGS = 1 << 12  # strings copied at a time
 _SAMPLED = 10_000  # tokens whose residuals are looked at
@@ -262,9 +262,11 @@ def _extended(
 ) -> tuple[ResidualCodec, float]:
     """The index's codec, with new centroids if the new documents need them, written to `folder`.
 
-    Tokens that lie farther from their centroid than nine in ten did when the index was built are
-    outliers. One in ten is expected; for what is beyond, centroids are trained on them, as many as
-    keep the tokens per centroid as they are.
+    Where a build of as many tokens would have more centroids, new ones are trained on that half of
+    the new tokens that lies farthest from the known ones: on real passages this loses less than
+    training on the outliers alone. Where there are enough, only outliers bring new ones: tokens
+    farther from their centroid than nine in ten were when the index was built. One in ten is
+    expected; for what is beyond, there are as many as keep the tokens per centroid as they are.
 
     Returns:
       the codec, and the part of the new tokens that are outliers to it.
@@ -278,14 +280,15 @@ def _extended(
         if len(points):
             limit = metadata.outlier_distance
             limit = _typical_distance(now) if limit is None else limit
-            far = np.flatnonzero(_distances(arrays[0], points) > limit)
+            distances = _distances(arrays[0], points)
             scale = source.num_documents / sample_size_for(source.num_documents)
-            count = _num_new_centroids(metadata, len(far), len(points), scale)
+            count, rows = _new_centroids(metadata, distances, limit, scale)
+            far = np.flatnonzero(distances > limit)
             if count:
                 fresh = train_kmeans(
                     points,
                     count,
-                    rows=far,
+                    rows=rows,
                     iterations=config.kmeans_niters,
                     max_points_per_centroid=config.max_points_per_centroid,
                     seed=config.seed,
@@ -300,13 +303,25 @@ def _extended(
     return ResidualCodec(*map(jnp.asarray, (centroids, *arrays[1:]))), state["share"]
 
 
-def _num_new_centroids(metadata: fmt.Metadata, far: int, points: int, scale: float) -> int:
-    tokens, known = points * scale, metadata.num_centroids
-    excess = (far / points - OUTLIERS) * tokens
-    per_centroid = (metadata.num_tokens + tokens) / known
+def _new_centroids(
+    metadata: fmt.Metadata, distances: np.ndarray, limit: float, scale: float
+) -> tuple[int, np.ndarray]:
+    """How many new centroids, and the rows of the sample to train them on, ascending.
+
+    Args:
+      distances: float32[n], of the sampled tokens.
+      limit: of the distance of what is no outlier.
+      scale: how many times the sample the new tokens are.
+    """
+    known, tokens = metadata.num_centroids, len(distances) * scale
     enough = num_centroids_for(metadata.num_tokens + tokens)
-    room = max(enough - known, known // _NEW_CENTROIDS)
-    return max(min(int(excess / per_centroid), room, far), 0)
+    if known < enough and metadata.settings.get("num_centroids") is None:
+        half = np.sort(np.argpartition(distances, len(distances) // 2)[len(distances) // 2 :])
+        return min(enough - known, len(half) // _POINTS), half
+    far = np.flatnonzero(distances > limit)
+    excess = (len(far) / len(distances) - OUTLIERS) * tokens
+    per_centroid = (metadata.num_tokens + tokens) / known
+    return max(min(int(excess / per_centroid), len(far) // _POINTS), 0), far
 
 
 def _distances(centroids: np.ndarray, points: Any, rows: np.ndarray | None = None) -> np.ndarray:
