@@ -61,13 +61,15 @@ class Process:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        assert self.process.stdin
+        assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.close()  # the worker's loop ends with its input
             self.process.wait(timeout=20)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()
+        finally:
+            self.process.stdout.close()
 
 
 class OtherLoad:

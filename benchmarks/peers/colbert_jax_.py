@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,35 @@ def versions() -> dict[str, str]:
 
 def build(folder: Path, values: np.ndarray, lengths: np.ndarray, nbits: int) -> None:
     Index.build(folder, embeddings=values, lengths=lengths, nbits=nbits, progress=False)
+
+
+def named(folder: Path, values: np.ndarray, lengths: np.ndarray, nbits: int) -> None:
+    ids = names(range(len(lengths)))
+    Index.build(folder, embeddings=values, lengths=lengths, ids=ids, nbits=nbits, progress=False)
+
+
+def documents(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return values, lengths
+
+
+def add(opened: Index, documents: tuple[np.ndarray, np.ndarray], first: int) -> Index:
+    values, lengths = documents
+    ids = names(range(first, first + len(lengths)))
+    return opened.add(embeddings=values, lengths=lengths, ids=ids, progress=False)
+
+
+def delete(opened: Index, numbers: list[int]) -> Index:
+    return opened.delete(names(numbers))
+
+
+def update(opened: Index, numbers: list[int], documents: tuple[np.ndarray, np.ndarray]) -> Index:
+    values, lengths = documents
+    return opened.update(embeddings=values, lengths=lengths, ids=names(numbers), progress=False)
+
+
+def names(numbers: Iterable[int]) -> list[str]:
+    """The documents' ids in lifecycle.py."""
+    return [f"document-{number}" for number in numbers]
 
 
 def open(folder: Path) -> Index:

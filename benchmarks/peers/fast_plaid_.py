@@ -39,6 +39,24 @@ def open(folder: Path) -> FastPlaid:
     return FastPlaid(index=str(folder), device=_device())
 
 
+def documents(values: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
+    return list(torch.from_numpy(values).split(lengths.tolist()))
+
+
+def add(opened: FastPlaid, documents: list[torch.Tensor], first: int) -> FastPlaid:
+    return opened.update(documents_embeddings=documents)
+
+
+def delete(opened: FastPlaid, numbers: list[int]) -> FastPlaid:
+    """Deletes those that have these places now: all later ones move, nothing has an id."""
+    return opened.delete(subset=numbers)
+
+
+def update(opened: FastPlaid, numbers: list[int], documents: list[torch.Tensor]) -> FastPlaid:
+    """It has no update: `delete`, then `add`."""
+    return opened.delete(subset=numbers).update(documents_embeddings=documents)
+
+
 def prepare(queries: list[np.ndarray]) -> list[torch.Tensor]:
     return [torch.from_numpy(query) for query in queries]
 

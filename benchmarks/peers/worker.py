@@ -1,4 +1,5 @@
-"""One measured system in a process of its own: the side of search.py that a peer's Python runs.
+"""One measured system in a process of its own: what a peer's Python runs for search.py and
+lifecycle.py.
 
     PYTHON worker.py ADAPTER
 
@@ -15,8 +16,20 @@ names a module of this folder with
     search(opened, prepared, k, settings)   the timed call, complete when it returns
     ids(found)                              what search returned, as lists of document numbers
 
-Only `search` is timed for queries, and only `build` and `open` for building and opening: imports,
-reading the embeddings and converting to and from the peer's types are not.
+and for lifecycle.py, where a document is its number among all that are ever added,
+
+    named(folder, values, lengths, nbits)   `build` of an index whose documents will be changed;
+                                            may be missing
+    documents(values, lengths)              documents as its users would hold them
+    add(opened, documents, first)           the number of the first of these documents
+    delete(opened, numbers)
+    update(opened, numbers, documents)
+
+of which the last three return what search takes from then on, the change being in effect.
+
+Only `search` is timed for queries, only `build` and `open` for building and opening, and only the
+changes themselves: imports, reading the embeddings and converting to and from the peer's types are
+not.
 """
 
 from __future__ import annotations
@@ -63,12 +76,19 @@ class Worker:
     def settings(self, k: int) -> list[dict[str, Any]]:
         return self.adapter.settings(k)
 
-    def build(self, folder: str, data: str, nbits: int) -> dict[str, float]:
+    def build(
+        self, folder: str, data: str, nbits: int, documents: int | None = None
+    ) -> dict[str, float]:
+        """Make an index, of the first documents only if it will be changed."""
         # Copy on write: some libraries want writable arrays, none gets a copy of its own.
         values = np.load(Path(data) / "values.npy", mmap_mode="c")
-        lengths = np.load(Path(data) / "lengths.npy")
+        lengths = np.load(Path(data) / "lengths.npy")[:documents]
+        values = values[: lengths.sum()]
         before, cpu, start = peak_mb(), time.process_time(), time.perf_counter()
-        self.adapter.build(Path(folder), values, lengths, nbits)
+        build = self.adapter.build
+        if documents is not None:
+            build = getattr(self.adapter, "named", build)
+        build(Path(folder), values, lengths, nbits)
         return {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu,
@@ -77,8 +97,10 @@ class Worker:
         }
 
     def open(self, folder: str, data: str) -> dict[str, float]:
-        queries = np.load(Path(data) / "queries.npz")
-        self.queries = np.split(queries["values"], np.cumsum(queries["lengths"])[:-1])
+        file = Path(data) / "queries.npz"
+        if file.exists():
+            queries = np.load(file)
+            self.queries = np.split(queries["values"], np.cumsum(queries["lengths"])[:-1])
         start = time.perf_counter()
         self.opened = self.adapter.open(Path(folder))
         return {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
@@ -101,12 +123,38 @@ class Worker:
             out["ids"] = [row for hits in found for row in self.adapter.ids(hits)]
         return out
 
+    def change(
+        self, what: str, data: str, first: int, count: int, numbers: list[int]
+    ) -> dict[str, float]:
+        """Add documents first..first+count-1, delete those of `numbers`, or update these to be
+        documents first..first+count-1."""
+        documents = self.adapter.documents(*_some(Path(data), first, count))
+        cpu, start = time.process_time(), time.perf_counter()
+        if what == "add":
+            self.opened = self.adapter.add(self.opened, documents, first)
+        elif what == "delete":
+            self.opened = self.adapter.delete(self.opened, numbers)
+        else:
+            self.opened = self.adapter.update(self.opened, numbers, documents)
+        return {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+
     def batch(self, first: int, size: int) -> Any:
         first %= len(self.queries)
         if (first, size) not in self.prepared:
             rows = [self.queries[(first + i) % len(self.queries)] for i in range(size)]
             self.prepared[first, size] = self.adapter.prepare(rows)
         return self.prepared[first, size]
+
+
+def _some(data: Path, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and lengths of some documents."""
+    lengths = np.load(data / "lengths.npy")
+    start, stop = lengths[:first].sum(), lengths[: first + count].sum()
+    values = np.load(data / "values.npy", mmap_mode="r")
+    return np.array(values[start:stop]), lengths[first : first + count]
 
 
 def main() -> None:
