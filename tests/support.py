@@ -61,6 +61,8 @@ METADATA = dict(
     meta={"version": "colbert-v0.4"},
 )
 
+LONG = "takes minutes: set COLBERT_JAX_LONG=1"
+
 
 def vocabulary() -> list[str]:
     """A WordPiece vocabulary in which any lower-case text can be spelt."""

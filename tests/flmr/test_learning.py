@@ -1,5 +1,7 @@
 """Image queries learn to find captions: shapes and colours, drawn on the spot."""
 
+import os
+
 import jax
 import numpy as np
 import optax
@@ -50,6 +52,7 @@ def picture(rng, caption):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG)
 def test_image_queries_learn_to_find_their_captions(tmp_path):
     """From random weights; every picture is new, those of the end too."""
     assert len(CAPTIONS) == 200
