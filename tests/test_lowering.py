@@ -88,6 +88,15 @@ def programs(index):
             for name, array in arrays._asdict().items()
         )
     )
+    sharded_plaid = partial(
+        sharded._plaid,
+        mesh=mesh,
+        ncells=2,
+        ndocs=64,
+        k=10,
+        capacity=1024,
+        memory=plaid._ACCELERATOR,
+    )
     codec_shapes = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.codec)
     return {
         "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, 16), shaped(9, 20, dtype=bool)),
@@ -119,27 +128,11 @@ def programs(index):
             *(arrays, queries, shaped(64, dtype=I32), shaped(4, 16), shaped(4, 16, dtype=I32)),
         ),
         "sharded plaid": (
-            partial(
-                sharded._plaid,
-                mesh=mesh,
-                ncells=2,
-                ndocs=64,
-                k=10,
-                capacity=1024,
-                memory=plaid._ACCELERATOR,
-            ),
+            sharded_plaid,
             *(shards, shaped(8, dtype=I32), queries, shaped()),
         ),
         "sharded plaid in some documents": (
-            partial(
-                sharded._plaid,
-                mesh=mesh,
-                ncells=2,
-                ndocs=64,
-                k=10,
-                capacity=1024,
-                memory=plaid._ACCELERATOR,
-            ),
+            sharded_plaid,
             *(shards, shaped(8, dtype=I32), queries, shaped(), None),
             shaped(8 * (len(arrays.offsets) - 1), dtype=bool),
         ),

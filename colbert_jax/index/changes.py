@@ -60,7 +60,6 @@ from colbert_jax.index.sources import DocumentSource
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
-KINDS = ("add", "update", "upsert")
 _UNLISTED = 1 << 18  # tokens that searchers invert themselves, or ...
 _UNLISTED_SHARE = 16  # ... this part of all: beyond both, the lists on disk are made again
 _POINTS = 16  # training points of a new centroid, at least

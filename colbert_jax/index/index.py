@@ -93,6 +93,9 @@ class Index:
         self.lengths = np.diff(files["offsets"])
         self.deleted = self._read_deleted()
         self._num_results = int(((self.lengths > 0) & ~self.deleted).sum())
+        # None: so that searches need not look.
+        allowed = ~self.deleted if metadata.num_deleted else None
+        self._everything = Selection(allowed, self._num_results)
         arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
         with self._naming_the_file():
             self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
@@ -350,10 +353,7 @@ class Index:
             a field that no document has.
         """
         if where is None and ids is None:
-            # None: so that searches need not look.
-            return Selection(
-                ~self.deleted if self.metadata.num_deleted else None, self._num_results
-            )
+            return self._everything
         allowed = ~self.deleted
         if ids is not None:
             chosen = np.zeros(len(allowed), bool)
