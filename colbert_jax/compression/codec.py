@@ -7,6 +7,7 @@ significant.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,7 @@ def train_codec(
     return codec_from_residuals(centroids, residuals_of(centroids, heldout), nbits, buckets)
 
 
-def residuals_of(centroids: np.ndarray, values: np.ndarray) -> np.ndarray:
+def residuals_of(centroids: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
     """Subtract the nearest centroid, that with the largest dot product, from each embedding.
 
     Args:
@@ -97,10 +98,20 @@ def residuals_of(centroids: np.ndarray, values: np.ndarray) -> np.ndarray:
       float32[n, D].
     """
     if runtime.use_cpu_kernels():
-        codes = cpu.nearest(cpu.group_centroids(centroids, distance=False), values)
+        codes = cpu.nearest(cpu.groups_of(centroids), values)
     else:
         codes = nearest_blocks(values, jnp.asarray(centroids))
-    return np.asarray(values, np.float32) - centroids[codes]
+    return np.asarray(values, np.float32) - np.asarray(centroids)[codes]
+
+
+def extended(codec: ResidualCodec, fresh: np.ndarray) -> ResidualCodec:
+    """Return the codec with more centroids float32[F, D], of unit length, behind its own."""
+    if len(fresh) == 0:
+        return codec
+    centroids = jnp.asarray(np.concatenate([codec.centroids, fresh]))
+    if runtime.use_cpu_kernels():
+        cpu.extend_groups(codec.centroids, centroids)
+    return dataclasses.replace(codec, centroids=centroids)
 
 
 def codec_from_residuals(

@@ -11,7 +11,6 @@ The loops are in `compression.cpu_kernels`. Results do not depend on the number 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ _PROBES = 8  # groups that a point is compared with in compression
 _TRAINING_PROBES = 4  # and in k-means
 _COARSE_POINTS = 256  # points for each group, to find the groups
 _GROUP_ITERATIONS = 6
+_REGROUPED = 8  # more new centroids than this part of the known ones are grouped anew, with them
 
 
 class CentroidGroups(NamedTuple):
@@ -60,32 +60,49 @@ def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
     coarse = _cluster(centroids, num_groups, np.random.default_rng(0))
     best, group = np.empty(len(centroids), np.float32), np.empty(len(centroids), np.int32)
     cpu_kernels.nearest_all(centroids, coarse, _half_squares(coarse), best, group)
+    return CentroidGroups(centroids, bias, coarse, _half_squares(coarse), *_members(group, coarse))
+
+
+def _members(group: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     members = np.argsort(group, kind="stable").astype(np.int32)
-    starts = np.searchsorted(group[members], np.arange(num_groups + 1)).astype(np.int32)
-    return CentroidGroups(centroids, bias, coarse, _half_squares(coarse), members, starts)
+    starts = np.searchsorted(group[members], np.arange(len(coarse) + 1)).astype(np.int32)
+    return members, starts
 
 
 def groups_of(centroids: Any) -> CentroidGroups:
     """Make two levels over unit centroids, and keep them for the next call with the same array."""
-    return _groups_of(_Same(centroids))
+    global _kept
+    kept = _kept
+    if kept is None or kept[0] is not centroids:
+        kept = _kept = centroids, group_centroids(np.asarray(centroids), distance=False)
+    return kept[1]
 
 
-class _Same:
-    """An array as a key that is equal only to itself."""
-
-    def __init__(self, array: Any):
-        self.array = array
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.array is other.array
+_kept: tuple[Any, CentroidGroups] | None = None  # what `groups_of` has made last
 
 
-@functools.lru_cache(maxsize=1)
-def _groups_of(key: _Same) -> CentroidGroups:
-    return group_centroids(np.asarray(key.array), distance=False)
+def extend_groups(known: Any, centroids: Any) -> None:
+    """Keep groups for `centroids`, unit vectors that begin with the `known` ones.
+
+    Where few are new, they join the groups of the known ones, which takes a small part of the time.
+    """
+    from colbert_jax.compression import cpu_kernels
+
+    global _kept
+    rows = np.ascontiguousarray(centroids, np.float32)
+    fresh = rows[len(known) :]
+    if len(fresh) * _REGROUPED > len(known):
+        return
+    groups = groups_of(known)
+    best, joined = np.empty(len(fresh), np.float32), np.empty(len(fresh), np.int32)
+    cpu_kernels.nearest_all(fresh, groups.coarse, groups.coarse_bias, best, joined)
+    group = np.empty(len(rows), np.int32)
+    group[groups.members] = np.repeat(np.arange(len(groups.coarse)), np.diff(groups.starts))
+    group[len(known) :] = joined
+    members, starts = _members(group, groups.coarse)
+    bias = np.zeros(len(rows), np.float32)
+    coarse = groups.coarse, groups.coarse_bias
+    _kept = centroids, CentroidGroups(rows, bias, *coarse, members, starts)
 
 
 def _num_groups(num_centroids: int) -> int:

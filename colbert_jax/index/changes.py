@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.compression.codec import ResidualCodec, nbits_of, residuals_of, unpack
+from colbert_jax.compression.codec import ResidualCodec, extended, nbits_of, residuals_of, unpack
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import offsets_from_lengths
@@ -270,36 +270,37 @@ def _extended(
     Returns:
       the codec, and the part of the new tokens that are outliers to it.
     """
-    metadata = now.metadata
-    arrays = [np.asarray(now.arrays[f.name]) for f in dataclasses.fields(ResidualCodec)]
+    arrays = (now.arrays[field.name] for field in dataclasses.fields(ResidualCodec))
+    known = ResidualCodec(*map(jnp.asarray, arrays))
     file = folder / "centroids.npy"
-    if not state["extended"]:
-        points = SampleRows(folder, 1).array()
-        fresh, share = np.zeros((0, metadata.dim), np.float32), 0.0
-        if len(points):
-            limit = metadata.outlier_distance
-            limit = _typical_distance(now) if limit is None else limit
-            distances = _distances(arrays[0], points)
-            scale = source.num_documents / sample_size_for(source.num_documents)
-            count, rows = _new_centroids(metadata, distances, limit, scale)
-            far = np.flatnonzero(distances > limit)
-            if count:
-                fresh = train_kmeans(
-                    points,
-                    count,
-                    rows=rows,
-                    iterations=config.kmeans_niters,
-                    max_points_per_centroid=config.max_points_per_centroid,
-                    seed=config.seed,
-                    progress=progress,
-                )
-                fresh = fresh.astype(np.float16).astype(np.float32)
-                far = far[_distances(fresh, points, far) > limit]
-            share = len(far) / len(points)
-        fmt.write_array(file, fresh)
-        state.update(extended=1, share=share)
-    centroids = np.concatenate([arrays[0], np.load(file)])
-    return ResidualCodec(*map(jnp.asarray, (centroids, *arrays[1:]))), state["share"]
+    if state["extended"]:
+        return extended(known, np.load(file)), state["share"]
+    points = SampleRows(folder, 1).array()
+    codec, fresh, share = known, np.zeros((0, now.metadata.dim), np.float32), 0.0
+    if len(points):
+        limit = now.metadata.outlier_distance
+        limit = _typical_distance(now) if limit is None else limit
+        distances = _distances(known, points)
+        scale = source.num_documents / sample_size_for(source.num_documents)
+        count, rows = _new_centroids(now.metadata, distances, limit, scale)
+        far = np.flatnonzero(distances > limit)
+        if count:
+            fresh = train_kmeans(
+                points,
+                count,
+                rows=rows,
+                iterations=config.kmeans_niters,
+                max_points_per_centroid=config.max_points_per_centroid,
+                seed=config.seed,
+                progress=progress,
+            )
+            fresh = fresh.astype(np.float16).astype(np.float32)
+            codec = extended(known, fresh)
+            far = far[_distances(codec, points, far) > limit]
+        share = len(far) / len(points)
+    fmt.write_array(file, fresh)
+    state.update(extended=1, share=share)
+    return codec, share
 
 
 def _new_centroids(
@@ -323,11 +324,11 @@ def _new_centroids(
     return max(min(int(excess / per_centroid), len(far) // _POINTS), 0), far
 
 
-def _distances(centroids: np.ndarray, points: Any, rows: np.ndarray | None = None) -> np.ndarray:
+def _distances(codec: ResidualCodec, points: Any, rows: np.ndarray | None = None) -> np.ndarray:
     """float32[n], the distances of token embeddings from their centroids, a block at a time."""
     rows = np.arange(len(points)) if rows is None else rows
     blocks = [
-        np.linalg.norm(residuals_of(centroids, points[rows[i : i + _ROWS]]), axis=1)
+        np.linalg.norm(residuals_of(codec.centroids, points[rows[i : i + _ROWS]]), axis=1)
         for i in range(0, len(rows), _ROWS)
     ]
     return np.concatenate([np.zeros(0, np.float32), *blocks])

@@ -39,6 +39,27 @@ def test_all_groups_probed_is_exact(points, monkeypatch):
         np.testing.assert_array_equal(cpu.nearest(groups, some), expected)
 
 
+def test_more_centroids_join_the_groups_there_are(points, monkeypatch):
+    """The known ones are grouped once, also for what is compared with more centroids later."""
+    centroids, some = points[::20], points[7:4000:3]
+    made, group = [], cpu.group_centroids
+
+    def counted(centroids, **settings):
+        made.append(len(centroids))
+        return group(centroids, **settings)
+
+    monkeypatch.setattr(cpu, "group_centroids", counted)
+    monkeypatch.setattr(cpu, "_PROBES", 1 << 10)
+    known, few, many = centroids[:1200].copy(), centroids[:1300].copy(), centroids.copy()
+    cpu.groups_of(known)
+    for more, expected in ((few, [1200]), (many, [1200, 1500])):
+        cpu.extend_groups(known, more)
+        groups = cpu.groups_of(more)
+        assert made == expected
+        assert sorted(groups.members) == list(range(len(more)))
+        np.testing.assert_array_equal(cpu.nearest(groups, some), true_nearest(some, more))
+
+
 def test_few_groups_find_nearly_all(points):
     centroids = train_kmeans(points, 2048, iterations=4, progress=False)
     found = cpu.nearest(cpu.group_centroids(centroids, distance=False), points)
