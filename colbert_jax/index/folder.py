@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,12 @@ def is_index(folder: Path) -> bool:
 
     Raises ValueError where one of the files that tell is there and cannot be read.
     """
-    return present(folder / METADATA) and any(present(folder / name) for name in _CENTROIDS)
+    if not present(folder / METADATA):
+        return False
+    # Of a changed index another generation's file, where a file with two names had to grow.
+    return any(present(folder / name) for name in _CENTROIDS) or any(
+        re.fullmatch(r"centroids-[0-9]+\.npy", file.name) for file in folder.iterdir()
+    )
 
 
 @contextlib.contextmanager

@@ -276,6 +276,18 @@ def test_a_copy_by_hard_links_stays_as_it_is(index):
     assert answers(other.delete([f"g{i}" for i in range(5)])) == before
 
 
+def test_an_index_whose_centroids_have_another_name_is_replaced(index, monkeypatch):
+    """As after an add to a copy by hard links that brings new ones."""
+    copy = index.path.with_name("copy")
+    shutil.copytree(index.path, copy, copy_function=os.link)
+    monkeypatch.setattr(changes, "_new_centroids", lambda *_: (2, np.arange(10)))
+    Index.open(copy).add(**named(1, 10, "e"))
+    assert not (copy / "centroids.npy").exists()
+    with pytest.raises(FileExistsError, match="an index is there; pass overwrite=True"):
+        Index.build(copy, **ready(2, 5))
+    assert len(Index.build(copy, **ready(2, 5), overwrite=True)) == 5
+
+
 def test_an_index_of_version_one(index):
     """What a build writes opens as ever, and is changed in place by the first change."""
     fields = json.loads((index.path / "metadata.json").read_text())

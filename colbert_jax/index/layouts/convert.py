@@ -6,6 +6,8 @@ Codes, residual bytes and inverted lists are copied as they are, a block at a ti
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
@@ -19,6 +21,7 @@ from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import present, resolved
 from colbert_jax.index import format as fmt
 from colbert_jax.index.columns import ID, TEXT, open_column, write_documents
+from colbert_jax.index.fields import FieldStore
 from colbert_jax.index.folder import (
     METADATA,
     building,
@@ -35,6 +38,7 @@ from colbert_jax.index.layouts.stanford import (
     check_stanford,
     read_stanford,
     write_collection,
+    write_fields,
     write_pids,
     write_stanford,
 )
@@ -44,6 +48,7 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.tensors.stored import Stored
 
 TARGETS = ("native", "stanford")
+_FIELDS = 1 << 12  # documents whose fields are read at a time
 
 
 def convert_index(
@@ -137,7 +142,7 @@ def detect_index(folder: Path) -> str:
     """
     if present(folder / "centroids.pt"):
         return "stanford"
-    if present(folder / "codes.npy"):
+    if present(folder / "codes.npy") or _has_changed_codes(folder):
         return "native"
     if present(folder / "centroids.npy"):
         return "fast-plaid"
@@ -151,6 +156,12 @@ def detect_index(folder: Path) -> str:
         f"{folder}: no index there (of ours codes.npy, of Stanford ColBERT centroids.pt, of "
         "fast-plaid centroids.npy)"
     )
+
+
+def _has_changed_codes(folder: Path) -> bool:
+    """Whether there are codes as a change of an index of ours names them."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return any(fmt.is_array_file(file.name, "codes") for file in files)
 
 
 def read_ours(path: Path) -> DiskIndex:
@@ -299,12 +310,22 @@ def _write_theirs(
     checkpoint = index.checkpoint if model is None else model.describe()["load"]["name_or_path"]
     config: dict[str, Any] = {**index.config, "checkpoint": checkpoint}
     if index.layout == "native":
-        at, _, arrays = fmt.open_arrays(index.folder)
+        at, metadata, arrays = fmt.open_arrays(index.folder)
         texts, ids = open_column(at, TEXT, arrays), open_column(at, ID, arrays)
         if texts is not None:
             config["collection"] = str(path / write_collection(folder, texts).name)
         if ids is not None:
             write_pids(folder, ids)
+        if metadata.fields is not None:
+            _write_fields(folder, FieldStore(at / metadata.fields, len(index.lengths)))
     yield from write_stanford(index, folder, config, chunk_documents)
     for file in made:
         file.unlink()
+
+
+def _write_fields(folder: Path, store: FieldStore) -> None:
+    """`fields.jsonl` beside Stanford's files: the documents' fields by position."""
+    with contextlib.closing(store):
+        starts = range(0, len(store), _FIELDS)
+        blocks = (store.several(list(range(s, min(s + _FIELDS, len(store))))) for s in starts)
+        write_fields(folder, itertools.chain.from_iterable(blocks))

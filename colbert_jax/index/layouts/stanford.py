@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,14 @@ def write_pids(folder: Path, pids: Iterable[str]) -> None:
     """`pids.jsonl`, the documents' own ids by position, which the library has no place for."""
     lines = (json.dumps(pid, ensure_ascii=False) + "\n" for pid in pids)
     _write_text(folder / "pids.jsonl", lines)
+
+
+def write_fields(folder: Path, fields: Iterable[Mapping[str, Any]]) -> None:
+    """`fields.jsonl`, the documents' fields by position, dates as ISO writes them; the library has
+    no place for them either."""
+    as_iso = methodcaller("isoformat")
+    lines = (json.dumps(one, ensure_ascii=False, default=as_iso) + "\n" for one in fields)
+    _write_text(folder / "fields.jsonl", lines)
 
 
 def _write_torch(file: Path, value: Any) -> None:

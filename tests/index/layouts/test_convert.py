@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import support
 
 from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.cli import main
-from colbert_jax.index.layouts import stored
+from colbert_jax.index.layouts import convert, stored
 from colbert_jax.index.layouts.convert import convert_index, detect_index
 from colbert_jax.tensors.stored import Stored
 from colbert_jax.tensors.torch_file import Streamed, read_torch_file, write_torch_file
@@ -532,6 +533,21 @@ def test_texts_and_ids_go_along(tmp_path, model):
     assert fields["config"]["collection"] == str(file)
     lines = (tmp_path / "theirs" / "pids.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ids
+
+
+def test_fields_go_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "_FIELDS", 2)
+    fields = [{"day": datetime.date(2026, 1, 31), "tags": ["é", "b"]}, None, {"year": 7}]
+    rows = support.unit_rows(np.random.default_rng(0), 6, 8)
+    Index.build(
+        tmp_path / "ours", embeddings=rows, lengths=[2, 2, 2], fields=fields, num_centroids=2
+    ).delete(["1"]).compact()
+    convert_index(tmp_path / "ours", tmp_path / "theirs", "stanford")
+    lines = (tmp_path / "theirs" / "fields.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"day": "2026-01-31", "tags": ["é", "b"]},
+        {"year": 7},
+    ]
 
 
 def test_dimensions_that_stanford_cannot_say(tmp_path):
