@@ -183,17 +183,23 @@ class BuildState:
         """A name of its own for every build that was started, and not resumed."""
         return self._values["build"]
 
-    def start(self, key: dict[str, Any], group: Group) -> None:
+    def start(self, key: dict[str, Any], group: Group, *, commit: bool = True) -> None:
         """Go on with the build of that key, or forget a different one.
 
         The others go on only with what belongs to the build that the first process goes on with.
+
+        Args:
+          commit: at once, and not with the first `update`. What was committed for another key is
+            forgotten at once in any case: its files are written over.
         """
         fresh = {"key": json.loads(json.dumps(key)), "build": uuid.uuid4().hex}
         known = self.is_of(key) and "build" in self._values
         build = group.exchange("the state", self.build if known else fresh["build"])[0]
         if not known or self.build != build:
+            commit = commit or "key" in self._values
             self._values = fresh | {"build": build}
-            self._commit()
+            if commit:
+                self._commit()
 
     def __getitem__(self, name: str) -> Any:
         return self._values.get(name, 0)
@@ -202,9 +208,11 @@ class BuildState:
         """Whether it is the state of the build, or change, of that key."""
         return self._values.get("key") == json.loads(json.dumps(key))
 
-    def update(self, **values: Any) -> None:
+    def update(self, *, commit: bool = True, **values: Any) -> None:
+        """`commit`: now; if not, the next update does."""
         self._values |= values
-        self._commit()
+        if commit:
+            self._commit()
 
     def _commit(self) -> None:
         write_state(self._folder, self._values, self._process)
@@ -222,9 +230,12 @@ def encode_sample(
     ids = _sample_ids(source, config, group)
     tokens, documents = state["sample_tokens"], state["sample_documents"]
     name = _part("sample", group.index, group.count)
+    file, row = folder / f"{name}.npy", (source.dim,)
     with (
-        fmt.ArrayWriter(folder / f"{name}.npy", np.float16, (source.dim,), tokens) as values,
-        fmt.ArrayWriter(folder / f"{name}.lengths.npy", np.int64, (), documents) as lengths,
+        fmt.ArrayWriter(file, np.float16, row, tokens, durable=False) as values,
+        fmt.ArrayWriter(
+            folder / f"{name}.lengths.npy", np.int64, (), documents, durable=False
+        ) as lengths,
         progress_bar(len(ids), "encoding the sample", "doc", progress, initial=documents) as bar,
     ):
         for encoded in source.encode(_rest(source.chunks(ids), documents), bar):
@@ -358,8 +369,13 @@ def compress_documents(
     group: Group,
     mesh: Mesh | None,
     progress: bool | None,
+    *,
+    final: bool = True,
 ) -> None:
-    """Codes and residuals of this process's documents; the sample's are not encoded again."""
+    """Codes and residuals of this process's documents; the sample's are not encoded again.
+
+    `final`: whether an index keeps the files; the rows are durable in any case.
+    """
     config = IndexConfig(**state.key["settings"])
     tokens, documents = state["tokens"], state["documents"]
     row = (source.dim * codec.nbits // 8,)
@@ -373,9 +389,9 @@ def compress_documents(
         return folder / f"{_part(name, group.index, group.count)}.npy"
 
     with (
-        fmt.ArrayWriter(file("codes"), np.int32, (), tokens) as codes,
-        fmt.ArrayWriter(file("residuals"), np.uint8, row, tokens) as residuals,
-        fmt.ArrayWriter(file("lengths"), np.int64, (), documents) as lengths,
+        fmt.ArrayWriter(file("codes"), np.int32, (), tokens, durable=final) as codes,
+        fmt.ArrayWriter(file("residuals"), np.uint8, row, tokens, durable=final) as residuals,
+        fmt.ArrayWriter(file("lengths"), np.int64, (), documents, durable=False) as lengths,
         progress_bar(stop - start, "compressing", "doc", progress, initial=documents) as bar,
     ):
         for chunk, new in zip(chunks, source.encode(fresh, silent), strict=True):

@@ -158,10 +158,10 @@ def add_documents(
         if source.num_documents == 0:
             discard(folder)
             return
-        state.start(key, group)
+        state.start(key, group, commit=False)
         encode_sample(folder, source, settings, state, group, progress)
         codec, share = _extended(folder, now, source, state, settings, progress)
-        compress_documents(folder, source, codec, state, group, None, progress)
+        compress_documents(folder, source, codec, state, group, None, progress, final=False)
         _publish_added(folder, now, source, state, given, replaced, texts, share)
         discard(folder)
 
@@ -299,7 +299,7 @@ def _extended(
             far = far[_distances(codec, points, far) > limit]
         share = len(far) / len(points)
     fmt.write_array(file, fresh)
-    state.update(extended=1, share=share)
+    state.update(extended=1, share=share, commit=False)  # the first compressed chunk does
     return codec, share
 
 
@@ -424,7 +424,7 @@ def delete_documents(path: Path, open_now: Callable[[], Opened], ids: Iterable[s
             "has no {}",
         )
         if wanted:
-            state.start(key, Group())
+            state.start(key, Group(), commit=False)
             deleted = now.deleted.copy()
             deleted[np.array(there, np.int64)] = True
             publication = _Publication(folder, now, state)
@@ -468,7 +468,7 @@ def compact(path: Path, open_now: Callable[[], Opened], progress: bool | None) -
             return
         check_whole(now.path, now.metadata, _COPIED)
         state = BuildState(folder, Group())
-        state.start({"compact": now.metadata.state}, Group())
+        state.start({"compact": now.metadata.state}, Group(), commit=False)
         left = np.flatnonzero(~now.deleted)
         offsets = np.asarray(now.arrays["offsets"])
         lengths = np.diff(offsets)[left]
@@ -659,7 +659,9 @@ class _Publication:
             change["num_listed_centroids"] = metadata.num_centroids
         name = uuid.uuid4().hex
         self._state.update(change=name)
-        sync_folder(path)
+        kept = {old.fields, *map(old.file, self._specs)}
+        if not kept.issuperset({self._fields, *self._files.values()}):  # names of new files
+            sync_folder(path)
         checksums = {file: self._checksums[name] for name, file in self._files.items()}
         if self._fields is not None and self._fields_checksum is not None:
             checksums[self._fields] = self._fields_checksum

@@ -736,15 +736,24 @@ class ArrayWriter:
     claims no rows, so a reader can't take it for whole.
     """
 
-    def __init__(self, file: Path, dtype: Any, row: tuple[int, ...] = (), rows: int = 0):
+    def __init__(
+        self,
+        file: Path,
+        dtype: Any,
+        row: tuple[int, ...] = (),
+        rows: int = 0,
+        *,
+        durable: bool = True,
+    ):
         """
         Args:
           row: shape of one row.
           rows: how many rows a former run committed; what follows them is cut off.
+          durable: whether `close` syncs; not what no index keeps, whose rows `sync` has committed.
 
         Errors of writing name the file.
         """
-        self._file = file
+        self._file, self._durable = file, durable
         self.dtype, self.row, self.rows = np.dtype(dtype), row, rows
         header = self._header(0)
         size = len(header) + rows * self._row_bytes()
@@ -796,7 +805,8 @@ class ArrayWriter:
         with self._stream:
             self._stream.seek(0)
             self._write(self._header(self.rows))
-            self.sync()
+            if self._durable:
+                self.sync()
 
     def _write(self, data: Any) -> None:
         left = memoryview(data)

@@ -365,7 +365,7 @@ def test_killed_at_every_step(index, tmp_path, monkeypatch, often, name):
             assert state(again) == after, step
         Index.open(path).verify()
         assert left(path) == ["i"], step
-    assert step > 15 and state(Index.open(path)) == after
+    assert step > 12 and state(Index.open(path)) == after
 
 
 # --- Fields ---------------------------------------------------------------------------------
