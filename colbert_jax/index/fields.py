@@ -286,7 +286,7 @@ class FieldStore:
     """The fields of an index's first documents, as they were when it was opened.
 
     Safe for several threads. What is read stays the same whatever a writer does meanwhile, and
-    after the file was deleted; only after a fork is it opened anew.
+    after the file was deleted; only after a fork is it opened anew, and must still be there.
     """
 
     def __init__(self, file: Path, num_documents: int):
@@ -452,8 +452,9 @@ class FieldStore:
     # --- The file
 
     def _open(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._lock = threading.Lock()
         self._connect()
+        self._pid = os.getpid()  # last: until then the connection is another process's
 
     def _connect(self) -> None:
         with _naming(self._file):
@@ -485,8 +486,15 @@ class FieldStore:
     def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         if self._pid != os.getpid():
             # SQLite's connections do not survive a fork, nor may the child close them.
-            _INHERITED.append(self._connection)
-            self._open()
+            inherited = self._connection
+            try:
+                self._open()
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{self._file}: gone since this process was forked, for the index was "
+                    "compacted; refresh() it, or open it again"
+                ) from None
+            _INHERITED.append(inherited)
         with self._lock, _naming(self._file):
             for _ in range(_TRIES):
                 try:

@@ -558,6 +558,20 @@ def test_after_a_fork(sample):
     assert sample.matching({"lang": "en"}).tolist() == expected
 
 
+def test_a_file_that_is_gone_after_a_fork_is_named(file, monkeypatch):
+    """Twice: the parent's connection is never used."""
+    write(file, [{"a": 1}])
+    with opened(file, 1) as store:
+        delete_fields(file)
+        assert store.fields(0) == {"a": 1}
+        monkeypatch.setattr(store, "_pid", -1)
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match="gone since this process was forked"):
+                store.fields(0)
+        write(file, [{"a": 1}])
+        assert store.fields(0) == {"a": 1}
+
+
 @contextlib.contextmanager
 def unwritable(folder):
     """Take the right to write in a folder away, from root too."""
