@@ -68,7 +68,8 @@ def main() -> None:
         sizes: dict[str, Any] = {}
         load_ = OtherLoad([])
         for size in args.sizes:
-            sizes[str(size)] = measure_size(systems, size, args, work)
+            some = systems if size <= args.peers_up_to else systems[:1]
+            sizes[str(size)] = measure_size(some, size, args, work)
         results["sizes"] = sizes
         if "growth" in args.parts:
             results["growth"] = growth(args, work)
@@ -105,6 +106,13 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="NAME=PYTHON",
         help="the interpreter that has it: fast-plaid, xtr-warp",
+    )
+    parser.add_argument(
+        "--peers-up-to",
+        type=int,
+        default=sys.maxsize,
+        metavar="SIZE",
+        help="the largest of --sizes that peers are measured at",
     )
     parser.add_argument(
         "--grow-peers",

@@ -132,6 +132,10 @@ def _changes(sizes: dict[str, Any], ours: str) -> list[str]:
                 times = changes[name].get("ratio")
                 rows[-1].append("" if times is None else f"{times['seconds']:.1f}")
     lines = _table(head, rows)
+    most = max(len(found.get("changes", {})) for found in sizes.values())
+    alone = [size for size, found in sizes.items() if 1 == len(found.get("changes", {})) < most]
+    if alone:
+        lines += ["", f"No peer was measured at {', '.join(f'{int(size):,}' for size in alone)}."]
     lines += [
         "",
         "A change is timed until it is on disk and the process that made it searches it. "

@@ -110,6 +110,22 @@ def test_bars(benchmark):
     assert rows[0][2] == "0.50 %" and rows[1][2] == "18.0x" and rows[2][2] == "60.0 ms"
 
 
+def test_sizes_without_peers_are_named(benchmark):
+    one = {"seconds": 1.0, "cpu_seconds": 1.0}
+    ours = {name: one for name in ("add", "delete", "update")}
+    built = one | {"grown": False}
+    sizes = {
+        "100": {
+            "builds": {"us": built, "them": built},
+            "changes": {"us": ours, "them": {n: one | {"ratio": one} for n in ours}},
+        },
+        "2000": {"builds": {"us": built}, "changes": {"us": ours}},
+    }
+    assert "No peer was measured at 2,000." in benchmark["report"]._changes(sizes, "us")
+    del sizes["100"]
+    assert not any("No peer" in line for line in benchmark["report"]._changes(sizes, "us"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
