@@ -43,7 +43,12 @@ def sample_size_for(num_documents: int) -> int:
 
 def num_centroids_for(num_tokens: float) -> int:
     """Return Stanford's number of centroids: the power of two at or below `16 sqrt(T)`."""
-    return 1 << int(math.log2(16 * math.sqrt(max(num_tokens, 1))))
+    return 1 << int(math.log2(most_centroids_for(num_tokens)))
+
+
+def most_centroids_for(num_tokens: float) -> float:
+    """Return `16 sqrt(T)`, what Stanford's number of centroids is rounded down from."""
+    return 16 * math.sqrt(max(num_tokens, 1))
 
 
 def train_kmeans(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax.compression.codec import ResidualCodec, extended, nbits_of, residuals_of, unpack
-from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
+from colbert_jax.compression.kmeans import most_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import sync_folder
@@ -261,11 +261,15 @@ def _extended(
 ) -> tuple[ResidualCodec, float]:
     """The index's codec, with new centroids if the new documents need them, written to `folder`.
 
-    Where a build of as many tokens would have more centroids, new ones are trained on that half of
-    the new tokens that lies farthest from the known ones: on real passages this loses less than
-    training on the outliers alone. Where there are enough, only outliers bring new ones: tokens
-    farther from their centroid than nine in ten were when the index was built. One in ten is
-    expected; for what is beyond, there are as many as keep the tokens per centroid as they are.
+    Up to `most_centroids_for` the tokens, new ones are trained on that half of the new tokens that
+    lies farthest from the known ones: on real passages this loses less than training on the
+    outliers alone. A build rounds that number down to a power of two, but what is grown bit by bit
+    needs more of them than a build to find as much. No change brings more of them for each token
+    than there are: a small one does not make up for what the build has rounded down.
+
+    Outliers, tokens farther from their centroid than nine in ten were when the index was built, may
+    bring more. One in ten is expected; for what is beyond, there are as many as keep the tokens per
+    centroid as they are.
 
     Returns:
       the codec, and the part of the new tokens that are outliers to it.
@@ -314,14 +318,19 @@ def _new_centroids(
       scale: how many times the sample the new tokens are.
     """
     known, tokens = metadata.num_centroids, len(distances) * scale
-    enough = num_centroids_for(metadata.num_tokens + tokens)
-    if known < enough and metadata.settings.get("num_centroids") is None:
-        half = np.sort(np.argpartition(distances, len(distances) // 2)[len(distances) // 2 :])
-        return min(enough - known, len(half) // _POINTS), half
     far = np.flatnonzero(distances > limit)
     excess = (len(far) / len(distances) - OUTLIERS) * tokens
     per_centroid = (metadata.num_tokens + tokens) / known
-    return max(min(int(excess / per_centroid), len(far) // _POINTS), 0), far
+    to_far = max(min(int(excess / per_centroid), len(far) // _POINTS), 0)
+    if metadata.settings.get("num_centroids") is not None:
+        return to_far, far
+    half = np.sort(np.argpartition(distances, len(distances) // 2)[len(distances) // 2 :])
+    room = most_centroids_for(metadata.num_tokens + tokens) - known
+    at_most = min(known * tokens / max(metadata.num_tokens, 1), len(half) / _POINTS)
+    # Rounded up as often as the remainder says, so that many small adds get what a large one gets.
+    at_most += np.random.default_rng(metadata.num_tokens).random()
+    to_half = int(max(min(room, at_most), 0))
+    return (to_half, half) if to_half > to_far else (to_far, far)
 
 
 def _distances(codec: ResidualCodec, points: Any, rows: np.ndarray | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,6 +262,34 @@ def test_documents_of_another_kind_need_new_centroids(tmp_path):
     queries = around(there, 3)["embeddings"].reshape(3, 8, 32)
     for one in (other, other.compact()):
         assert (one.search(queries, 5).positions >= 250).all()
+
+
+def test_many_small_adds_bring_as_many_centroids_as_a_large_one():
+    """Up to 16 sqrt(T), no more for each token than there are, and no remainder is lost."""
+
+    def grown(tokens, centroids, adds, size, settings=None):
+        rng = np.random.default_rng(0)
+        for _ in range(adds):
+            known = SimpleNamespace(
+                num_tokens=tokens, num_centroids=centroids, settings=settings or {}
+            )
+            distances = rng.uniform(0, 1, size)
+            count, rows = changes._new_centroids(known, distances, 0.9, 1.0)
+            assert not count or distances[rows].min() >= np.median(distances)
+            tokens, centroids = tokens + size, centroids + count
+        return centroids
+
+    # An index as built, with the power of two below 16 sqrt(T): no sudden doubling.
+    assert 8192 * 1.09 < grown(1_000_000, 8192, 1, 100_000) < 8192 * 1.1 + 1
+    assert 8192 * 1.09 < grown(1_000_000, 8192, 1000, 100) < 8192 * 1.11
+    assert 8192 * 1.08 < grown(1_000_000, 8192, 5000, 20) < 8192 * 1.12  # 0.16 an add
+    # One that has 16 sqrt(T).
+    full = 16_000
+    assert grown(1_000_000, full, 1, 210_000) == 17_600
+    assert abs(grown(1_000_000, full, 2100, 100) - 17_600) < 10
+    # One whose number was chosen; one that has more, because it was larger.
+    assert grown(1_000_000, 8192, 1, 100_000, {"num_centroids": 8192}) < 8210
+    assert grown(100_000, 8192, 1, 1000) < 8195
 
 
 def test_a_copy_by_hard_links_stays_as_it_is(index):
