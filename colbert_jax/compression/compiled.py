@@ -26,10 +26,15 @@ from colbert_jax.runtime import cache_folder
 
 _PACKAGE = Path(__file__).parents[1]
 # Loops, their constants and what they call are in these, and how they are compiled in this file.
-_SOURCES = ("compression/cpu_kernels.py", "search/cpu_kernels.py", "compression/compiled.py")
+_SOURCES = (
+    "compression/cpu_kernels.py",
+    "compression/tiles.py",
+    "search/cpu_kernels.py",
+    "compression/compiled.py",
+)
 _OURS, _DIGITS = "colbert_jax-", 16  # of the folders' names: a prefix, and digits of the content
 _UNUSED = 30 * 24 * 3600.0  # seconds
-_FAST = {"nnan", "nsz", "contract", "arcp", "reassoc"}
+FAST = {"nnan", "nsz", "contract", "arcp", "reassoc"}
 _told = threading.Event()
 
 
@@ -38,7 +43,7 @@ def compiled(function: Any) -> Any:
 
     There must be no NaN that matters, and sums may be taken in any order.
     """
-    dispatcher: Any = numba.njit(nogil=True, fastmath=_FAST)(function)
+    dispatcher: Any = numba.njit(nogil=True, fastmath=FAST)(function)
     try:
         dispatcher._cache = _Cache(function)
     except OSError as error:

@@ -11,6 +11,7 @@ The loops are in `compression.cpu_kernels`. Results do not depend on the number 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,20 +30,37 @@ _GROUP_ITERATIONS = 6
 _REGROUPED = 8  # more new centroids than this part of the known ones are grouped anew, with them
 
 
+class Strips(NamedTuple):
+    """Centroids laid out for `cpu_kernels`, see there.
+
+    columns: float32[strips, D, LANES].
+    places, bias: int32 and float32[strips, LANES]; the nearest centroid has the largest dot product
+      plus bias.
+    """
+
+    columns: np.ndarray
+    places: np.ndarray
+    bias: np.ndarray
+
+
 class CentroidGroups(NamedTuple):
     """Centroids and the groups they fall into.
 
-    centroids, bias: float32[K, D] and [K]; the nearest has the largest dot product plus bias.
-    coarse, coarse_bias: float32[G, D] and [G], the centres of the groups.
-    members, starts: int32[K] and int32[G+1], the centroids of each group.
+    centroids: float32[K, D].
+    coarse, columns, bias: float32[G, D], the centres of the groups; the same as columns of tiles;
+      float32[G], what is added to a product.
+    group: int32[K], the group of each centroid.
+    starts: int32[G+1], the strips of each group.
+    strips: all centroids, by group.
     """
 
     centroids: np.ndarray
-    bias: np.ndarray
     coarse: np.ndarray
-    coarse_bias: np.ndarray
-    members: np.ndarray
+    columns: np.ndarray
+    bias: np.ndarray
+    group: np.ndarray
     starts: np.ndarray
+    strips: Strips
 
 
 def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
@@ -52,21 +70,63 @@ def group_centroids(centroids: np.ndarray, *, distance: bool) -> CentroidGroups:
       distance: whether the nearest centroid is the one at the smallest distance. Otherwise it is
         that with the largest dot product, which is the same if all centroids have unit length.
     """
+    centroids = np.ascontiguousarray(centroids, np.float32)
+    if len(centroids) <= EXACT:  # one group
+        coarse = np.zeros((1, centroids.shape[1]), np.float32)
+        group = np.zeros(len(centroids), np.int32)
+    else:
+        num_groups = _num_groups(len(centroids))
+        coarse = _cluster(centroids, num_groups, np.random.default_rng(0))
+        group = _assign(centroids, coarse)[1]
+    return _grouped(centroids, coarse, group, distance)
+
+
+def _grouped(
+    centroids: np.ndarray, coarse: np.ndarray, group: np.ndarray, distance: bool
+) -> CentroidGroups:
+    from colbert_jax.compression import tiles
+
+    bias = _half_squares(centroids) if distance else np.zeros(len(centroids), np.float32)
+    order = np.argsort(group, kind="stable").astype(np.int32)
+    ends = np.searchsorted(group[order], np.arange(len(coarse) + 1))
+    members = [order[start:end] for start, end in itertools.pairwise(ends)]
+    starts = np.cumsum([0, *(-(-len(some) // tiles.LANES) for some in members)]).astype(np.int32)
+    strips = _strips(centroids, bias, members)
+    columns, shifts = tiles.packed(coarse), _half_squares(coarse)
+    return CentroidGroups(centroids, coarse, columns, shifts, group, starts, strips)
+
+
+def _strips(centroids: np.ndarray, bias: np.ndarray, groups: list[np.ndarray]) -> Strips:
+    """Lay out the centroids of each group, int32[...] ascending, from a strip of its own on."""
+    from colbert_jax.compression import tiles
+
+    counts = [-(-len(some) // tiles.LANES) for some in groups]
+    columns = np.empty((sum(counts), centroids.shape[1], tiles.LANES), np.float32)
+    places = np.zeros((sum(counts), tiles.LANES), np.int32)
+    shifts = np.full((sum(counts), tiles.LANES), -np.inf, np.float32)
+    start = 0
+    for some, count in zip(groups, counts, strict=True):
+        part = slice(start, start + count)
+        tiles.pack(centroids, some, columns[part])
+        places[part].reshape(-1)[: len(some)] = some
+        shifts[part].reshape(-1)[: len(some)] = bias[some]
+        start += count
+    return Strips(columns, places, shifts)
+
+
+def _assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compare points [n, D] with all of a few centroids, by distance.
+
+    Returns:
+      float32[n], the dot product with the nearest minus half its square, and int32[n], which it is.
+    """
     from colbert_jax.compression import cpu_kernels
 
-    centroids = np.ascontiguousarray(centroids, np.float32)
-    bias = _half_squares(centroids) if distance else np.zeros(len(centroids), np.float32)
-    num_groups = _num_groups(len(centroids))
-    coarse = _cluster(centroids, num_groups, np.random.default_rng(0))
-    best, group = np.empty(len(centroids), np.float32), np.empty(len(centroids), np.int32)
-    cpu_kernels.nearest_all(centroids, coarse, _half_squares(coarse), best, group)
-    return CentroidGroups(centroids, bias, coarse, _half_squares(coarse), *_members(group, coarse))
-
-
-def _members(group: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    members = np.argsort(group, kind="stable").astype(np.int32)
-    starts = np.searchsorted(group[members], np.arange(len(coarse) + 1)).astype(np.int32)
-    return members, starts
+    best, code = np.empty(len(points), np.float32), np.empty(len(points), np.int32)
+    every = np.arange(len(centroids)).astype(np.int32)
+    strips = _strips(centroids, _half_squares(centroids), [every])
+    cpu_kernels.nearest_all(points, *strips, best, code)
+    return best, code
 
 
 def groups_of(centroids: Any) -> CentroidGroups:
@@ -86,23 +146,14 @@ def extend_groups(known: Any, centroids: Any) -> None:
 
     Where few are new, they join the groups of the known ones, which takes a small part of the time.
     """
-    from colbert_jax.compression import cpu_kernels
-
     global _kept
     rows = np.ascontiguousarray(centroids, np.float32)
     fresh = rows[len(known) :]
     if len(fresh) * _REGROUPED > len(known):
         return
     groups = groups_of(known)
-    best, joined = np.empty(len(fresh), np.float32), np.empty(len(fresh), np.int32)
-    cpu_kernels.nearest_all(fresh, groups.coarse, groups.coarse_bias, best, joined)
-    group = np.empty(len(rows), np.int32)
-    group[groups.members] = np.repeat(np.arange(len(groups.coarse)), np.diff(groups.starts))
-    group[len(known) :] = joined
-    members, starts = _members(group, groups.coarse)
-    bias = np.zeros(len(rows), np.float32)
-    coarse = groups.coarse, groups.coarse_bias
-    _kept = centroids, CentroidGroups(rows, bias, *coarse, members, starts)
+    group = np.concatenate([groups.group, _assign(fresh, groups.coarse)[1]])
+    _kept = centroids, _grouped(rows, groups.coarse, group, distance=False)
 
 
 def _num_groups(num_centroids: int) -> int:
@@ -119,7 +170,7 @@ def nearest(groups: CentroidGroups, points: np.ndarray) -> np.ndarray:
     codes = np.empty(len(points), np.int32)
 
     def work(block: slice) -> None:
-        codes[block] = _nearest(groups, np.asarray(points[block], np.float32), _PROBES)
+        codes[block] = _nearest(groups, np.ascontiguousarray(points[block], np.float32), _PROBES)
 
     _over_blocks(work, len(points))
     return codes
@@ -129,18 +180,16 @@ def _nearest(groups: CentroidGroups, points: np.ndarray, probes: int) -> np.ndar
     from colbert_jax.compression import cpu_kernels
 
     best, code = np.empty(len(points), np.float32), np.empty(len(points), np.int32)
-    if len(groups.centroids) <= EXACT:
-        cpu_kernels.nearest_all(points, groups.centroids, groups.bias, best, code)
+    if len(groups.starts) == 2:
+        cpu_kernels.nearest_all(points, *groups.strips, best, code)
         return code
     cpu_kernels.nearest_in_groups(
         points,
-        groups.coarse,
-        groups.coarse_bias,
-        min(probes, len(groups.coarse)),
-        groups.members,
-        groups.starts,
-        groups.centroids,
+        groups.columns,
         groups.bias,
+        min(probes, len(groups.coarse)),
+        groups.starts,
+        *groups.strips,
         best,
         code,
     )
@@ -224,18 +273,15 @@ def _hierarchical(
 
     A group's share of the centroids is its share of the squared distances to the groups' centres.
     """
-    from colbert_jax.compression import cpu_kernels
-
     num_groups = _num_groups(num_centroids)
     some = rng.choice(rows, min(len(rows), _COARSE_POINTS * num_groups), replace=False)
     coarse = _cluster(np.asarray(points[np.sort(some)], np.float32), num_groups, rng)
-    bias = _half_squares(coarse)
     group, spread_of = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
 
     def assign(block: slice) -> None:
         values = np.asarray(points[rows[block]], np.float32)
-        cpu_kernels.nearest_all(values, coarse, bias, spread_of[block], group[block])
-        spread_of[block] = np.square(values).sum(axis=1) - 2 * spread_of[block]
+        best, group[block] = _assign(values, coarse)
+        spread_of[block] = np.square(values).sum(axis=1) - 2 * best
 
     _over_blocks(assign, len(rows))
     counts = np.bincount(group, minlength=num_groups)
@@ -264,9 +310,8 @@ def _cluster(values: np.ndarray, num_centroids: int, rng: np.random.Generator) -
 
     start = np.sort(rng.choice(len(values), num_centroids, replace=False))
     centroids = values[start]
-    best, code = np.empty(len(values), np.float32), np.empty(len(values), np.int32)
     for _ in range(_GROUP_ITERATIONS if num_centroids > 1 else min(num_centroids, 1)):
-        cpu_kernels.nearest_all(values, centroids, _half_squares(centroids), best, code)
+        code = _assign(values, centroids)[1]
         sums, counts = np.zeros_like(centroids), np.zeros(num_centroids, np.int64)
         cpu_kernels.add_to_clusters(values, code, 0, num_centroids, sums, counts)
         centroids = _means(sums, counts)

@@ -9,26 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.compiled import compiled
-
-_ZERO = np.float32(0)
-_TILE = 32  # centroids that fit into the first-level cache
-
-
-@compiled
-def dots(a, b, q0, q1, q2, q3):
-    """Multiply a and b with four vectors each, sharing loads: eight dot products, float32."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
-    for d in range(len(a)):
-        x, y = a[d], b[d]
-        a0 += x * q0[d]
-        a1 += x * q1[d]
-        a2 += x * q2[d]
-        a3 += x * q3[d]
-        b0 += y * q0[d]
-        b1 += y * q1[d]
-        b2 += y * q2[d]
-        b3 += y * q3[d]
-    return a0, a1, a2, a3, b0, b1, b2, b3
+from colbert_jax.compression.tiles import LANES, ROWS, find_larger, multiply
 
 
 @compiled
@@ -57,53 +38,51 @@ def insert(value, place, count, filled, values, places):
 
 
 @compiled
-def _nearest_of(points, members, centroids, bias, rows, best, code):
+def _nearest_of(points, members, columns, places, bias, start, stop, best, code):
     """Compare points with centroids; of equal scores the smaller centroid is nearer.
 
     Args:
       points: float32[n, D].
       members: int32[...], the points.
-      centroids, bias: float32[K, D] and [K].
-      rows: int32[...], the centroids, ascending.
+      columns: float32[strips, D, LANES], the centroids, see `tiles.pack`.
+      places, bias: int32[strips, LANES], which centroids these are, in every lane ascending, and
+        float32[strips, LANES]; -inf where there is none.
+      start, stop: the range of strips.
       best, code: float32[n] and int32[n], updated.
     """
-    for start in range(0, len(rows), _TILE):
-        stop = min(start + _TILE, len(rows))
-        for m in range(0, len(members), 2):
-            i, j = members[m], members[min(m + 1, len(members) - 1)]
-            a, b = points[i], points[j]
-            best_a, best_b, code_a, code_b = best[i], best[j], code[i], code[j]
-            for r in range(start, stop, 4):
-                n = min(4, stop - r)
-                c0, c1 = rows[r], rows[r + min(1, n - 1)]
-                c2, c3 = rows[r + min(2, n - 1)], rows[r + min(3, n - 1)]
-                products = dots(a, b, centroids[c0], centroids[c1], centroids[c2], centroids[c3])
-                for t in range(n):
-                    c = rows[r + t]
-                    score = products[t] + bias[c]
-                    if score > best_a or (score == best_a and c < code_a):
-                        best_a, code_a = score, c
-                    score = products[4 + t] + bias[c]
-                    if score > best_b or (score == best_b and c < code_b):
-                        best_b, code_b = score, c
-            best[i], code[i] = best_a, code_a
-            best[j], code[j] = best_b, code_b
+    order = np.empty(ROWS, np.int32)
+    values = np.empty((ROWS, LANES), np.float32)
+    strips = np.empty((ROWS, LANES), np.int32)
+    for first in range(0, len(members), ROWS):
+        for t in range(ROWS):
+            order[t] = members[min(first + t, len(members) - 1)]
+        values[:] = -np.inf
+        strips[:] = start
+        for s in range(start, stop):
+            find_larger(points, order, columns[s], bias[s], s, values, strips)
+        for t in range(min(ROWS, len(members) - first)):
+            i = order[t]
+            score, found = best[i], code[i]
+            for lane in range(LANES):
+                value, c = values[t, lane], places[strips[t, lane], lane]
+                if value > score or (value == score and c < found):
+                    score, found = value, c
+            best[i], code[i] = score, found
 
 
 @compiled
-def nearest_all(points, centroids, bias, best, code):
+def nearest_all(points, columns, places, bias, best, code):
     """Find the nearest of all centroids for every point.
 
     Args:
       points: float32[n, D].
-      centroids, bias: float32[K, D] and [K].
+      columns, places, bias: see `_nearest_of`.
       best, code: float32[n] and int32[n], filled.
     """
     members = np.arange(len(points)).astype(np.int32)
     best[:] = -np.inf
     code[:] = 0
-    rows = np.arange(len(centroids)).astype(np.int32)
-    _nearest_of(points, members, centroids, bias, rows, best, code)
+    _nearest_of(points, members, columns, places, bias, 0, len(columns), best, code)
 
 
 @compiled
@@ -116,53 +95,56 @@ def _top(scores, count, found, values):
 
 @compiled
 def nearest_in_groups(
-    points, coarse, coarse_bias, probes, members, starts, centroids, bias, best, code
+    points, coarse, coarse_bias, probes, starts, columns, places, bias, best, code
 ):
     """Find the nearest centroid for every point among those of its `probes` nearest groups.
 
     Args:
       points: float32[n, D].
-      coarse, coarse_bias: float32[G, D] and [G], the centres of the groups.
-      members, starts: int32[K] and int32[G+1], the centroids of each group.
-      centroids, bias: float32[K, D] and [K].
+      coarse, coarse_bias: float32[strips, D, LANES] and float32[G], the centres of the groups.
+      starts: int32[G+1], the strips of each group.
+      columns, places, bias: see `_nearest_of`.
       best, code: float32[n] and int32[n], filled.
     """
     n = len(points)
-    num_groups = len(coarse)
+    num_groups = len(coarse_bias)
     groups = np.empty((n, probes), np.int32)
     counts = np.zeros(num_groups + 1, np.int32)
-    first, second = np.empty(num_groups, np.float32), np.empty(num_groups, np.float32)
     values = np.empty(probes, np.float32)
-    last = num_groups - 1
-    for i in range(0, n, 2):
-        j = min(i + 1, n - 1)
-        for g in range(0, num_groups, 4):
-            g1, g2, g3 = min(g + 1, last), min(g + 2, last), min(g + 3, last)
-            products = dots(points[i], points[j], coarse[g], coarse[g1], coarse[g2], coarse[g3])
-            for t in range(min(4, num_groups - g)):
-                first[g + t] = products[t] + coarse_bias[g + t]
-                second[g + t] = products[4 + t] + coarse_bias[g + t]
-        _top(first, probes, groups[i], values)
-        if j > i:
-            _top(second, probes, groups[j], values)
+    order = np.empty(ROWS, np.int32)
+    out = np.empty((ROWS, LANES), np.float32)
+    scores = np.empty((ROWS, len(coarse) * LANES), np.float32)
+    for first in range(0, n, ROWS):
+        for t in range(ROWS):
+            order[t] = min(first + t, n - 1)
+        for s in range(len(coarse)):
+            multiply(points, order, 0, coarse[s], out)
+            for t in range(ROWS):
+                for lane in range(LANES):
+                    scores[t, s * LANES + lane] = out[t, lane]
+        for t in range(min(ROWS, n - first)):
+            row = scores[t, :num_groups]
+            for g in range(num_groups):
+                row[g] += coarse_bias[g]
+            _top(row, probes, groups[first + t], values)
     for i in range(n):
         for p in range(probes):
             counts[groups[i, p] + 1] += 1
     for g in range(num_groups):
         counts[g + 1] += counts[g]
-    places = counts[:-1].copy()
-    order = np.empty(n * probes, np.int32)
+    after = counts[:-1].copy()
+    members = np.empty(n * probes, np.int32)
     for i in range(n):
         for p in range(probes):
             g = groups[i, p]
-            order[places[g]] = i
-            places[g] += 1
+            members[after[g]] = i
+            after[g] += 1
     best[:] = -np.inf
     code[:] = 0
     for g in range(num_groups):
         if counts[g] < counts[g + 1] and starts[g] < starts[g + 1]:
-            rows = members[starts[g] : starts[g + 1]]
-            _nearest_of(points, order[counts[g] : counts[g + 1]], centroids, bias, rows, best, code)
+            some = members[counts[g] : counts[g + 1]]
+            _nearest_of(points, some, columns, places, bias, starts[g], starts[g + 1], best, code)
 
 
 @compiled

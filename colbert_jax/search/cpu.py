@@ -17,7 +17,6 @@ from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
 from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
 
-_WIDTH = 8  # query rows are padded to a multiple of this: whole vector registers
 _TOKENS = 64  # tokens of a document that are decompressed at a time
 _SMALL = 256  # candidates of a thread, below which one thread is faster
 
@@ -116,7 +115,9 @@ def cpu_exact(
 
     At least k documents have a token, of those that are allowed.
     """
-    packed = np.stack([_rows(query, len(query))[0] for query in queries])
+    rows = [query[query.any(axis=1)] for query in queries]
+    columns = _columns(np.concatenate(rows))
+    parts = np.cumsum([0, *map(len, rows)])
     documents = np.arange(len(arrays.offsets) - 1) if allowed is None else np.flatnonzero(allowed)
     lengths = arrays.offsets[documents + 1] - arrays.offsets[documents]
     documents = documents[lengths > 0].astype(np.int32)
@@ -127,7 +128,7 @@ def cpu_exact(
 
     spread(
         lambda lane: _score_exactly(
-            arrays, packed, documents, bounds[lane], bounds[lane + 1], scores
+            arrays, columns, parts, documents, bounds[lane], bounds[lane + 1], scores
         ),
         num_threads(),
     )
@@ -162,10 +163,10 @@ def _search_one(
 ) -> tuple[np.ndarray, np.ndarray]:
     from colbert_jax.search import cpu_kernels
 
-    rows, num_rows = _rows(query)
+    columns, num_rows = _columns(query), int(query.any(axis=1).sum())
     if num_rows == 0:
         return np.empty(0, np.int32), np.empty(0, np.float32)
-    width = len(rows)
+    width = columns.shape[0] * columns.shape[2]
     num_centroids, num_documents = len(arrays.centroids), len(arrays.offsets) - 1
     ncells = min(int(settings.ncells or 1), num_centroids)
     threads = num_threads() if parallel else 1
@@ -179,7 +180,7 @@ def _search_one(
         stop = min(stop * cpu_kernels.BLOCK, num_centroids)
         cpu_kernels.score_centroids(
             arrays.centroids,
-            rows,
+            columns,
             num_rows,
             start * cpu_kernels.BLOCK,
             stop,
@@ -236,7 +237,9 @@ def _search_one(
 
     exact = _scratch("exact", (1, count), np.float32)
     _split(
-        lambda start, stop: _score_exactly(arrays, rows[None], positions, start, stop, exact),
+        lambda start, stop: _score_exactly(
+            arrays, columns, np.array([0, num_rows]), positions, start, stop, exact
+        ),
         count,
         threads,
         small=16,
@@ -246,16 +249,11 @@ def _search_one(
     return best[0][found], best[1][found]
 
 
-def _rows(query: np.ndarray, least: int = 0) -> tuple[np.ndarray, int]:
-    """The rows of a query that are not zero, padded with zeros to whole registers; their number.
+def _columns(rows: np.ndarray) -> np.ndarray:
+    """The rows [n, D] of a query, or of several, that are not zero, see `tiles.pack`."""
+    from colbert_jax.compression import tiles
 
-    There are at least `least` rows with padding.
-    """
-    real = query[query.any(axis=1)]
-    width = -(-max(len(real), least, 1) // _WIDTH) * _WIDTH
-    rows = np.zeros((width, query.shape[1]), np.float32)
-    rows[: len(real)] = real
-    return rows, len(real)
+    return tiles.packed(np.ascontiguousarray(rows[rows.any(axis=1)], np.float32))
 
 
 def _key(threshold: float | None) -> np.int32:
@@ -267,7 +265,8 @@ def _key(threshold: float | None) -> np.int32:
 
 def _score_exactly(
     arrays: CpuArrays,
-    queries: np.ndarray,
+    columns: np.ndarray,
+    bounds: np.ndarray,
     positions: np.ndarray,
     start: int,
     stop: int,
@@ -279,7 +278,8 @@ def _score_exactly(
     right = cpu_kernels.score_exactly(
         arrays.centroids,
         arrays.table,
-        queries,
+        columns,
+        bounds,
         arrays.codes,
         arrays.residuals,
         arrays.offsets,

@@ -18,7 +18,8 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.compiled import compiled
-from colbert_jax.compression.cpu_kernels import dots, insert
+from colbert_jax.compression.cpu_kernels import insert
+from colbert_jax.compression.tiles import LANES, ROWS, multiply
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
@@ -35,29 +36,31 @@ def as_key(bits):
 
 @compiled
 def score_centroids(
-    centroids, query, num_rows, start, stop, scores, keys, block_best, centroid_best
+    centroids, columns, num_rows, start, stop, scores, keys, block_best, centroid_best
 ):
     """Score centroids, as keys, with the maximum of every block and of every centroid.
 
     Args:
       centroids: float32[K, D].
-      query: float32[W, D], W a multiple of 4; rows from num_rows on are padding.
+      columns: float32[W / LANES, D, LANES], the query, see `tiles.pack`; rows from num_rows on are
+        padding.
       start, stop: the range of centroids, `start` a multiple of BLOCK.
       scores, keys: float32[K, W] and int32[K, W], the same memory; filled with keys.
       block_best: int32[K / BLOCK, W], filled.
       centroid_best: int32[K], filled.
     """
-    width = len(query)
-    for first in range(start, stop, 2):
-        second = min(first + 1, stop - 1)
-        a, b = centroids[first], centroids[second]
-        for q in range(0, width, 4):
-            q0, q1, q2, q3 = query[q], query[q + 1], query[q + 2], query[q + 3]
-            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
-            row = scores[second]
-            row[q], row[q + 1], row[q + 2], row[q + 3] = b0, b1, b2, b3
-            row = scores[first]
-            row[q], row[q + 1], row[q + 2], row[q + 3] = a0, a1, a2, a3
+    width = keys.shape[1]
+    order = np.empty(ROWS, np.int32)
+    out = np.empty((ROWS, LANES), np.float32)
+    for first in range(start, stop, ROWS):
+        for t in range(ROWS):
+            order[t] = min(first + t, stop - 1)
+        for s in range(len(columns)):
+            multiply(centroids, order, 0, columns[s], out)
+            for t in range(min(ROWS, stop - first)):
+                row = scores[first + t]
+                for lane in range(LANES):
+                    row[s * LANES + lane] = out[t, lane]
     for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
         best = block_best[block]
         for q in range(width):
@@ -274,26 +277,33 @@ def decompress(centroids, table, codes, residuals, tokens, words, scale):
 
 
 @compiled
-def update_best(tokens, scale, n, rows, best):
-    """Raise best[q] to the largest rows[q] . tokens[t] * scale[t] of the first n tokens."""
-    for t in range(0, n, 2):
-        u = min(t + 1, n - 1)
-        a, b = tokens[t], tokens[u]
-        sa, sb = scale[t], scale[u]
-        for q in range(0, len(rows), 4):
-            q0, q1, q2, q3 = rows[q], rows[q + 1], rows[q + 2], rows[q + 3]
-            a0, a1, a2, a3, b0, b1, b2, b3 = dots(a, b, q0, q1, q2, q3)
-            best[q] = max(best[q], max(a0 * sa, b0 * sb))
-            best[q + 1] = max(best[q + 1], max(a1 * sa, b1 * sb))
-            best[q + 2] = max(best[q + 2], max(a2 * sa, b2 * sb))
-            best[q + 3] = max(best[q + 3], max(a3 * sa, b3 * sb))
+def update_best(tokens, scale, n, order, columns, best, out):
+    """Raise best[q] to the largest column q . tokens[t] * scale[t] of the first n tokens.
+
+    Args:
+      tokens: float32[a multiple of ROWS, D].
+      order: int32, 0, 1, ..., a number for each of `tokens`.
+      columns: float32[W / LANES, D, LANES], see `tiles.pack`.
+      best: float32[W].
+      out: float32[ROWS, LANES], scratch memory.
+    """
+    for s in range(len(columns)):
+        most = best[s * LANES : (s + 1) * LANES]
+        for base in range(0, n, ROWS):
+            multiply(tokens, order, base, columns[s], out)
+            for t in range(min(ROWS, n - base)):
+                factor = scale[base + t]
+                for lane in range(LANES):
+                    score = out[t, lane] * factor
+                    most[lane] = score if score > most[lane] else most[lane]
 
 
 @compiled
 def score_exactly(
     centroids,
     table,
-    queries,
+    columns,
+    bounds,
     codes,
     residuals,
     offsets,
@@ -308,16 +318,18 @@ def score_exactly(
 
     Args:
       table, words: see `decompress`.
-      queries: float32[B, W, D], W a multiple of 4.
-      tokens: float32[at least 2, D], scratch memory.
+      columns: float32[W / LANES, D, LANES], the rows of all queries, see `tiles.pack`.
+      bounds: int64[B+1], query b has the columns bounds[b]..bounds[b+1]-1.
+      tokens: float32[a multiple of ROWS, D], scratch memory.
       scores: float32[B, n], filled; -inf for a document without a token.
 
     Returns:
       whether all codes are centroids; if not, scores are missing.
     """
-    num_queries, width, _ = queries.shape
-    best = np.empty((num_queries, width), np.float32)
+    best = np.empty(len(columns) * LANES, np.float32)
     scale = np.empty(len(tokens), np.float32)
+    order = np.arange(len(tokens)).astype(np.int32)
+    out = np.empty((ROWS, LANES), np.float32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         best[:] = -np.inf
@@ -327,11 +339,10 @@ def score_exactly(
             if largest(block) >= len(centroids):
                 return False
             decompress(centroids, table, block, residuals[base : base + n], tokens, words, scale)
-            for b in range(num_queries):
-                update_best(tokens, scale, n, queries[b], best[b])
-        for b in range(num_queries):
+            update_best(tokens, scale, n, order, columns, best, out)
+        for b in range(len(bounds) - 1):
             total = _ZERO
-            for q in range(width):
-                total += best[b, q]
+            for q in range(bounds[b], bounds[b + 1]):
+                total += best[q]
             scores[b, j] = total
     return True

@@ -18,7 +18,7 @@ from colbert_jax.compression.compiled import compiled
 from colbert_jax.search import cpu_kernels, plaid
 
 PACKAGE = Path(module.__file__).parents[1]
-HOLD_LOOPS = ("compression/cpu_kernels.py", "search/cpu_kernels.py")
+HOLD_LOOPS = ("compression/cpu_kernels.py", "compression/tiles.py", "search/cpu_kernels.py")
 
 
 def test_loops_need_nothing_that_the_cache_does_not_see():
@@ -121,11 +121,13 @@ def test_without_a_cache_folder_it_says_so_once(fresh, monkeypatch, why):
 
 USE = """
 import numpy as np
+from colbert_jax.compression.tiles import LANES, ROWS, packed
 from colbert_jax.search.cpu_kernels import update_best
-best = np.zeros(4, np.float32)
-tokens = np.ones((1, 8), np.float32)
-update_best(tokens, np.ones(1, np.float32), 1, np.ones((4, 8), np.float32), best)
-print(best.tolist(), sum(update_best.stats.cache_hits.values()))
+best, out = np.zeros(LANES, np.float32), np.empty((ROWS, LANES), np.float32)
+tokens, order = np.ones((ROWS, 8), np.float32), np.arange(ROWS).astype(np.int32)
+columns = packed(np.ones((4, 8), np.float32))
+update_best(tokens, np.ones(1, np.float32), 1, order, columns, best, out)
+print(best[:4].tolist(), sum(update_best.stats.cache_hits.values()))
 """
 
 
@@ -147,15 +149,15 @@ def package(tmp_path):
 
 @pytest.mark.slow
 def test_a_changed_inner_loop_is_compiled_again(package, tmp_path):
-    """`dots` is in another file than `update_best`, which calls it."""
+    """`multiply` is in another file than `update_best`, which calls it."""
     cache = str(tmp_path / "cache")
-    file = package / "compression" / "cpu_kernels.py"
+    file = package / "compression" / "tiles.py"
     before = file.read_text("utf-8")
     for text, wanted in [
         (before, f"{[8.0] * 4} 0"),
         (before, f"{[8.0] * 4} 1"),
-        (before.replace("x * q", "2 * x * q"), f"{[16.0] * 4} 0"),
-        (before.replace("_ZERO = np.float32(0)", "_ZERO = np.float32(1)"), f"{[9.0] * 4} 0"),
+        (before.replace("fadd(known, product", "fadd(product, product"), f"{[2.0] * 4} 0"),
+        (before.replace("[0.0] * LANES", "[1.0] * LANES"), f"{[9.0] * 4} 0"),
         (before, f"{[8.0] * 4} 1"),
     ]:
         file.write_text(text, "utf-8")

@@ -5,9 +5,10 @@ import pytest
 
 pytest.importorskip("numba")
 
+import numba
 from support import unit_rows
 
-from colbert_jax.compression import cpu
+from colbert_jax.compression import cpu, tiles
 from colbert_jax.compression.codec import _compressed, compress, train_codec
 from colbert_jax.compression.kmeans import train_kmeans
 from colbert_jax.compression.sharding import data_mesh
@@ -28,14 +29,22 @@ def true_nearest(points, centroids, bias=0.0):
     return np.argmax(points @ centroids.T + bias, axis=1)
 
 
+def biases(groups):
+    """float32[K]; every centroid is in one lane of one strip."""
+    real = np.isfinite(groups.strips.bias)
+    places = groups.strips.places[real]
+    assert sorted(places) == list(range(len(groups.centroids)))
+    return groups.strips.bias[real][np.argsort(places)]
+
+
 def test_all_groups_probed_is_exact(points, monkeypatch):
     centroids = points[::20].copy()  # 1,500: two levels
     some = points[7:4000:3]
     for distance in (False, True):
         groups = cpu.group_centroids(0.9 * centroids, distance=distance)
-        assert sorted(groups.members) == list(range(len(centroids)))
+        bias = biases(groups)
         monkeypatch.setattr(cpu, "_PROBES", len(groups.coarse))
-        expected = true_nearest(some, groups.centroids, groups.bias)
+        expected = true_nearest(some, groups.centroids, bias)
         np.testing.assert_array_equal(cpu.nearest(groups, some), expected)
 
 
@@ -56,7 +65,7 @@ def test_more_centroids_join_the_groups_there_are(points, monkeypatch):
         cpu.extend_groups(known, more)
         groups = cpu.groups_of(more)
         assert made == expected
-        assert sorted(groups.members) == list(range(len(more)))
+        assert len(biases(groups)) == len(more)
         np.testing.assert_array_equal(cpu.nearest(groups, some), true_nearest(some, more))
 
 
@@ -119,3 +128,25 @@ def test_as_many_centroids_as_points():
     points = unit_rows(np.random.default_rng(1), 1100, 8)
     centroids = train_kmeans(points, 5000, iterations=2, progress=False)
     assert centroids.shape == points.shape and np.isfinite(centroids).all()
+
+
+@pytest.mark.parametrize("dim", [1, 5, 16, 128])
+@pytest.mark.parametrize("count", [1, 16, 21])
+def test_tiles_are_products(dim, count):
+    rng = np.random.default_rng(dim)
+    rows, other = rng.normal(size=(40, dim)), rng.normal(size=(count, dim))
+    rows, other = rows.astype(np.float32), other.astype(np.float32)
+    order = rng.integers(0, 40, 3 + tiles.ROWS).astype(np.int32)
+    columns = tiles.packed(other)
+    out = np.empty((tiles.ROWS, tiles.LANES), np.float32)
+    expected = np.zeros((tiles.ROWS, len(columns) * tiles.LANES))
+    expected[:, :count] = rows[order[3:]] @ other.T
+    for s, strip in enumerate(columns):
+        multiply_once(rows, order, strip, out)
+        part = expected[:, s * tiles.LANES : (s + 1) * tiles.LANES]
+        np.testing.assert_allclose(out, part, atol=1e-4)
+
+
+@numba.njit
+def multiply_once(rows, order, columns, out):
+    tiles.multiply(rows, order, 3, columns, out)
