@@ -428,12 +428,20 @@ class ColBERT:
             hits = exact_search(arrays, encoded.lengths, self.encode_queries(listed), k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
 
-    def explain(self, query: str, document: str) -> Explanation:
-        """Show which query words matched which document words."""
-        q, d = self.encode_queries([query])[0], self.encode_documents([document], progress=False)[0]
-        labels = self.tokenizer.labels(query, is_query=True)
-        q = q[: len(labels)]
-        return Explanation(labels, self.tokenizer.labels(document, is_query=False), q @ d.T)
+    def explain(self, query: Query, document: Query) -> Explanation:
+        """Show which query words, and patches of its image, matched which document words."""
+        items = self.as_queries([query])
+        q, d = self.encode_queries(items)[0], self.encode_documents([document], progress=False)[0]
+        words, picture = self.tokenizer.labels(items.texts[0], is_query=True), None
+        if self.images is not None and items.images:
+            words = words if self.images.side.text_in_queries else []
+            picture = self.images.picture(items, len(words))
+            words = words + self.images.labels(self.images.query_rows)
+        text = document if isinstance(document, str) else document[0]
+        labels = self.tokenizer.labels(text, is_query=False)
+        if self.images is not None:
+            labels = self.images.labels(len(d) - len(labels)) + labels
+        return Explanation(words, labels, q[: len(words)] @ d.T, picture)
 
     def fingerprint(self) -> str:
         """Hash settings and weights: models that embed documents alike have equal fingerprints.

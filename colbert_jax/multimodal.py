@@ -18,7 +18,8 @@ import numpy as np
 from colbert_jax.batching import BatchRunner, one_ahead, pad_rows
 from colbert_jax.checkpoints.common import ImageSide, fingerprint
 from colbert_jax.checkpoints.warn import warn
-from colbert_jax.images import Block, ImageInput, check_images, pixel_blocks
+from colbert_jax.explanation import Picture
+from colbert_jax.images import Block, ImageInput, check_images, fitted_image, pixel_blocks
 from colbert_jax.models.colbert import TokenEncoder, unit_length
 from colbert_jax.models.flmr import image_rows, make_image_encoder, query_rows
 from colbert_jax.text import TokenIds, as_queries, as_texts
@@ -332,6 +333,32 @@ class ImagePart:
             if bar is not None:
                 bar.update(len(rows))
             yield from rows
+
+    def labels(self, rows: int) -> list[str]:
+        """What explanations call an image's rows: those of its class token, of its patches."""
+        prefix, columns = self.side.config.prefix_length, self._columns
+        names = [f"[image {n + 1}]" for n in range(prefix)]
+        for row, column in itertools.product(range(columns), repeat=2):
+            names.append(f"[patch {row + 1},{column + 1}]")
+        return names[:rows]
+
+    def picture(self, items: Items, first: int) -> Picture:
+        """The image of the one query, as the model sees it.
+
+        Args:
+          first: the query's first row that is of the image.
+        """
+        (image,) = items.images.values()
+        assert not isinstance(image, ClassTokens)
+        seen = fitted_image(image, self.side.image_config, items.label(0))
+        side = 0 if self.side.config.mapping is None else self._columns
+        prefix = self.side.config.prefix_length
+        return Picture(np.asarray(seen), first, first + prefix, (side, side))
+
+    @property
+    def _columns(self) -> int:
+        vision = self.side.config.vision
+        return vision.image_size // vision.patch_size
 
     def fingerprint(self) -> str:
         """Hash what encodes documents' images: settings and weights."""

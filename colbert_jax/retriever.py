@@ -370,13 +370,14 @@ class Retriever:
         """Order documents that need not be in the index by their exact scores: `rank_documents`."""
         return rank_documents(self.model, queries, documents, k)
 
-    def explain(self, query: str, document: str | Hit) -> Explanation:
-        """Show which query words matched which words of a document.
+    def explain(self, query: Query, document: Query | Hit) -> Explanation:
+        """Show which query words, and patches of its image, matched which words of a document.
 
         Args:
-          query: the query.
-          document: a hit, the id of a document of the index, or any text. A string that is an id
-            of the index is taken as the id.
+          query: the query, a text or a pair (text, image).
+          document: a hit, the id of a document of the index, or any text, or pair (text, image). A
+            string that is an id of the index is taken as the id. The index does not keep images:
+            a hit or an id is its text alone.
 
         Returns:
           the similarities, to be printed or plotted. They are those of the text as the model embeds
@@ -387,11 +388,13 @@ class Retriever:
         """
         return self.model.explain(query, self._text(document))
 
-    def _text(self, document: str | Hit) -> str:
-        """The text of a hit or an id; any other string is a text itself."""
+    def _text(self, document: Query | Hit) -> Query:
+        """The text of a hit or an id; anything else is a text itself, or a pair."""
         index = self.index
         if isinstance(document, Hit):
             return document.text if document.text is not None else index.text(document.id)
+        if not isinstance(document, str):
+            return document
         try:
             return index.text(document)
         except KeyError:

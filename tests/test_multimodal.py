@@ -456,3 +456,51 @@ def test_a_build_goes_on_with_the_same_images_only(model, photos, tmp_path, monk
         Retriever.build(tmp_path / "i", model, listed, images="picture", progress=False)
         assert (sum(encoded) == 40) == again
         shutil.rmtree(tmp_path / "i")
+
+
+# --- Explanations --------------------------------------------------------------------------
+
+
+def test_what_patches_matched(model, retriever, photos):
+    document = "paris is the capital, of france."
+    explanation = model.explain((QUESTION, photos[0]), document)
+    words = model.tokenizer.labels(QUESTION, is_query=True)
+    assert explanation.query[: len(words)] == words
+    named = [f"[image {n}]" for n in range(1, 5)]
+    patches = [f"[patch {row},{column}]" for row in range(1, 5) for column in range(1, 5)]
+    assert explanation.query[len(words) :] == named + patches
+    (score,) = model.rank([(QUESTION, photos[0])], [document]).scores[0]
+    assert explanation.score == pytest.approx(score, rel=1e-5)
+    picture = explanation.picture
+    assert (picture.first, picture.patches) == (len(words), len(words) + 4)
+    assert picture.grid == (4, 4) and picture.pixels.shape == (32, 32, 3)
+    np.testing.assert_array_equal(
+        pixel_values(picture.pixels, ImageConfig.square(32)),
+        pixel_values(photos[0], ImageConfig.square(32)),
+    )
+    assert explanation.text.query == words and explanation.text.picture is None
+    table = str(explanation).splitlines()
+    counted = [line for line in table if line.startswith("[patch] x ")]
+    assert sum(int(line.split()[2]) for line in counted) == 16
+    assert table[-1] == f"score {explanation.score:.4f}"
+    again = retriever.explain((QUESTION, photos[0]), document)
+    np.testing.assert_allclose(again.similarity, explanation.similarity, atol=1e-6)
+    # A document's image has its own rows, before those of its text.
+    of_both = model.explain("cats", (document, photos[0]))
+    assert of_both.document[:5] == [*named, "[CLS]"] and of_both.picture is None
+    assert of_both.similarity.shape[1] == len(explanation.document) + 4
+    assert retriever.explain("cats", "0").document[0] == "[CLS]"
+
+
+def test_a_model_without_patches_and_one_without_text(tmp_path, photos):
+    folder = support.write_preflmr(
+        tmp_path / "c",
+        mapping=0,
+        separate=False,
+        config={"num_hidden_layers": 1},
+        vision={"num_hidden_layers": 1},
+        query_concat_output_from_text_encoder=False,
+    )
+    explanation = load(folder).explain((QUESTION, photos[0]), "cats")
+    assert explanation.query == [f"[image {n}]" for n in range(1, 5)]
+    assert explanation.picture.grid == (0, 0) and "[image] x " in str(explanation)
