@@ -470,6 +470,11 @@ class ColBERT:
             raise ValueError(f"documents have images, but {NO_IMAGES}")
         return self.images.fingerprint()
 
+    def check_document_images(self, items: Items) -> dict[int, int]:
+        """See `multimodal.ImagePart.check_documents`; for a model with an image encoder."""
+        assert self.images is not None
+        return self.images.check_documents(items)
+
     def describe(self) -> dict[str, Any]:
         """What an index remembers of the model: how to load it, how to know it, its search
         settings; JSON."""

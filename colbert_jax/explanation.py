@@ -167,6 +167,7 @@ class Explanation(NamedTuple):
         extent = (0, columns, rows, 0)  # patches are squares of one unit
         ax.imshow(picture.pixels, extent=extent, aspect=height * columns / (width * rows))
         ax.set_axis_off()
+        ax.set_anchor("W")
         ax.set_title(f"score {self.score:.2f}: which patch matched which word")
         words = self._by_word(picture.patches, len(self.query))
         colours = {word: plt.colormaps["tab20"](n % 20)[:3] for n, (word, _) in enumerate(words)}
@@ -184,6 +185,7 @@ class Explanation(NamedTuple):
                     va="center",
                     fontsize=7,
                     clip_on=True,
+                    bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1},
                 )
         ax.imshow(tint.reshape(rows, columns, 4), extent=extent, interpolation="nearest")
         ax.set_aspect(height * columns / (width * rows))

@@ -646,6 +646,7 @@ def check_images(
     images: Iterable[ImageInput],
     *,
     decode: bool = False,
+    config: ImageConfig | None = None,
     threads: int | None = None,
     label: Callable[[int], str] = numbered,
 ) -> None:
@@ -656,6 +657,8 @@ def check_images(
       decode: whether to decode every image, which takes about as long as `pixel_blocks`. If False,
         only headers are read: that finds files that are missing, empty, too large, or no images;
         not truncated ones.
+      config: whether to decode, resize and cut every image too, by these settings: nothing that
+        `pixel_blocks` can find is left then. If None, not.
       threads: If None, as many as there are cores.
       label: what errors call the image at a position.
     """
@@ -664,7 +667,9 @@ def check_images(
     count = 0
 
     def look(image: ImageInput) -> None:
-        if decode or not _encoded(image):
+        if config is not None:
+            _fit(_decode(image, config.background), config)
+        elif decode or not _encoded(image):
             _decode(image, WHITE)
         else:
             with _opened(image):

@@ -19,7 +19,14 @@ from colbert_jax.batching import BatchRunner, one_ahead, pad_rows
 from colbert_jax.checkpoints.common import ImageSide, fingerprint
 from colbert_jax.checkpoints.warn import warn
 from colbert_jax.explanation import Picture
-from colbert_jax.images import Block, ImageInput, check_images, fitted_image, pixel_blocks
+from colbert_jax.images import (
+    Block,
+    ImageConfig,
+    ImageInput,
+    check_images,
+    fitted_image,
+    pixel_blocks,
+)
 from colbert_jax.models.colbert import TokenEncoder, unit_length
 from colbert_jax.models.flmr import image_rows, make_image_encoder, query_rows
 from colbert_jax.text import TokenIds, as_queries, as_texts
@@ -85,16 +92,17 @@ class Items:
         """What errors call the image at a place."""
         return f"the image of {self.kind} {self.numbers[place]}"
 
-    def check_images(self, *, decode: bool = False) -> None:
+    def check_images(self, config: ImageConfig | None = None) -> None:
         """Raise ImageError, naming them, if there are images that cannot be used.
 
         Args:
-          decode: whether to decode every image. If False, only headers are read.
+          config: whether to decode every image and make it what these settings say. If None, only
+            headers are read.
         """
         places = [p for p, image in self.images.items() if not isinstance(image, ClassTokens)]
         if places:
             listed: Any = (self.images[place] for place in places)
-            check_images(listed, decode=decode, label=lambda n: self.label(places[n]))
+            check_images(listed, config=config, label=lambda n: self.label(places[n]))
 
 
 def as_items(
@@ -296,6 +304,18 @@ class ImagePart:
             parts = (part.reshape(-1, part.shape[-1]) for part in np.split(rows, ends))
             found |= dict(zip(ready, parts, strict=True))
         return found
+
+    def check_documents(self, items: Items) -> dict[int, int]:
+        """Decode all images of documents; how many token embeddings each will give, by place.
+
+        Raises ImageError, naming all images that cannot be used.
+        """
+        items.check_images(self.side.image_config)
+        prefix = self.side.config.prefix_length
+        return {
+            place: prefix * (len(image.values) if isinstance(image, ClassTokens) else 1)
+            for place, image in items.images.items()
+        }
 
     def _encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Class tokens [n, hidden_size] to token embeddings [n, prefix_length, D]."""

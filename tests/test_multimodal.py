@@ -17,7 +17,12 @@ from safetensors.numpy import load_file, save_file
 from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.checkpoints import hub
 from colbert_jax.cli import main
-from colbert_jax.flmr import FLMRConfig, FLMRModelForRetrieval, index_custom_collection
+from colbert_jax.flmr import (
+    FLMRConfig,
+    FLMRModelForRetrieval,
+    create_searcher,
+    index_custom_collection,
+)
 from colbert_jax.images import ImageConfig, ImageError, pixel_values
 from colbert_jax.training.trainer import TrainingConfig, train
 
@@ -32,7 +37,11 @@ def photograph(seed, size=(40, 33)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return support.write_preflmr(tmp_path_factory.mktemp("preflmr") / "checkpoint")
+    return support.write_preflmr(
+        tmp_path_factory.mktemp("preflmr") / "checkpoint",
+        config={"num_hidden_layers": 1},
+        vision={"num_hidden_layers": 1},
+    )
 
 
 def load(folder, **settings):
@@ -95,6 +104,14 @@ def test_rows_equal_those_of_flmr(folder, model, photos):
     alone = model.encode_queries(texts)
     assert alone.shape == (2, TEXT, 16)
     np.testing.assert_array_equal(alone, load(folder, images=False).encode_queries(texts))
+
+
+def test_rows_do_not_depend_on_the_devices(folder, model, photos, eight_devices):
+    queries = [("cats : who?", photos[0]), "a b", ("dogs", photos[1]), ("c", photos[2])]
+    two = ColBERT.from_pretrained(folder, dtype="float32", devices=eight_devices[:2])
+    np.testing.assert_allclose(
+        two.encode_queries(queries), model.encode_queries(queries), atol=1e-6
+    )
 
 
 def test_the_configuration_says_what_is_concatenated(tmp_path, photos):
@@ -341,6 +358,9 @@ def test_a_collection_of_flmr(whole, photos, tmp_path):
     assert index.lengths.tolist() == [len(rows) for rows in expected]
     queries = whole.colbert().encode_queries([("cats : who?", photos[2]), "a b"])
     found = index.search(queries, k=5, mode="exact")
+    searcher = create_searcher(tmp_path)
+    positions, ranks, scores = searcher.search(("cats : who?", photos[2]), k=3)
+    assert len(positions) == len(scores) == 3 and ranks == [1, 2, 3]
     for rows, scores in zip(queries, found.scores, strict=True):
         best = sorted((float((rows @ d.T).max(axis=1).sum()) for d in expected), reverse=True)
         np.testing.assert_allclose(scores, best[:5], rtol=0.02)  # 8 bits
@@ -386,7 +406,7 @@ def test_a_retriever_of_documents_with_images(whole, model, folder, photos, tmp_
     assert len(Retriever.open(tmp_path / "i")) == 31
     with pytest.raises(ValueError, match="has documents with images, and the model has no image"):
         Retriever.open(tmp_path / "i", load(folder, images=False))
-    other = support.write_preflmr(tmp_path / "other", mapping=0)
+    other = shutil.copytree(folder, tmp_path / "other")
     changed = load_file(other / "model.safetensors")
     changed["query_vision_projection.model.0.bias"] += 1
     save_file(changed, other / "model.safetensors")
@@ -412,13 +432,15 @@ def test_bad_images_of_documents_are_named_before_the_work(model, photos, tmp_pa
     texts = support.passages(1000, longest=4)
     listed = records(photos, texts)
     listed[700]["picture"], listed[900]["picture"] = "missing.jpg", tmp_path / "half.jpg"
+    listed[950]["picture"] = np.zeros((2, 20_000_000), np.uint8)  # too long when it is resized
     monkeypatch.setattr(type(model), "encode_windows", lambda *_: pytest.fail("began to encode"))
     with pytest.raises(ImageError) as error:
         Retriever.build(tmp_path / "i", model, listed, images="picture", progress=False)
     lines = str(error.value).splitlines()
-    assert lines[0] == "2 images of 7 cannot be used:"
+    assert lines[0] == "3 images of 8 cannot be used:"
     assert lines[1] == "  the image of document 700 (missing.jpg): no such file"
     assert lines[2].startswith(f"  the image of document 900 ({tmp_path / 'half.jpg'}): cannot be")
+    assert lines[3].startswith("  the image of document 950 (array of shape (2, 20000000)): ")
 
 
 def test_a_build_goes_on_with_the_same_images_only(model, photos, tmp_path, monkeypatch):

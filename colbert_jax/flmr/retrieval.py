@@ -13,7 +13,14 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.files import present_folder
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.index.index import Index, check_documents
-from colbert_jax.multimodal import NO_IMAGES, ClassTokens, ImagePart, Items, images_fingerprint
+from colbert_jax.multimodal import (
+    NO_IMAGES,
+    ClassTokens,
+    ImagePart,
+    Items,
+    Query,
+    images_fingerprint,
+)
 from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import concatenate_hits
 
@@ -106,13 +113,13 @@ class Searcher:
                 self._retriever = Retriever.open(self.index)
             return self._retriever
 
-    def encode(self, texts: str | Sequence[str]) -> np.ndarray:
+    def encode(self, texts: str | Sequence[Query]) -> np.ndarray:
         """float32[B, Lq, D], token embeddings of queries."""
         return self.retriever.model.encode_queries(texts)
 
-    def search(self, text: str, k: int = 10) -> tuple[list[int], list[int], list[float]]:
-        """Document positions, ranks from 1 and scores of one query."""
-        hits = self.retriever.search(text, k, texts=False, **_upstream(k))
+    def search(self, text: Query, k: int = 10) -> tuple[list[int], list[int], list[float]]:
+        """Document positions, ranks from 1 and scores of one query, a text or (text, image)."""
+        (hits,) = self.retriever.search([text], k, texts=False, **_upstream(k))
         return (
             [hit.position for hit in hits],
             list(range(1, len(hits) + 1)),

@@ -53,6 +53,11 @@ class DocumentEncoder(Protocol):
         """A hash of what encodes documents' images. Raises ValueError if nothing does."""
         ...
 
+    def check_document_images(self, items: Items) -> dict[int, int]:
+        """Decode documents' images: how many token embeddings each gives, by place. Raises
+        ImageError, naming all that cannot be used."""
+        ...
+
     def encode_windows(
         self, windows: Iterable[list[str] | Items], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
@@ -241,7 +246,9 @@ class TextSource:
         self._images: Mapping[int, Any] = images or {}
         if images is not None:
             # Decoded, so that no build ends at a truncated file.
-            self._items(np.arange(self.num_documents)).check_images(decode=True)
+            numbers = range(self.num_documents)
+            rows = self._model.check_document_images(Items([], images, numbers, "document"))
+            self._estimates[list(rows)] += list(rows.values())
             self.fingerprint = _fingerprint(self.fingerprint, images_fingerprint(images))
 
     def _items(self, positions: np.ndarray) -> Items:
