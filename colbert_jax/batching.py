@@ -126,10 +126,10 @@ class BatchRunner:
         self._on_cpu = self.devices[0].platform == "cpu"
         share = num_threads() // len(self.devices) if self._on_cpu else 1
         self.side_by_side = min(max(share, 2), _MOST_BATCHES)
-        self._compiled: set[tuple[int, ...]] = set()
+        self._compiled: set[tuple[Any, ...]] = set()
         self._compiling = threading.Lock()
 
-    def windows(self, items: list[Item]) -> Iterator[list[Item]]:
+    def windows(self, items: Any) -> Iterator[Any]:
         """Cut items into parts that are sorted by length one at a time."""
         size = WINDOW * len(self.devices)
         return (items[i : i + size] for i in range(0, len(items), size))
@@ -159,15 +159,32 @@ class BatchRunner:
     def run(self, program: Callable[..., jax.Array], params: dict, *batch: np.ndarray):
         """Run a program on one batch and fetch the result."""
         check_process()
-        shape = batch[0].shape
+        known = program, batch[0].shape
         arguments = jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
-        if shape in self._compiled:
+        if known in self._compiled:
             result = program(params, *arguments)
         else:
             with self._compiling:  # or two threads would compile the same program
                 result = program(params, *arguments)
-                self._compiled.add(shape)
+                self._compiled.add(known)
         return np.asarray(result)
+
+    @property
+    def _tokens(self) -> int:
+        """Of a batch."""
+        here = TOKENS_PER_DEVICE.get(self.devices[0].platform, _TOKENS_PER_ACCELERATOR)
+        return here * len(self.devices)
+
+    def rows_of(self, length: int) -> int:
+        """Rows of one length, in tokens, that fill a batch: a power of two for each device."""
+        devices = len(self.devices)
+        share = self._tokens // (length * devices)
+        return devices << max(share.bit_length() - 1, 0)
+
+    def padded_rows(self, count: int) -> int:
+        """Rows that `count` rows are padded to: a power of two for each device."""
+        devices = len(self.devices)
+        return devices * next_power_of_two(-(-count // devices))
 
     def for_each(self, lengths: np.ndarray, work: Callable[[Batch], None], bar: Any = None) -> None:
         """Call `work` on batches of rows of these lengths, int[N], from several threads.
@@ -176,11 +193,10 @@ class BatchRunner:
         CPU that keeps more of its cores busy than one program does, elsewhere the device computes
         one batch while the host fetches the last and prepares the next.
         """
-        devices = len(self.devices)
         batches = plan_batches(
             lengths,
-            TOKENS_PER_DEVICE.get(self.devices[0].platform, _TOKENS_PER_ACCELERATOR) * devices,
-            multiple=devices,
+            self._tokens,
+            multiple=len(self.devices),
             longest=self._longest,
             parallel=self.side_by_side if self._on_cpu else 1,
         )

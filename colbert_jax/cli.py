@@ -40,6 +40,7 @@ from colbert_jax.index.columns import UnknownIdError
 from colbert_jax.index.filters import parse_json_filter
 from colbert_jax.index.format import CHANGED_VERSION, FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
+from colbert_jax.multimodal import Query
 from colbert_jax.progress import log_to_stderr, tqdm
 from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_model
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
@@ -197,10 +198,15 @@ def compact(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace) -> None:
     if bool(args.query) == bool(args.queries):
         raise ValueError("give queries on the command line or --queries FILE, one of the two")
+    if args.image and len(args.query) != 1:
+        raise ValueError("--image goes with one query on the command line")
+    queries: dict[str, Query]
     if args.queries:
-        queries = read_queries(args.queries)
+        queries = dict(read_queries(args.queries))
     else:
         queries = {f"q{n}": text for n, text in enumerate(args.query, 1)}
+        if args.image:
+            queries = {"q1": (args.query[0], args.image)}
     if args.output:
         output_place(args.output)
         check_run_ids(queries, "query", args.format)
@@ -211,7 +217,8 @@ def search(args: argparse.Namespace) -> None:
     retriever = Retriever.open(place, args.checkpoint)
     if not args.output:
         for qid, hits in _search(retriever, queries, args.k, args, texts=True):
-            print(queries[qid])
+            query = queries[qid]
+            print(query if isinstance(query, str) else f"{query[0]} ({args.image})")
             _print_hits(hits)
         return
     found = _search(retriever, queries, args.k, args, texts=False)
@@ -344,7 +351,11 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def _search(
-    retriever: Retriever, queries: Mapping[str, str], k: int, args: argparse.Namespace, texts: bool
+    retriever: Retriever,
+    queries: Mapping[str, Query],
+    k: int,
+    args: argparse.Namespace,
+    texts: bool,
 ) -> Iterator[tuple[str, list[Hit]]]:
     """Query ids and hits, in the order of the queries."""
     hits = retriever.search_many(
@@ -443,6 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("query", nargs="*")
     sub.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     sub.add_argument("--queries", help="TSV of qid, text, or JSONL")
+    sub.add_argument("--image", help="file of the query's picture, for a model with images")
     sub.add_argument("--output", help="write a run file, into a file or a pipe")
     sub.add_argument(
         "--format",

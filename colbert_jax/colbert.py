@@ -1,4 +1,5 @@
-"""`ColBERT`: texts to token embeddings; a tokenizer, an encoder, and the batching between them."""
+"""`ColBERT`: texts, and images where a model has an encoder for them, to token embeddings; the
+tokenizer, the encoder, and the batching between them."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,11 @@ from colbert_jax.models.colbert import (
     make_encoder,
     quantize,
 )
+from colbert_jax.multimodal import NO_IMAGES, ImagePart, Items, Query, as_items, in_order
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
-from colbert_jax.text import TextTokenizer, TokenIds, as_queries, as_texts
+from colbert_jax.text import TextTokenizer, TokenIds, as_texts
 
 _DOCUMENT_SETTINGS = (
     "doc_maxlen",
@@ -56,6 +59,12 @@ class ColBERT:
 
     Make one with `ColBERT.from_pretrained`. Encoding runs on all local devices: parameters are
     replicated and the batch axis is sharded.
+
+    A query is a text or, for a model with an image encoder, a pair (text, image) in a list: an
+    image is a path, bytes, a PIL image or an array (`images`), or None for a text alone.
+
+    Attributes:
+      images: the image encoder (`multimodal.ImagePart`); None for a model of texts.
     """
 
     def __init__(
@@ -99,7 +108,9 @@ class ColBERT:
         self.config: ColBERTConfig = config
         self.tokenizer: TextTokenizer = checkpoint.text_tokenizer()
         # Its parameters live on the devices from here on.
-        self._checkpoint = dataclasses.replace(checkpoint, params={}, query_params=None)
+        self._checkpoint = dataclasses.replace(
+            checkpoint, params={}, query_params=None, images=None
+        )
         self._positions = positions
         self.dim = encoder.dim
         self._runner = BatchRunner(devices, positions)
@@ -115,9 +126,11 @@ class ColBERT:
         self.query_params = self.params  # or an encoder of the queries' own
         if checkpoint.query_params is not None:
             self.query_params = put(checkpoint.query_params)
-        self.encode_ids = self._runner.program(
-            lambda params, *batch: make_encoder(encoder, params, dtype, quantization)(*batch), 3
-        )
+        make = partial(make_encoder, encoder, dtype=dtype, quantization=quantization)
+        self.encode_ids = self._runner.program(lambda params, *batch: make(params)(*batch), 3)
+        self.images: ImagePart | None = None
+        if checkpoint.images is not None:
+            self.images = ImagePart(checkpoint.images, self._runner, make, dtype)
 
     @classmethod
     def from_pretrained(
@@ -132,6 +145,7 @@ class ColBERT:
         revision: str | None = None,
         token: str | bool | None = None,
         base: str | Path | None = None,
+        images: bool | None = True,
         **text_settings: Any,
     ) -> ColBERT:
         """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
@@ -148,6 +162,8 @@ class ColBERT:
           revision, token: of the hub.
           base: for a `.dnn` file, the folder or hub id of the model it was trained from, which has
             its configuration and tokenizer. If None, the files beside it, else the model it names.
+          images: whether to load the image encoder of a checkpoint that has one. If False, its text
+            part alone; None does the same with a warning.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
@@ -164,7 +180,7 @@ class ColBERT:
         check_quantization(quantization)
         runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
-        checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base)
+        checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base, images=images)
         if text_settings:
             checkpoint = checkpoint.with_text(**text_settings)
         load: dict[str, Any] = {"name_or_path": str(name_or_path)}
@@ -178,6 +194,8 @@ class ColBERT:
             load["revision"] = revision
         if quantization is not None:
             load["quantization"] = quantization
+        if not images:
+            load["images"] = images
         load |= text_settings
         return cls(checkpoint, load=load, dtype=dtype, quantization=quantization, devices=devices)
 
@@ -265,12 +283,13 @@ class ColBERT:
             config=dataclasses.replace(self.config, metadata=known),
             params=jax.tree.map(np.asarray, self.params),
             query_params=jax.tree.map(np.asarray, self.query_params) if own else None,
+            images=None if self.images is None else self.images.on_host(),
         )
         write_checkpoint(checkpoint, Path(folder), layout)
 
     def encode_queries(
         self,
-        queries: str | Sequence[str],
+        queries: str | Sequence[Query] | Items,
         *,
         allow_blank: bool = False,
         progress: bool | None = False,
@@ -278,42 +297,78 @@ class ColBERT:
         """Encode queries to token embeddings.
 
         Args:
+          queries: one text, or a list of texts and pairs (text, image).
           allow_blank: encode empty and blank queries too, as other libraries do. They ask nothing,
             so searches refuse them.
           progress: True for a bar. If None, a bar on a terminal, else log lines.
 
         Returns:
           float32[B, Lq, D]. With query expansion Lq is `query_maxlen`; without it, or with a
-          smaller `query_minlen`, Lq is the longest query's step of the length ladder. Rows of
-          zeros fill up; they add nothing to a score.
+          smaller `query_minlen`, Lq is the longest query's step of the length ladder. Where a query
+          has an image, Lq has room for `images.query_rows` more: behind the rows of its text it
+          has those of the image's class token, then one for each patch. Rows of zeros fill up; they
+          add nothing to a score.
 
         Raises:
-          ValueError, TypeError: an empty or blank query, or one that is no string, by its place.
+          ValueError, TypeError: an empty or blank query, or one that is no string, by its place; an
+            image for a model of texts.
+          ImageError (a ValueError): images that cannot be opened, all named, before any work; or
+            one that cannot be decoded.
         """
         runtime.check_process()
-        listed = as_texts(queries, "query") if allow_blank else as_queries(queries)
-        token_ids = self.tokenizer.queries(listed)
-        with progress_bar(len(token_ids.ids), "queries", "query", progress) as bar:
-            rows = self._encode(self.query_params, token_ids, self.tokenizer.kept_in_query, bar)
-        width = self.config.text.fixed_query_length
-        if width is None:
-            width = ladder_length(int(rows.lengths.max(initial=1)), self._positions)
-        return rows.padded(width)[0]
+        listed = self.as_queries(queries, allow_blank=allow_blank)
+        token_ids = self.tokenizer.queries(listed.texts)
+        with progress_bar(len(listed), "queries", "query", progress) as bar:
+            if listed.images:
+                rows = self._encode_with_images(listed, token_ids, bar)
+            else:
+                rows = self._encode(self.query_params, token_ids, self.tokenizer.kept_in_query, bar)
+        longest = int(rows.lengths.max(initial=1))
+        return rows.padded(self.query_width(longest, bool(listed.images)))[0]
+
+    def as_queries(
+        self,
+        queries: str | Iterable[Query] | Items,
+        first: int = 0,
+        *,
+        allow_blank: bool = False,
+    ) -> Items:
+        """Check queries, and the headers of their images; arguments and errors as for
+        `encode_queries`.
+
+        Args:
+          first: the number of the first, for errors.
+        """
+        listed = as_items(
+            queries, first=first, with_images=self.images is not None, allow_blank=allow_blank
+        )
+        return listed if self.images is None else self.images.wanted_in_queries(listed)
+
+    def query_width(self, longest: int, with_image: bool) -> int:
+        """Lq of queries of which the longest has so many token embeddings."""
+        fixed = self.config.text.fixed_query_length
+        more = self.images.query_rows if with_image and self.images is not None else 0
+        return ladder_length(longest, self._positions + more) if fixed is None else fixed + more
 
     def encode_documents(
-        self, documents: str | Sequence[str], *, progress: bool | None = None
+        self, documents: str | Sequence[Query], *, progress: bool | None = None
     ) -> DocumentEmbeddings:
         """Encode documents to token embeddings, in their order.
 
         Args:
+          documents: one text, or a list of texts and, for a model with an image encoder, pairs
+            (text, image).
           progress: True for a bar, False for silence. If None, a bar on a terminal, else log lines.
 
         Raises:
           TypeError, ValueError: a document that is not a string or not valid Unicode, by position.
         """
-        texts = as_texts(documents, "document")
-        with progress_bar(len(texts), "encoding", "doc", progress) as bar:
-            parts = list(self.encode_windows(self._runner.windows(texts), bar))
+        if self.images is None:
+            listed: Any = as_texts(documents, "document")  # type: ignore[arg-type]
+        else:
+            listed = as_items(documents, kind="document", with_images=True)
+        with progress_bar(len(listed), "encoding", "doc", progress) as bar:
+            parts = list(self.encode_windows(self._runner.windows(listed), bar))
         if len(parts) == 1:
             return parts[0]
         values = [part.values for part in parts] or [np.zeros((0, self.dim), np.float32)]
@@ -321,17 +376,33 @@ class ColBERT:
         return DocumentEmbeddings.from_lengths(np.concatenate(values), lengths)
 
     def encode_windows(
-        self, windows: Iterable[list[str]], bar: Any = None
+        self, windows: Iterable[list[str] | Items], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
-        """Encode lists of documents in turn; the next list is tokenised meanwhile."""
+        """Encode lists of documents in turn; the next list is tokenised meanwhile.
+
+        The token embeddings of a document's image, those of its class token, come before those of
+        its text.
+        """
         runtime.check_process()
-        for token_ids in one_ahead(self.tokenizer.documents, windows):
-            yield self._encode(self.params, token_ids, self.tokenizer.kept, bar)
+
+        def tokenized(window: list[str] | Items) -> tuple[list[str] | Items, TokenIds]:
+            texts = window.texts if isinstance(window, Items) else window
+            return window, self.tokenizer.documents(texts)
+
+        for window, token_ids in one_ahead(tokenized, windows):
+            rows = self._encode(self.params, token_ids, self.tokenizer.kept, bar)
+            if isinstance(window, Items) and window.images:
+                assert self.images is not None
+                images = self.images.encode_documents(window)
+                nothing = np.zeros((0, self.dim), np.float32)
+                both = [np.concatenate([images.get(i, nothing), row]) for i, row in enumerate(rows)]
+                rows = DocumentEmbeddings.from_list(both, self.dim)
+            yield rows
 
     def rank(
         self,
-        queries: str | Sequence[str],
-        documents: Sequence[str],
+        queries: str | Sequence[Query] | Items,
+        documents: Sequence[Query],
         k: int | None = None,
         *,
         progress: bool | None = False,
@@ -343,8 +414,8 @@ class ColBERT:
           [B, k] each. If `k` is None, all documents that have a token.
         """
         k = None if k is None else check_k(k)
-        listed = as_queries(queries)
-        encoded = self.encode_documents(as_texts(documents, "document"), progress=progress)
+        listed = self.as_queries(queries)
+        encoded = self.encode_documents(documents, progress=progress)
         count = int((encoded.lengths > 0).sum())
         k = count if k is None else min(k, count)
         hits = Hits(np.zeros((len(listed), k), np.int32), np.zeros((len(listed), k), np.float32))
@@ -357,12 +428,20 @@ class ColBERT:
             hits = exact_search(arrays, encoded.lengths, self.encode_queries(listed), k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
 
-    def explain(self, query: str, document: str) -> Explanation:
-        """Show which query words matched which document words."""
-        q, d = self.encode_queries([query])[0], self.encode_documents([document], progress=False)[0]
-        labels = self.tokenizer.labels(query, is_query=True)
-        q = q[: len(labels)]
-        return Explanation(labels, self.tokenizer.labels(document, is_query=False), q @ d.T)
+    def explain(self, query: Query, document: Query) -> Explanation:
+        """Show which query words, and patches of its image, matched which document words."""
+        items = self.as_queries([query])
+        q, d = self.encode_queries(items)[0], self.encode_documents([document], progress=False)[0]
+        words, picture = self.tokenizer.labels(items.texts[0], is_query=True), None
+        if self.images is not None and items.images:
+            words = words if self.images.side.text_in_queries else []
+            picture = self.images.picture(items, len(words))
+            words = words + self.images.labels(self.images.query_rows)
+        text = document if isinstance(document, str) else document[0]
+        labels = self.tokenizer.labels(text, is_query=False)
+        if self.images is not None:
+            labels = self.images.labels(len(d) - len(labels)) + labels
+        return Explanation(words, labels, q[: len(words)] @ d.T, picture)
 
     def fingerprint(self) -> str:
         """Hash settings and weights: models that embed documents alike have equal fingerprints.
@@ -381,6 +460,21 @@ class ColBERT:
         self._hashed = known, leaves, value  # which keeps the arrays, so that no id is used again
         return value
 
+    def image_fingerprint(self) -> str:
+        """Hash what encodes documents' images: models that do it alike have equal fingerprints.
+
+        Raises:
+          ValueError: a model of texts.
+        """
+        if self.images is None:
+            raise ValueError(f"documents have images, but {NO_IMAGES}")
+        return self.images.fingerprint()
+
+    def check_document_images(self, items: Items) -> dict[int, int]:
+        """See `multimodal.ImagePart.check_documents`; for a model with an image encoder."""
+        assert self.images is not None
+        return self.images.check_documents(items)
+
     def describe(self) -> dict[str, Any]:
         """What an index remembers of the model: how to load it, how to know it, its search
         settings; JSON."""
@@ -389,6 +483,29 @@ class ColBERT:
             "fingerprint": self.fingerprint(),
             "search": vars(self.config.search),
         }
+
+    def _encode_with_images(
+        self, items: Items, token_ids: TokenIds, bar: Any
+    ) -> DocumentEmbeddings:
+        """Embeddings of queries, in their order, of which some have an image."""
+        assert self.images is not None
+        keep, params, text = self.tokenizer.kept_in_query, self.query_params, self.config.text
+
+        def of(places: list[int]) -> TokenIds:
+            return TokenIds([token_ids.ids[i] for i in places], token_ids.attended[places])
+
+        alone, seen = items.with_image(False), items.with_image()
+        encoded = self.images.encode_queries(
+            items.take(seen),
+            of(seen),
+            keep,
+            params,
+            length=text.query_maxlen,
+            pad=self.tokenizer.special.pad,
+            bar=bar,
+        )
+        rows = in_order([(seen, encoded), (alone, self._encode(params, of(alone), keep, bar))])
+        return DocumentEmbeddings.from_list(rows, self.dim)
 
     def _encode(self, params: dict, token_ids: TokenIds, keep, bar) -> DocumentEmbeddings:
         """Embeddings of the rows, in their order; `keep` maps a row's ids to which are kept."""

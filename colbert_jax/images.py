@@ -23,7 +23,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from colbert_jax.config import require, require_types
-from colbert_jax.files import check_types, present, read_object
+from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.runtime import num_threads
 
 if TYPE_CHECKING:
@@ -155,6 +155,32 @@ class ImageConfig:
             return config
         return cls() if image_size is None else cls.square(image_size)
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `preprocessor_config.json`, which `read` and transformers read.
+
+        `background` has no place there.
+        """
+        crop, size = self.crop, self.size
+        fields: dict[str, Any] = {
+            "image_processor_type": _SAME[0],
+            "do_convert_rgb": True,
+            "do_resize": size is not None,
+            "do_center_crop": crop is not None,
+            "do_rescale": True,
+            "rescale_factor": self.scale,
+            "do_normalize": True,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "resample": self.resample,
+        }
+        if isinstance(size, tuple):
+            fields["size"] = {"height": size[0], "width": size[1]}
+        elif size is not None:
+            fields["size"] = {"shortest_edge": size}
+        if crop is not None:
+            fields["crop_size"] = {"height": crop[0], "width": crop[1]}
+        write_json(Path(folder) / _FILES[0], fields)
+
 
 def _from_fields(file: Path, fields: dict[str, Any]) -> ImageConfig:
     """Settings in the words of transformers: those of 5, of 4, and of the feature extractors."""
@@ -229,10 +255,16 @@ def read_image(
         `PIL.Image.MAX_IMAGE_PIXELS`.
       ImportError: Pillow is not installed.
     """
-    return _named(image, position, lambda: _decode(image, background))
+    label = None if position is None else numbered(position)
+    return _named(image, label, lambda: _decode(image, background))
 
 
-def _named(image: ImageInput, position: int | None, work: Any) -> Any:
+def numbered(position: int) -> str:
+    """What errors call an image among others, where nothing else is said."""
+    return f"image {position}"
+
+
+def _named(image: ImageInput, label: str | None, work: Any) -> Any:
     """work(); whatever a decoder raises becomes an ImageError that names the image."""
     Image = _pillow()
     try:
@@ -246,7 +278,7 @@ def _named(image: ImageInput, position: int | None, work: Any) -> Any:
     except Exception as error:
         reason = f"cannot be decoded: {str(error) or type(error).__name__}"
     name = _name(image)
-    place = name if position is None else f"image {position} ({name})"
+    place = name if label is None else f"{label} ({name})"
     raise ImageError(f"{place}: {reason}") from None
 
 
@@ -461,9 +493,23 @@ def _table(config: ImageConfig) -> np.ndarray:
     return (scaled - mean) / std
 
 
-def _pixels(image: ImageInput, config: ImageConfig, position: int | None) -> np.ndarray:
+def fitted_image(
+    image: ImageInput, config: ImageConfig, label: str | None = None
+) -> PIL.Image.Image:
+    """The part of an image that a model sees: upright, resized, cut; RGB.
+
+    Args:
+      label: what errors call the image.
+
+    Raises:
+      ImageError, ImportError: as `read_image`.
+    """
+    return _named(image, label, lambda: _fit(_decode(image, config.background), config))
+
+
+def _pixels(image: ImageInput, config: ImageConfig, label: str) -> np.ndarray:
     """float32[3, H, W] of one image; raises ImageError."""
-    fitted = _named(image, position, lambda: _fit(_decode(image, config.background), config))
+    fitted = fitted_image(image, config, label)
     channels = np.moveaxis(np.asarray(fitted), -1, 0)
     pairs = zip(_table(config), channels, strict=True)
     return np.stack([table[channel] for table, channel in pairs])
@@ -514,6 +560,7 @@ def pixel_blocks(
     rows: int = 64,
     threads: int | None = None,
     on_error: str = "raise",
+    label: Callable[[int], str] = numbered,
 ) -> Iterator[Block]:
     """The pixel values of many images, in order, a block at a time.
 
@@ -527,6 +574,7 @@ def pixel_blocks(
       threads: If None, as many as there are cores.
       on_error: "raise" stops at an image that cannot be used. "keep" goes on; the image's row is
         zero and its error in `Block.failed`, so that one bad image costs no other.
+      label: what errors call the image at a position.
 
     Raises:
       ImageError: at the first block with an image that cannot be used, naming it.
@@ -537,15 +585,20 @@ def pixel_blocks(
     require(on_error in ("raise", "keep"), f"on_error must be raise or keep, got {on_error!r}")
     _pillow()
     return _blocks(
-        images, config or ImageConfig(), rows, threads or num_threads(), on_error == "raise"
+        images, config or ImageConfig(), rows, threads or num_threads(), on_error == "raise", label
     )
 
 
 def _blocks(
-    images: Iterable[ImageInput], config: ImageConfig, rows: int, threads: int, stop: bool
+    images: Iterable[ImageInput],
+    config: ImageConfig,
+    rows: int,
+    threads: int,
+    stop: bool,
+    label: Callable[[int], str],
 ) -> Iterator[Block]:
     start = 0
-    with closing(_ahead(images, config, rows + threads, threads)) as outcomes:
+    with closing(_ahead(images, config, rows + threads, threads, label)) as outcomes:
         while part := list(itertools.islice(outcomes, rows)):
             pixels = np.zeros((len(part), 3, *config.shape), np.float32)
             failed = {}
@@ -562,13 +615,17 @@ def _blocks(
 
 
 def _ahead(
-    images: Iterable[ImageInput], config: ImageConfig, ahead: int, threads: int
+    images: Iterable[ImageInput],
+    config: ImageConfig,
+    ahead: int,
+    threads: int,
+    label: Callable[[int], str],
 ) -> Generator[np.ndarray | ImageError, None, None]:
     """The pixel values of each image, or its error, while those after it are being computed."""
 
     def compute(position: int, image: ImageInput) -> np.ndarray | ImageError:
         try:
-            return _pixels(image, config, position)
+            return _pixels(image, config, label(position))
         except ImageError as error:
             return error
 
@@ -586,7 +643,12 @@ def _ahead(
 
 
 def check_images(
-    images: Iterable[ImageInput], *, decode: bool = False, threads: int | None = None
+    images: Iterable[ImageInput],
+    *,
+    decode: bool = False,
+    config: ImageConfig | None = None,
+    threads: int | None = None,
+    label: Callable[[int], str] = numbered,
 ) -> None:
     """Raise ImageError, naming them, if there are images that cannot be used.
 
@@ -595,14 +657,19 @@ def check_images(
       decode: whether to decode every image, which takes about as long as `pixel_blocks`. If False,
         only headers are read: that finds files that are missing, empty, too large, or no images;
         not truncated ones.
+      config: whether to decode, resize and cut every image too, by these settings: nothing that
+        `pixel_blocks` can find is left then. If None, not.
       threads: If None, as many as there are cores.
+      label: what errors call the image at a position.
     """
     _pillow()
     failed: list[ImageError] = []
     count = 0
 
     def look(image: ImageInput) -> None:
-        if decode or not _encoded(image):
+        if config is not None:
+            _fit(_decode(image, config.background), config)
+        elif decode or not _encoded(image):
             _decode(image, WHITE)
         else:
             with _opened(image):
@@ -611,7 +678,7 @@ def check_images(
     def check(place: tuple[int, ImageInput]) -> ImageError | None:
         position, image = place
         try:
-            _named(image, position, lambda: look(image))
+            _named(image, label(position), lambda: look(image))
         except ImageError as error:
             return error
         return None

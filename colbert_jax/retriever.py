@@ -6,7 +6,6 @@ Below it are `ColBERT` (texts to token embeddings) and `Index` (token embeddings
 
 from __future__ import annotations
 
-import itertools
 import operator
 import os
 import threading
@@ -25,9 +24,10 @@ from colbert_jax.index import Index
 from colbert_jax.index.columns import DuplicateIdError
 from colbert_jax.index.folder import METADATA, check_free
 from colbert_jax.index.format import IndexFormatError
+from colbert_jax.index.index import check_same_images
+from colbert_jax.multimodal import Items, Query, blocks, refuse_bare_pair
 from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, check_k
-from colbert_jax.text import as_queries
 
 _READ = 4096  # queries that are sorted by length at a time, and whose hits are in memory
 _HITS = 1 << 18  # hits in memory: fewer queries at a time where each has many
@@ -89,6 +89,7 @@ class Retriever:
         model: ColBERT | str | os.PathLike,
         documents: Any,
         *,
+        images: str | None = None,
         nbits: int | None = None,
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
@@ -107,6 +108,9 @@ class Retriever:
           model: a model, or what `ColBERT.from_pretrained` loads: a folder or a hub id.
           documents: strings, (id, text) pairs, records, a `datasets` dataset, a mapping from id to
             text, or the path of a collection file (`data.documents.Documents`). Read once.
+          images: the name under which records, or the fields of (id, text, fields) triples, have an
+            image, for a model with an image encoder: a path, bytes, a PIL image, an array or None.
+            Images are decoded once before anything is encoded, and not kept.
           nbits, kmeans_niters, num_centroids, buckets, seed: of the compression, see `Index.build`.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is at `path`; it stays until the new one is complete.
@@ -121,7 +125,7 @@ class Retriever:
         """
         path = resolved(path)
         check_free(path, overwrite)
-        listed: Any = Documents(documents)
+        listed: Any = Documents(documents, images=images)
         model = _load(model, pretrained)
         try:
             index = Index.build(
@@ -200,7 +204,7 @@ class Retriever:
     @overload
     def search(
         self,
-        queries: Sequence[str],
+        queries: Sequence[Query],
         k: int = 10,
         *,
         where: Mapping[str, Any] | None = None,
@@ -215,7 +219,7 @@ class Retriever:
 
     def search(
         self,
-        queries: str | Sequence[str],
+        queries: str | Sequence[Query],
         k: int = 10,
         *,
         where: Mapping[str, Any] | None = None,
@@ -230,7 +234,8 @@ class Retriever:
         """Find the k best documents of a query, or of each of several.
 
         Args:
-          queries: one query, or a list of them; for very many see `search_many`.
+          queries: one query, or a list of them; for very many see `search_many`. In a list, a
+            query of a model with an image encoder may be a pair (text, image), see `ColBERT`.
           k: results per query; fewer come only where fewer documents match and have a token.
           where: a condition on the documents' fields, such as `{"year": {"gte": 2020}}`, see
             docs/filters.md.
@@ -245,11 +250,11 @@ class Retriever:
           such lists, in the order of the queries.
 
         Raises:
-          ValueError, TypeError: an empty or blank query, by its place in the list; a bad setting or
-            condition.
+          ValueError, TypeError: an empty or blank query, by its place in the list; images that
+            cannot be used; a bad setting or condition.
           UnknownIdError (a KeyError): no document has one of `ids`.
         """
-        listed = as_queries(queries)
+        listed = self.model.as_queries(queries)
         found = list(
             self.search_many(
                 listed,
@@ -268,7 +273,7 @@ class Retriever:
 
     def search_many(
         self,
-        queries: Iterable[str],
+        queries: Iterable[Query],
         k: int = 10,
         *,
         where: Mapping[str, Any] | None = None,
@@ -295,6 +300,8 @@ class Retriever:
         """
         if isinstance(queries, str):
             raise TypeError("search_many takes several queries; search takes one")
+        if self.model.images is not None:
+            refuse_bare_pair(queries)
         settings: dict[str, Any] = dict(
             mode=mode,
             ncells=ncells,
@@ -309,20 +316,17 @@ class Retriever:
     def _search_many(
         self,
         index: Index,
-        queries: Iterable[str],
+        queries: Iterable[Query],
         k: int,
         settings: dict[str, Any],
         texts: bool,
         progress: bool | None,
     ) -> Iterator[list[Hit]]:
         total = operator.length_hint(queries) or None
-        queries = iter(queries)
         share = min(_READ, _HITS // max(min(k, len(index)), 1))
-        size, done = max(share // _SEARCHED, 1) * _SEARCHED, 0
+        size = max(share // _SEARCHED, 1) * _SEARCHED
         with progress_bar(total, "searching", "query", progress) as bar:
-            while block := list(itertools.islice(queries, size)):
-                listed = as_queries(block, first=done)
-                done += len(listed)
+            for listed in blocks(queries, size, self.model.as_queries):
                 found: list[list[Hit]] = [[]] * len(listed)
                 for places, encoded in self._encoded(listed):
                     hits = _hits(index, index.search(encoded, k, **settings), texts)
@@ -331,24 +335,26 @@ class Retriever:
                     bar.update(len(hits))
                 yield from found
 
-    def _encoded(self, queries: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encoded(self, queries: Items) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Places of queries and their token embeddings [B, Lq, D], the longest first."""
         fixed = self.model.config.text.fixed_query_length
         if fixed is not None:
             lengths = np.full(len(queries), fixed)
         else:
-            lengths = np.array([len(ids) for ids in self.model.tokenizer.queries(queries).ids])
+            token_ids = self.model.tokenizer.queries(queries.texts).ids
+            lengths = np.array([len(ids) for ids in token_ids])
+        if self.model.images is not None:
+            lengths[queries.with_image()] += self.model.images.query_rows
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
             room = min(_TOKENS // int(lengths[order[start]]), _ENCODED)
             places = order[start : start + max(room // _SEARCHED, 1) * _SEARCHED]
-            encoded = self.model.encode_queries([queries[place] for place in places])
+            encoded = self.model.encode_queries(queries.take(places.tolist()))
             for at in range(0, len(places), _SEARCHED):
                 part = places[at : at + _SEARCHED]
-                width = encoded.shape[1]
-                if fixed is None:
-                    width = min(width, ladder_length(int(lengths[part[0]])))
+                width = int(lengths[part[0]])
+                width = min(encoded.shape[1], ladder_length(width) if fixed is None else width)
                 yield part, np.ascontiguousarray(encoded[at : at + _SEARCHED, :width])
             start += len(places)
 
@@ -357,20 +363,21 @@ class Retriever:
 
     @overload
     def rank(
-        self, queries: Sequence[str], documents: Any, k: int | None = None
+        self, queries: Sequence[Query], documents: Any, k: int | None = None
     ) -> list[list[Hit]]: ...
 
-    def rank(self, queries: str | Sequence[str], documents: Any, k: int | None = None) -> Any:
+    def rank(self, queries: str | Sequence[Query], documents: Any, k: int | None = None) -> Any:
         """Order documents that need not be in the index by their exact scores: `rank_documents`."""
         return rank_documents(self.model, queries, documents, k)
 
-    def explain(self, query: str, document: str | Hit) -> Explanation:
-        """Show which query words matched which words of a document.
+    def explain(self, query: Query, document: Query | Hit) -> Explanation:
+        """Show which query words, and patches of its image, matched which words of a document.
 
         Args:
-          query: the query.
-          document: a hit, the id of a document of the index, or any text. A string that is an id
-            of the index is taken as the id.
+          query: the query, a text or a pair (text, image).
+          document: a hit, the id of a document of the index, or any text, or pair (text, image). A
+            string that is an id of the index is taken as the id. The index does not keep images:
+            a hit or an id is its text alone.
 
         Returns:
           the similarities, to be printed or plotted. They are those of the text as the model embeds
@@ -381,17 +388,21 @@ class Retriever:
         """
         return self.model.explain(query, self._text(document))
 
-    def _text(self, document: str | Hit) -> str:
-        """The text of a hit or an id; any other string is a text itself."""
+    def _text(self, document: Query | Hit) -> Query:
+        """The text of a hit or an id; anything else is a text itself, or a pair."""
         index = self.index
         if isinstance(document, Hit):
             return document.text if document.text is not None else index.text(document.id)
+        if not isinstance(document, str):
+            return document
         try:
             return index.text(document)
         except KeyError:
             return document
 
-    def add(self, documents: Any, *, progress: bool | None = None) -> None:
+    def add(
+        self, documents: Any, *, images: str | None = None, progress: bool | None = None
+    ) -> None:
         """Add documents to the index, while others search it; the next search finds them.
 
         Interrupted, the index stays as it was, and the same call goes on where it was.
@@ -399,28 +410,32 @@ class Retriever:
         Args:
           documents: anything that `build` takes. Their ids must be new; without ids they get the
             next numbers, where the others have numbers too.
-          progress: see `build`.
+          images, progress: see `build`; images only where the index was built with images.
 
         Raises:
           DuplicateIdError (a ValueError): ids that are there, before anything is encoded.
           RuntimeError: somebody else builds or changes the index.
           ValueError, TypeError: bad input, named.
         """
-        listed: Any = Documents(documents)
+        listed: Any = Documents(documents, images=images)
         self._change(lambda index: index.add(self.model, listed, progress=progress))
 
-    def update(self, documents: Any, *, progress: bool | None = None) -> None:
+    def update(
+        self, documents: Any, *, images: str | None = None, progress: bool | None = None
+    ) -> None:
         """Replace documents by new ones of the same ids; as `add` else.
 
         Raises:
           UnknownIdError (a KeyError): ids that are not there, before anything is encoded.
         """
-        listed: Any = Documents(documents)
+        listed: Any = Documents(documents, images=images)
         self._change(lambda index: index.update(self.model, listed, progress=progress))
 
-    def upsert(self, documents: Any, *, progress: bool | None = None) -> None:
+    def upsert(
+        self, documents: Any, *, images: str | None = None, progress: bool | None = None
+    ) -> None:
         """Add documents, replacing those whose ids are there; as `add` else."""
-        listed: Any = Documents(documents)
+        listed: Any = Documents(documents, images=images)
         self._change(lambda index: index.upsert(self.model, listed, progress=progress))
 
     def delete(self, ids: str | Iterable[str]) -> None:
@@ -482,7 +497,7 @@ def _hits(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
 
 def rank_documents(
     model: ColBERT,
-    queries: str | Sequence[str],
+    queries: str | Sequence[Query],
     documents: Any,
     k: int | None = None,
     *,
@@ -505,7 +520,7 @@ def rank_documents(
       ValueError, TypeError: a blank query, a bad document, k below 1.
     """
     k = None if k is None else check_k(k)
-    listed, pairs = as_queries(queries), list(Documents(documents, fields=False))
+    listed, pairs = model.as_queries(queries), list(Documents(documents, fields=False))
     ids = [str(i) if isinstance(p, str) else p[0] for i, p in enumerate(pairs)]
     texts = [p if isinstance(p, str) else p[1] for p in pairs]
     hits = model.rank(listed, texts, k, progress=progress)
@@ -589,3 +604,4 @@ def _check_together(model: ColBERT, index: Index) -> None:
             f"{index.path} was built with (fingerprint {model.fingerprint()}, not "
             f"{known['fingerprint']})"
         )
+    check_same_images(index, model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -363,11 +363,14 @@ def as_texts(texts: str | Sequence[str], kind: str, first: int = 0) -> list[str]
     return listed
 
 
-def as_queries(queries: str | Sequence[str], first: int = 0) -> list[str]:
+def as_queries(
+    queries: str | Sequence[str], first: int = 0, may_be_blank: Container[int] = ()
+) -> list[str]:
     """A list of queries from one or several.
 
     Args:
       first: the number of the first, for error messages.
+      may_be_blank: the numbers of those that ask something without a text.
 
     Raises:
       TypeError: a query that is not a string.
@@ -375,7 +378,7 @@ def as_queries(queries: str | Sequence[str], first: int = 0) -> list[str]:
     """
     texts = as_texts(queries, "query", first)
     for i, text in enumerate(texts, first):
-        if not text.strip():
+        if not text.strip() and i not in may_be_blank:
             raise ValueError(f"query {i} is empty or blank: leave it out")
     return texts
 

@@ -145,6 +145,30 @@ def test_train_fine_tunes_twice(tmp_path):
     assert any("image/png" in output.get("data", {}) for output in cells["curve"].outputs)
 
 
+@pytest.mark.slow
+def test_images_searches_and_draws(tmp_path):
+    for package in ("sklearn", "PIL"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    checkpoint = support.write_preflmr(
+        tmp_path / "checkpoint",
+        config={"num_hidden_layers": 1},
+        vision={"num_hidden_layers": 1, "image_size": 56},
+    )
+    cells = execute(NOTEBOOKS / "images.ipynb", tmp_path, COLBERT_CHECKPOINT=str(checkpoint))
+    assert cells["install"].outputs == []
+    assert "china (640, 427)" in printed(cells["photos"])
+    assert "adds 53 token embeddings to a query" in printed(cells["load"])
+    assert printed(cells["index"]) == "7 passages\n"
+    for name in ("search", "documents"):
+        scores = re.findall(r"^ +(-?\d+\.\d\d)  [a-z-]+$", printed(cells[name]), re.MULTILINE)
+        assert len(scores) == {"search": 6, "documents": 2}[name]
+    assert "[patch] x " in printed(cells["words"])
+    for name in ("photos", "picture", "words"):
+        shown = [output.get("data", {}) for output in cells[name].outputs]
+        assert sum("image/png" in data for data in shown) == 1, name
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
 def test_committed_notebook_is_clean(path):
     notebook = json.loads(path.read_text("utf-8"))

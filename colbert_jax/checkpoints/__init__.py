@@ -64,7 +64,7 @@ def read_checkpoint(
     dim: int | None = None,
     seed: int = 0,
     base: Path | None = None,
-    images: bool = False,
+    images: bool | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any supported layout, which is detected from its files.
 
@@ -76,7 +76,7 @@ def read_checkpoint(
       seed: for the new projection.
       base: for a `.dnn` file, the folder of the model it was trained from. If None, the file's
         folder.
-      images: whether to read FLMR's image encoder too. If False, a checkpoint that has one is read
+      images: whether to read FLMR's image encoder too. If None, a checkpoint that has one is read
         without it, with a warning.
 
     Raises:
@@ -171,7 +171,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native
     if checkpoint.images is not None and layout != "flmr":
         raise ValueError(
             f"the {layout} layout has no image encoder, this checkpoint has one; write the flmr "
-            "layout, or the text part alone: dataclasses.replace(checkpoint, images=None)"
+            "layout, or the text part alone: read it with images=False"
         )
     with publishing(folder) as draft:
         LAYOUTS[layout](checkpoint, draft)

@@ -19,6 +19,7 @@ from colbert_jax.checkpoints.tokenizer import write_tokenizer
 from colbert_jax.checkpoints.warn import warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
+from colbert_jax.images import ImageConfig
 from colbert_jax.models.backbones import (
     architecture,
     config_from_huggingface,
@@ -40,11 +41,28 @@ class ImageSide:
     params: nested dict of float32 arrays, the state of `models.flmr.ImageEncoder`.
     context_params: the same, without a mapping network, for a second one that encodes documents. If
       None, one encoder serves both.
+    pixels: how an image becomes pixel values. If None, as CLIP does it for that size.
+    in_queries, text_in_queries: whether a query with an image has token embeddings of the image,
+      and of its text.
     """
 
     config: ImageEncoderConfig
     params: dict
     context_params: dict | None = None
+    pixels: ImageConfig | None = None
+    in_queries: bool = True
+    text_in_queries: bool = True
+
+    @property
+    def context_config(self) -> ImageEncoderConfig:
+        """Of the encoder of documents' images: one of their own has no mapping network."""
+        own = self.context_params is not None
+        return dataclasses.replace(self.config, mapping=None) if own else self.config
+
+    @property
+    def image_config(self) -> ImageConfig:
+        """How an image becomes pixel values."""
+        return self.pixels or ImageConfig.square(self.config.vision.image_size)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Queries and documents share a BERT or have one each, and so with images; tokenizers are in
 `query_tokenizer/` and `context_tokenizer/`. The image encoder is read where it is asked for;
-otherwise a warning says that it is there.
+where nobody said, a warning says that it is there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
 from colbert_jax.checkpoints.warn import expect_any, warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, present_folder, read_object, write_json
+from colbert_jax.images import ImageConfig
 from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig
@@ -97,6 +98,8 @@ _TYPES = {
     "transformer_mapping_config_base": str,
     "transformer_mapping_num_hidden_layers": int,
     "transformer_mapping_cross_attention_length": int,
+    "query_concat_output_from_vision_encoder": bool,
+    "query_concat_output_from_text_encoder": bool,
 }
 _TOKENIZER_TYPES = {"query_maxlen": int, "doc_maxlen": int, "attend_to_mask_tokens": bool}
 BASES = ("bert-base-uncased",)
@@ -125,7 +128,9 @@ def detect(folder: Path) -> bool:
     return read_object(file).get("model_type") == MODEL_TYPE
 
 
-def read(folder: Path, *, dim: int | None = None, images: bool = False, **_: Any) -> Checkpoint:
+def read(
+    folder: Path, *, dim: int | None = None, images: bool | None = None, **_: Any
+) -> Checkpoint:
     """Read a folder; arguments and errors as for `checkpoints.read_checkpoint`."""
     file = folder / "config.json"
     fields = read_object(file)
@@ -174,9 +179,15 @@ def read(folder: Path, *, dim: int | None = None, images: bool = False, **_: Any
 
 
 def _find_images(
-    tensors: Tensors, fields: dict[str, Any], file: Path, encoder: EncoderConfig, *, wanted: bool
+    tensors: Tensors,
+    fields: dict[str, Any],
+    file: Path,
+    encoder: EncoderConfig,
+    *,
+    wanted: bool | None,
 ) -> ImageEncoderConfig | None:
-    """The architecture of the image encoder; None, after a warning, if there is one unread.
+    """The architecture of the image encoder; None, after a warning, if there is one unread. Without
+    a warning where `wanted` is False.
 
     Checkpoints from before `use_vision_encoder` always have one; so their tensors decide.
     """
@@ -191,7 +202,9 @@ def _find_images(
         return None
     if wanted and asked is not False:
         return read_image_config(fields, file, encoder)
-    why = "colbert_jax.flmr.FLMRModelForRetrieval reads it whole"
+    if wanted is False:
+        return None
+    why = "colbert_jax.flmr.FLMRModelForRetrieval and ColBERT.from_pretrained read it whole"
     if asked is False:
         why = "use_vision_encoder is false"
     warn(
@@ -217,7 +230,16 @@ def _read_images(
         # The mapping network is stored once and serves queries, whichever side's tower they share.
         one = config if not params else dataclasses.replace(config, mapping=None)
         params.append(read_params(image_shapes(one), [(tensors, image_names(one, side))]))
-    return ImageSide(config, *params)
+    size = config.vision.image_size
+    pixels = ImageConfig.read(file.parent, size)
+    return ImageSide(
+        config,
+        params[0],
+        params[1] if separate else None,
+        pixels=None if pixels == ImageConfig.square(size) else pixels,
+        in_queries=_or(fields.get("query_concat_output_from_vision_encoder"), True),
+        text_in_queries=_or(fields.get("query_concat_output_from_text_encoder"), True),
+    )
 
 
 def _check_positions(tensors: Tensors, config: ImageEncoderConfig, side: str) -> None:
@@ -424,8 +446,10 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     if images is not None:
         tensors |= tensors_of(images.params, image_names(images.config, QUERY))
         if images.context_params is not None:
-            without = dataclasses.replace(images.config, mapping=None)
-            tensors |= tensors_of(images.context_params, image_names(without, CONTEXT))
+            names = image_names(images.context_config, CONTEXT)
+            tensors |= tensors_of(images.context_params, names)
+        if images.pixels is not None:
+            images.pixels.save(folder)
         mapping = images.config.mapping
         if mapping is not None and _mapping_base(mapping) == _MAPPING_FOLDER:
             (folder / _MAPPING_FOLDER).mkdir(exist_ok=True)
@@ -479,7 +503,9 @@ def config_fields(checkpoint: Checkpoint, separate: bool) -> dict[str, Any]:
         "mask_punctuation": masks_punctuation(checkpoint, "flmr"),
         "mask_instruction_token": text.mask_instruction_token,
         "separate_query_and_context_text_encoder": separate,
-        "query_concat_output_from_text_encoder": True,
+        "query_concat_output_from_text_encoder": (
+            checkpoint.images is None or checkpoint.images.text_in_queries
+        ),
         "context_concat_output_from_text_encoder": True,
         "context_concat_output_from_vision_encoder": False,
         "load_cpu_extension": False,
@@ -494,7 +520,7 @@ def image_fields(images: ImageSide | None) -> dict[str, Any]:
     has_images = images is not None
     fields = {
         "use_vision_encoder": has_images,
-        "query_concat_output_from_vision_encoder": has_images,
+        "query_concat_output_from_vision_encoder": images is not None and images.in_queries,
         "separate_query_and_context_vision_encoder": False,
         "use_transformer_mapping_network": False,
         "vision_config": vision,

@@ -32,6 +32,8 @@ _SETTINGS = (
     "merges.txt",
     "*.model",
     f"*{colbertv1.SUFFIX}",
+    "preprocessor_config.json",
+    "processor_config.json",
     "adapter_config.json",
     "sparse_linear.pt",  # of bge-m3, to be named
 )

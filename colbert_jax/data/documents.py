@@ -21,9 +21,12 @@ class Documents(Iterator[Document]):
 
     A document without fields is a text, or a pair of id and text; one with fields is id, text and
     a dict of these. `operator.length_hint` gives their number where the source has one.
+
+    Attributes:
+      images: the images of those read so far, by position; None where nobody asked for images.
     """
 
-    def __init__(self, source: Any, *, fields: bool = True):
+    def __init__(self, source: Any, *, fields: bool = True, images: str | None = None):
         """
         Args:
           source: one of
@@ -35,6 +38,8 @@ class Documents(Iterator[Document]):
               dataset is one;
             a mapping from id to text.
           fields: False: leave fields out, unchecked.
+          images: the name under which records, and the fields of triples, have an image: what
+            `images.ImageInput` says, or None. They are kept until the end, so paths are best.
 
         Values that no field can have (`data.fields`) are left out of files and datasets, with a
         warning at their end.
@@ -62,7 +67,8 @@ class Documents(Iterator[Document]):
             )
         else:
             items = source
-        self._with_fields = fields
+        self._with_fields, self._image_name = fields, images
+        self.images: dict[int, Any] | None = None if images is None else {}
         self._left_out = _LeftOut() if is_file or hasattr(source, "column_names") else None
         self._items = iter(items)
         self._position = 0
@@ -95,6 +101,11 @@ class Documents(Iterator[Document]):
                 f"{form[not has_id]}: give all documents an id, or none"
             )
         self._with_ids = has_id
+        if self.images is not None and fields:
+            image = fields.get(self._image_name)  # type: ignore[arg-type]
+            fields = {name: value for name, value in fields.items() if name != self._image_name}
+            if image is not None:
+                self.images[position] = image
         kept: dict[str, Value] = {}
         if fields and self._with_fields:
             name = f"document {position}" + (f" (id {identity!r:.60})" if has_id else "")

@@ -129,9 +129,10 @@ class FLMRModelForRetrieval:
         self._freeze_vision = freeze_vision
         if checkpoint.images is not None:
             self.images = checkpoint.images.config
+            self._pixel_settings = checkpoint.images.pixels
+            sides = {"query": self.images, "context": checkpoint.images.context_config}
             self._make_image_encoder = {
-                side: partial(make_image_encoder, one, dtype=compute)
-                for side, one in _image_configs(checkpoint.images).items()
+                side: partial(make_image_encoder, one, dtype=compute) for side, one in sides.items()
             }
             params["images"] = checkpoint.images.params
             if checkpoint.images.context_params is not None:
@@ -164,7 +165,7 @@ class FLMRModelForRetrieval:
         """
         folder = hub.resolve(name_or_path, revision=revision, token=token)
         images = config is None or config.use_vision_encoder
-        checkpoint = read_checkpoint(folder, images=images)
+        checkpoint = read_checkpoint(folder, images=images or None)
         if not isinstance(checkpoint.encoder.backbone, BertConfig) or not checkpoint.encoder.head:
             raise ValueError(f"{folder}: not a BERT encoder with a projection; use ColBERT instead")
         if config is None:
@@ -204,7 +205,8 @@ class FLMRModelForRetrieval:
             else:
                 written = flmr.image_fields(checkpoint.images)
                 vision = fields["vision_config"] | written["vision_config"]
-                del written["query_concat_output_from_vision_encoder"]  # the configuration's own
+                # The configuration's own, which may leave out what is the default.
+                del written["query_concat_output_from_vision_encoder"]
                 fields |= written | {"vision_config": vision}
             write_json(draft / "config.json", fields)
 
@@ -212,8 +214,14 @@ class FLMRModelForRetrieval:
         """The model with its present parameters, for `checkpoints.write_checkpoint`."""
         images = None
         if self.images is not None:
-            own = self.params.get("context_images")
-            images = ImageSide(self.images, *map(_on_host, (self.params["images"], own)))
+            images = ImageSide(
+                self.images,
+                _on_host(self.params["images"]),
+                _on_host(self.params.get("context_images")),
+                pixels=self._pixel_settings,
+                in_queries=self._concat("query", "vision"),
+                text_in_queries=self._concat("query", "text"),
+            )
         return dataclasses.replace(self._text_checkpoint(), images=images)
 
     def _text_checkpoint(self) -> Checkpoint:
@@ -221,12 +229,12 @@ class FLMRModelForRetrieval:
         return dataclasses.replace(self._checkpoint, params=params, query_params=query)
 
     def colbert(self, **text_settings: Any) -> ColBERT:
-        """The same model as a `ColBERT`, which batches, indexes and ranks texts.
+        """The same model as a `ColBERT`, which batches, indexes and ranks texts and images.
 
         Args:
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
         """
-        checkpoint = self._text_checkpoint().with_text(**text_settings)
+        checkpoint = self.checkpoint().with_text(**text_settings)
         return ColBERT(checkpoint, load=self._load | text_settings, dtype=self._dtype)
 
     def rank(self, query: str, documents: Sequence[str], k: int | None = None) -> Hits:
@@ -726,11 +734,7 @@ class FLMRModelForRetrieval:
     def _map_states(
         self, params: dict, class_tokens: Any, patches: Any, text: Any, side: str
     ) -> jax.Array:
-        encoder = self._image_encoder(side, params)
-        rows = [encoder.project(class_tokens)]
-        if patches is not None:
-            rows.append(encoder.map_patches(patches, text))
-        return jnp.concatenate(rows, axis=1)
+        return self._image_encoder(side, params).rows(class_tokens, patches, text)
 
     def _image_encoder(self, side: str, params: dict) -> ImageEncoder:
         return self._make_image_encoder[side](params)
@@ -828,16 +832,6 @@ def _on_host(params: dict | None) -> Any:
 def _check_side(side: str) -> None:
     if side not in ("query", "context"):
         raise ValueError(f"side must be 'query' or 'context', got {side!r}")
-
-
-def _image_configs(images: ImageSide) -> dict[str, ImageEncoderConfig]:
-    """Of queries, and of documents: an encoder of their own has no mapping network."""
-    own = images.context_params is not None
-    config = images.config
-    return {
-        "query": config,
-        "context": dataclasses.replace(config, mapping=None) if own else config,
-    }
 
 
 _NO_TOWER = (

@@ -13,6 +13,14 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.files import present_folder
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.index.index import Index, check_documents
+from colbert_jax.multimodal import (
+    NO_IMAGES,
+    ClassTokens,
+    ImagePart,
+    Items,
+    Query,
+    images_fingerprint,
+)
 from colbert_jax.retriever import Retriever
 from colbert_jax.search.arrays import concatenate_hits
 
@@ -36,7 +44,10 @@ def index_custom_collection(
     """Build an index of documents.
 
     Args:
-      custom_collection: strings, or tuples (text, None, None) as upstream's.
+      custom_collection: strings; pairs (text, image), where an image is what `colbert_jax.images`
+        says, or None; or upstream's tuples (text, image_feature, image_path), where a feature, a
+        class token float[hidden_size] or several, goes before the path. An image gives the token
+        embeddings of its class token, before those of the text.
       model: a model, or the name of a checkpoint.
       nbits: bits per dimension of the residuals.
       doc_maxlen: longest document in tokens; a `ColBERT` goes by its own.
@@ -49,14 +60,21 @@ def index_custom_collection(
 
     Raises:
       FileExistsError: the index that is there is of another collection, model or `doc_maxlen`.
+      ImageError (a ValueError): images that cannot be used, all named, before anything is encoded.
+      NotImplementedError: images, and the model has no vision encoder.
     """
     del use_gpu, indexing_batch_size, model_temp_folder, nranks
     path = _path(index_root_path, index_experiment_name, index_name, nbits)
-    texts = [_text(i, item) for i, item in enumerate(custom_collection)]
+    documents = _Collection(custom_collection)
+    if isinstance(model, FLMRModelForRetrieval | ColBERT):
+        documents.check_model(model)
+    documents.check_images()
     known = None
     if not overwrite and present_folder(path) and any(path.iterdir()):
         known = Index.open(path)
-        check_documents(known, texts, _ANOTHER)  # before the model is loaded
+        check_documents(known, documents, _ANOTHER)  # before the model is loaded
+        if documents.images_content != _images_content(known):
+            raise FileExistsError(f"{path}: an index of another collection: its images; {_ANOTHER}")
     if isinstance(model, FLMRModelForRetrieval):
         colbert = model.colbert(doc_maxlen=doc_maxlen)
     elif isinstance(model, ColBERT):
@@ -65,8 +83,9 @@ def index_custom_collection(
         colbert = ColBERT.from_pretrained(model, doc_maxlen=doc_maxlen)
     if known is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Index.build(path, colbert, texts, nbits=nbits, overwrite=overwrite)
-    elif (known.metadata.model or {}).get("fingerprint") != colbert.fingerprint():
+        documents.check_model(colbert)
+        Index.build(path, colbert, documents, nbits=nbits, overwrite=overwrite)
+    elif not _is_of(known, colbert):
         raise FileExistsError(f"{path}: built with another model or another doc_maxlen; {_ANOTHER}")
     return str(path)
 
@@ -94,13 +113,13 @@ class Searcher:
                 self._retriever = Retriever.open(self.index)
             return self._retriever
 
-    def encode(self, texts: str | Sequence[str]) -> np.ndarray:
+    def encode(self, texts: str | Sequence[Query]) -> np.ndarray:
         """float32[B, Lq, D], token embeddings of queries."""
         return self.retriever.model.encode_queries(texts)
 
-    def search(self, text: str, k: int = 10) -> tuple[list[int], list[int], list[float]]:
-        """Document positions, ranks from 1 and scores of one query."""
-        hits = self.retriever.search(text, k, texts=False, **_upstream(k))
+    def search(self, text: Query, k: int = 10) -> tuple[list[int], list[int], list[float]]:
+        """Document positions, ranks from 1 and scores of one query, a text or (text, image)."""
+        (hits,) = self.retriever.search([text], k, texts=False, **_upstream(k))
         return (
             [hit.position for hit in hits],
             list(range(1, len(hits) + 1)),
@@ -193,13 +212,81 @@ def _path(root: str | Path, experiment: str, name: str, nbits: int) -> Path:
     return Path(root) / experiment / "indexes" / f"{name}.nbits={nbits}"
 
 
-def _text(i: int, item: Any) -> str:
+class _Collection(list[str]):
+    """The texts of a collection.
+
+    Attributes:
+      images: by position; None where there are none.
+      images_content: a hash of them.
+    """
+
+    def __init__(self, items: Sequence[Any]):
+        images: dict[int, Any] = {}
+        super().__init__()
+        for i, item in enumerate(items):
+            text, image = _parts(i, item)
+            self.append(text)
+            if image is not None:
+                images[i] = image
+        self.images = images or None
+        self.images_content: str | None = None
+
+    def check_images(self) -> None:
+        """Open all images. Raises ImageError, naming those that cannot be used."""
+        if self.images is not None:
+            Items(self, self.images, range(len(self)), "document").check_images()
+            self.images_content = images_fingerprint(self.images)
+
+    def check_model(self, model: FLMRModelForRetrieval | ColBERT) -> None:
+        """Raise NotImplementedError for images and a model of texts, ValueError for class tokens
+        of another width than the model's."""
+        config: Any = (
+            model.images.side.config if isinstance(model.images, ImagePart) else model.images
+        )
+        for i, image in (self.images or {}).items():
+            if config is None:
+                raise NotImplementedError(f"document {i} has an image, but {NO_IMAGES}")
+            width = config.vision.hidden_size
+            if isinstance(image, ClassTokens) and image.values.shape[1] != width:
+                raise ValueError(
+                    f"document {i}: image_feature must be [{width}] or [regions, {width}], got "
+                    f"{list(image.values.shape)}"
+                )
+
+
+def _parts(i: int, item: Any) -> tuple[str, Any]:
+    """Text and image, or class tokens, of an item."""
     if isinstance(item, str):
-        return item
-    if isinstance(item, tuple) and len(item) == 3 and isinstance(item[0], str):
-        if item[1] is not None or item[2] is not None:
-            raise NotImplementedError(
-                f"document {i} has an image, but only FLMR's text part is supported: pass its text"
+        return item, None
+    if isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str):
+        if len(item) == 2 or item[1] is None:
+            return item[0], item[-1]
+        feature = np.asarray(item[1])
+        feature = feature[None] if feature.ndim == 1 else feature
+        if feature.ndim != 2 or not len(feature) or feature.dtype.kind != "f":
+            raise ValueError(
+                f"document {i}: image_feature must be float[hidden_size] or "
+                f"float[regions, hidden_size], got {feature.dtype} {list(np.shape(item[1]))}"
             )
-        return item[0]
-    raise TypeError(f"document {i} must be a string or (text, None, None), got {item!r:.80}")
+        if not np.isfinite(feature).all():
+            raise ValueError(f"document {i}: image_feature holds NaN or infinite values")
+        return item[0], ClassTokens(feature.astype(np.float32))
+    raise TypeError(
+        f"document {i} must be a string, (text, image) or (text, image_feature, image_path), got "
+        f"{item!r:.80}"
+    )
+
+
+def _is_of(index: Index, model: ColBERT) -> bool:
+    """Whether an index was built with this model."""
+    known = index.metadata.model or {}
+    images = known.get("images")
+    if known.get("fingerprint") != model.fingerprint():
+        return False
+    return images is None or images.get("fingerprint") == model.image_fingerprint()
+
+
+def _images_content(index: Index) -> str | None:
+    """The hash of an index's images that `_Collection` had."""
+    known = (index.metadata.model or {}).get("images")
+    return known.get("content") if isinstance(known, dict) else None

@@ -190,7 +190,7 @@ class Index:
             path,
             lambda: make_source(0),
             config,
-            model=None if model is None else model.describe(),
+            model=None if model is None else _remembered(model, documents),
             store_texts=store_texts,
             overwrite=overwrite,
             progress=progress,
@@ -516,6 +516,11 @@ class Index:
           RuntimeError: somebody else builds or changes the index.
         """
         self._check_model(model)
+        if _images_of(self.metadata.model) is not None:
+            raise ValueError(
+                f"{self.path}: has documents with images, which it does not keep: build it again "
+                "from the collection"
+            )
         if self.texts is None:
             raise ValueError(
                 f"{self.path}: keeps no texts to encode again (store_texts=False): build it again"
@@ -533,7 +538,7 @@ class Index:
             self.path,
             lambda: TextSource(model, documents()),
             changes.config_of(self.path, self.metadata),
-            model=model.describe(),
+            model=_remembered(model, None),
             overwrite=True,
             progress=progress,
             mesh=self._mesh,
@@ -555,6 +560,12 @@ class Index:
         now = self.refresh()
         if model is not None:
             now._check_model(model)
+            with_images = getattr(documents, "images", None) is not None
+            if with_images and _images_of(now.metadata.model) is None:
+                raise ValueError(
+                    f"{self.path}: was built for documents of texts: for documents with images "
+                    "build it anew, with images="
+                )
         if now.metadata.num_centroids == 0 and kind != "update":
             # Nothing was ever in it: its first documents are what a build starts from.
             build_index(
@@ -579,6 +590,7 @@ class Index:
                 f"{self.path}: was built with another checkpoint, or other document settings; its "
                 "own is at " + known["load"]["name_or_path"]
             )
+        check_same_images(self, model)
 
     def _opened_now(self) -> changes.Opened:
         now = self.refresh()
@@ -785,6 +797,38 @@ def check_documents(index: Index, documents: Sequence[str | tuple[str, str]], re
             wanted = (index.ids[i], document) if isinstance(document, str) else document
             if wanted != (index.ids[i], text):
                 raise FileExistsError(f"{where} document {i} is another one; {remedy}")
+
+
+def _remembered(model: DocumentEncoder, documents: Any) -> dict[str, Any]:
+    """What an index remembers of its model, and of what encodes images where there may be any."""
+    known = model.describe()
+    if getattr(documents, "images", None) is not None:
+        content = getattr(documents, "images_content", None)
+        known["images"] = {"fingerprint": model.image_fingerprint(), "content": content}
+    return known
+
+
+def _images_of(known: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    found = None if known is None else known.get("images")
+    return found if isinstance(found, Mapping) else None
+
+
+def check_same_images(index: Index, model: Any) -> None:
+    """Raise ValueError if an index has documents with images, and the model would encode them
+    otherwise or not at all."""
+    known = _images_of(index.metadata.model)
+    if known is None:
+        return
+    try:
+        own = model.image_fingerprint()
+    except ValueError:
+        own = None
+    if own != known.get("fingerprint"):
+        what = "has no image encoder" if own is None else "encodes images otherwise"
+        raise ValueError(
+            f"{index.path}: has documents with images, and the model {what}: load the checkpoint "
+            "that it was built with, without images=False"
+        )
 
 
 def _open_again(path: str, state: str) -> Index:

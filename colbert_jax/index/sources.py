@@ -30,6 +30,7 @@ from colbert_jax.index.columns import (
     write_ids,
 )
 from colbert_jax.index.format import string_arrays
+from colbert_jax.multimodal import Items, images_fingerprint
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
 
@@ -48,10 +49,19 @@ class DocumentEncoder(Protocol):
         """What an index remembers of the model: `load`, `fingerprint` and `search`."""
         ...
 
+    def image_fingerprint(self) -> str:
+        """A hash of what encodes documents' images. Raises ValueError if nothing does."""
+        ...
+
+    def check_document_images(self, items: Items) -> dict[int, int]:
+        """Decode documents' images: how many token embeddings each gives, by place. Raises
+        ImageError, naming all that cannot be used."""
+        ...
+
     def encode_windows(
-        self, windows: Iterable[list[str]], bar: Any = None
+        self, windows: Iterable[list[str] | Items], bar: Any = None
     ) -> Iterator[DocumentEmbeddings]:
-        """Token embeddings of lists of texts, one list after the other."""
+        """Token embeddings of lists of texts, or of texts with images, one after the other."""
         ...
 
 
@@ -197,7 +207,8 @@ class TextSource:
     ):
         """
         Args:
-          documents: texts, pairs (id, text), or triples (id, text, fields).
+          documents: texts, pairs (id, text), or triples (id, text, fields). Where they have
+            images, an attribute `images` has these by position once all are read.
           ids: of documents without. If None, their positions.
           fields: of documents that are not triples, a dict or None for each.
           first: see `columns.write_documents`.
@@ -207,8 +218,11 @@ class TextSource:
         self.dim = model.dim
 
     def prepare(self, folder: Path, group: Group, show: bool | None) -> None:
-        """Raises ValueError or TypeError naming a document that is no text."""
-        known = None
+        """Raises ValueError or TypeError naming a document that is no text, ImageError naming all
+        images that cannot be used."""
+        known, images = None, getattr(self._documents, "images", None)
+        if images is not None and group.count > 1:
+            raise ValueError("documents with images are indexed by one process, not by several")
         if group.is_first:
             total = operator.length_hint(self._documents) or None
             with progress_bar(total, "reading documents", "doc", show) as bar:
@@ -229,6 +243,18 @@ class TextSource:
         self._estimates = np.maximum(np.minimum(size // 3 + 3, longest), size // 64)
         texts = np.load(data, mmap_mode="r" if written.num_bytes else None)
         self._texts = Strings(folder, TEXT, texts, offsets)
+        self._images: Mapping[int, Any] = images or {}
+        if images is not None:
+            # Decoded, so that no build ends at a truncated file.
+            numbers = range(self.num_documents)
+            rows = self._model.check_document_images(Items([], images, numbers, "document"))
+            self._estimates[list(rows)] += list(rows.values())
+            self.fingerprint = _fingerprint(self.fingerprint, images_fingerprint(images))
+
+    def _items(self, positions: np.ndarray) -> Items:
+        listed = positions.tolist()
+        images = {place: self._images[i] for place, i in enumerate(listed) if i in self._images}
+        return Items([self._texts[i] for i in listed], images, listed, "document")
 
     def share(self, group: Group) -> tuple[int, int]:
         return _share(offsets_from_lengths(self._estimates), group)
@@ -237,7 +263,10 @@ class TextSource:
         return _cut(positions, self._estimates[positions])
 
     def encode(self, chunks: Iterable[np.ndarray], bar: Any) -> Iterator[DocumentEmbeddings]:
-        windows = ([self._texts[i] for i in chunk] for chunk in chunks)
+        windows = (
+            self._items(chunk) if self._images else [self._texts[i] for i in chunk]
+            for chunk in chunks
+        )
         return self._model.encode_windows(windows, bar)
 
 

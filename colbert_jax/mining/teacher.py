@@ -68,7 +68,7 @@ def load_teacher(
         cut: dict[str, Any] = (
             {} if maxlen is None else {"query_maxlen": maxlen, "doc_maxlen": maxlen}
         )
-        model = ColBERT.from_pretrained(folder, dtype=dtype, devices=devices, **cut)
+        model = ColBERT.from_pretrained(folder, dtype=dtype, devices=devices, images=None, **cut)
         return LateInteraction(model)
     return BiEncoder(checkpoint, kind, maxlen=maxlen, dtype=dtype, devices=devices)
 

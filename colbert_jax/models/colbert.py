@@ -157,10 +157,19 @@ class TokenEncoder(nnx.Module):
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
     ) -> jax.Array:
         """Compute the head's output, before masking and normalisation: float32[B, L, D]."""
-        x = self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None], train)
+        return self.project(self.states(ids, attended, train))
+
+    def states(
+        self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
+        """Compute the backbone's last states, [B, L, hidden_size]."""
+        return self.backbone(ids, jnp.arange(ids.shape[1]) < attended[:, None], train)
+
+    def project(self, states: jax.Array) -> jax.Array:
+        """Apply the head to states [B, L, hidden_size]: float32[B, L, D]."""
         for layer in self.head:
-            x = layer(x)
-        return x.astype(jnp.float32)
+            states = layer(states)
+        return states.astype(jnp.float32)
 
 
 class OneKey:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from colbert_jax.config import require, require_types
 from colbert_jax.models.bert import BertConfig
-from colbert_jax.models.colbert import OneKey, merged
+from colbert_jax.models.colbert import OneKey, TokenEncoder, merged, unit_length
 from colbert_jax.models.config import named_tensors
 from colbert_jax.models.layers import Attention, PostNormLayer, dense, layer_norm
 from colbert_jax.models.vision import Vision, VisionConfig, vision_names
@@ -151,6 +151,24 @@ class ImageEncoder(nnx.Module):
         rows = self.projection(class_tokens)
         return rows.reshape(len(rows), -1, self.config.dim)
 
+    def rows(
+        self, class_tokens: jax.Array, patches: jax.Array | None, text: jax.Array | None
+    ) -> jax.Array:
+        """Turn what the vision encoder gave into token embeddings: of class tokens, of patches.
+
+        Args:
+          class_tokens: as for `project`.
+          patches, text: as for `map_patches`; None where patches give no token embeddings.
+
+        Returns:
+          float32[B, rows, D].
+        """
+        rows = self.project(class_tokens)
+        if patches is None:
+            return rows
+        assert text is not None
+        return jnp.concatenate([rows, self.map_patches(patches, text)], axis=1)
+
     def map_patches(self, patches: jax.Array, text: jax.Array) -> jax.Array:
         """Turn states of patches into token embeddings; the regions of an image do not meet.
 
@@ -167,6 +185,43 @@ class ImageEncoder(nnx.Module):
         text = jnp.repeat(text[:, : self.config.cross_length], regions, axis=0)
         rows = self.mapping(patches.reshape(batch * regions, *patches.shape[2:]), text)
         return rows.reshape(batch, -1, self.config.dim)
+
+
+def query_rows(
+    text: TokenEncoder,
+    images: ImageEncoder,
+    ids: jax.Array,
+    attended: jax.Array,
+    kept: jax.Array,
+    pixels: jax.Array,
+) -> jax.Array:
+    """Compute the token embeddings of queries with an image each.
+
+    Args:
+      ids, attended, kept: as of `TokenEncoder`, int32[B, L], int32[B], bool[B, L].
+      pixels: as of `Vision`, of B images.
+
+    Returns:
+      float32[B, L + rows, D], rows of unit length: of the text, of the image.
+    """
+    states = text.states(ids, attended)
+    seen = images.see(pixels)
+    patches = None if images.mapping is None else seen.patches[:, None]
+    seen_rows = images.rows(seen.class_token[:, None], patches, states)
+    words = text.project(states) * kept[..., None]
+    return unit_length(jnp.concatenate([words, seen_rows], axis=1))
+
+
+def image_rows(images: ImageEncoder, pixels: jax.Array) -> jax.Array:
+    """Compute the token embeddings of documents' images, which are those of class tokens.
+
+    Args:
+      pixels: as of `Vision`, of B images.
+
+    Returns:
+      float32[B, prefix_length, D], rows of unit length.
+    """
+    return unit_length(images.rows(images.see(pixels).class_token[:, None], None, None))
 
 
 @cache

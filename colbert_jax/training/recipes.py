@@ -221,12 +221,12 @@ class DenoisedSupervision(Recipe):
 def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
     """Load the recipe's starting model, or `checkpoint`, which an earlier stage made."""
     if checkpoint is not None:
-        return ColBERT.from_pretrained(checkpoint, **recipe.text.over(None))
+        return ColBERT.from_pretrained(checkpoint, images=None, **recipe.text.over(None))
     path, _ = hub.resolve_checkpoint(recipe.checkpoint)
     plain = detect_layout(path) in ("huggingface", "single-vector")
     text = recipe.text.over(TextConfig(doc_maxlen=180) if plain else None)
     dim = recipe.dim or 128 if plain else recipe.dim
-    return ColBERT.from_pretrained(recipe.checkpoint, dim=dim, **text)
+    return ColBERT.from_pretrained(recipe.checkpoint, dim=dim, images=None, **text)
 
 
 def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
@@ -360,7 +360,7 @@ def _coupled_teacher(recipe: Recipe, model: ColBERT) -> ColBERT | None:
     if recipe.coupled_teacher is None:
         return None
     text = dataclasses.asdict(model.config.text)
-    return ColBERT.from_pretrained(recipe.coupled_teacher, **text)
+    return ColBERT.from_pretrained(recipe.coupled_teacher, images=None, **text)
 
 
 def _pairs(file: str, config: TrainingConfig) -> ExampleSource:

@@ -247,6 +247,10 @@ def _check(
             f"the weights were quantised to {model.quantization} when they were loaded; load the "
             "checkpoint without quantization to train it"
         )
+    if model.images is not None:
+        raise ValueError(
+            "only the text part of a model with images is trained here: load it with images=False"
+        )
     if config.warmup_bert and not model.encoder_config.head:
         raise ValueError(
             f"warmup_bert is {config.warmup_bert}, but the model has no projection to train "
