@@ -18,6 +18,7 @@ are held in memory, packed. Everything is checked when it is opened.
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import itertools
 import json
@@ -83,7 +84,6 @@ def read_m2kr(
     *,
     split: str = "test",
     images: str | Path | None = None,
-    instruction_end: str | None = None,
     progress: bool | None = None,
 ) -> M2KR:
     """Open questions and their passages.
@@ -93,7 +93,6 @@ def read_m2kr(
       split: of both; the passages' is called `{split}_passages` or as the questions' is. A single
         file is taken whatever it is called.
       images: folder that `img_path` begins in. If None, the working folder.
-      instruction_end: see `question_text`. If None, ":".
       progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
@@ -106,7 +105,7 @@ def read_m2kr(
     questions = _open(data, (split,), _QUESTIONS)
     table = _open(passages, (f"{split}_passages", split), _PASSAGES)
     known = _by_id(table, progress)
-    return M2KR(questions, Passages(table), known, images, instruction_end or ":", progress)
+    return M2KR(questions, Passages(table), known, images, progress)
 
 
 class M2KR(Sequence[Question]):
@@ -123,13 +122,12 @@ class M2KR(Sequence[Question]):
         passages: Passages,
         known: Mapping[str, Sequence[int]],
         images: str | Path | None,
-        end: str,
         progress: bool | None,
     ):
         self._table, self.passages = table, passages
-        self._images, self._end = Path(images or ""), end
+        self._images, self._end = Path(images or ""), ":"
         self.has_answers = "answers" in table.columns
-        self.fingerprint = _digest(table.fingerprint, passages.fingerprint, end)
+        self.fingerprint = _digest(table.fingerprint, passages.fingerprint)
         seen: dict[str, int] = {}
         rows, ends = array("q"), array("q", [0])
         lacking: list[tuple[str, str]] = []
@@ -173,6 +171,13 @@ class M2KR(Sequence[Question]):
             _ids(record, "pos_item_ids", where),
             _ids(record, "answers", where),
         )
+
+    def with_instruction_end(self, end: str | None) -> M2KR:
+        """The same questions for a model with another token that ends instructions, see
+        `question_text`; None for ":"."""
+        other = copy.copy(self)
+        other._end = end or ":"
+        return other
 
     def where(self, i: int) -> str:
         """File and row of a question."""

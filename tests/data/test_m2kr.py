@@ -93,6 +93,8 @@ def test_every_form_gives_the_same(tmp_path, monkeypatch):
         assert sorted(table) == sorted(row["passage_content"] for row in PASSAGES)
         same = table.keys[:, None] == table.keys
         assert same.sum() == 7 and (same == (np.array(table)[:, None] == np.array(table))).all()
+        other = read.with_instruction_end("[end]")[order[0]].text
+        assert other == "Using the picture[end] answer[end] what river is this?"
         assert read.has_answers and read.answered().tolist() == [0, 1, 2]
         assert read.fingerprint == read_m2kr(data, passages, images="elsewhere").fingerprint
 
