@@ -113,7 +113,7 @@ class M2KR(Sequence[Question]):
 
     passages: all of them.
     fingerprint: of questions and passages, not of images.
-    has_answers: whether there is a column of answers.
+    has_answers: whether some question has an answer.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class M2KR(Sequence[Question]):
     ):
         self._table, self.passages = table, passages
         self._images, self._end = Path(images or ""), ":"
-        self.has_answers = "answers" in table.columns
+        self.has_answers = False
         self.fingerprint = _digest(table.fingerprint, passages.fingerprint)
         seen: dict[str, int] = {}
         rows, ends = array("q"), array("q", [0])
@@ -134,6 +134,7 @@ class M2KR(Sequence[Question]):
         with progress_bar(len(table), "checking questions", "question", progress) as bar:
             for i in range(len(table)):
                 question = self[i]
+                self.has_answers |= bool(question.answers)
                 before = seen.setdefault(question.id, i)
                 if before != i:
                     raise ValueError(
