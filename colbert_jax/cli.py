@@ -19,9 +19,11 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.config import MODES
 from colbert_jax.data.collections import numbered_lines
 from colbert_jax.data.documents import Documents
+from colbert_jax.data.m2kr import read_m2kr
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
     evaluate_ranking,
+    m2kr,
     read_collection,
     read_qrels,
     read_queries,
@@ -35,6 +37,7 @@ from colbert_jax.evaluation.metrics import (
 )
 from colbert_jax.evaluation.runs import FORMATS, check_run_ids
 from colbert_jax.files import NO_ROOM, output_place
+from colbert_jax.flmr import FLMRModelForRetrieval
 from colbert_jax.index import Index
 from colbert_jax.index.columns import UnknownIdError
 from colbert_jax.index.filters import parse_json_filter
@@ -280,6 +283,32 @@ def evaluate(args: argparse.Namespace) -> None:
             print(f"{name:<12}{value:.4f}")
 
 
+def evaluate_m2kr(args: argparse.Namespace) -> None:
+    if args.report:
+        output_place(args.report)
+    # A bad file is named before the model is loaded.
+    data = read_m2kr(args.data, args.passages, split=args.split, images=args.images)
+    report = m2kr.evaluate_m2kr(
+        FLMRModelForRetrieval.from_pretrained(args.checkpoint),
+        data,
+        ks=args.ks,
+        index_root_path=args.index_root_path,
+        index_experiment_name=args.experiment_name,
+        index_name=args.index_name,
+        nbits=args.nbits,
+        doc_maxlen=args.doc_maxlen,
+        overwrite=args.overwrite,
+        batch_size=args.batch_size,
+        black_images=args.black_images,
+    )
+    if args.report:
+        report.save(args.report)
+    failed = len(report.failed)
+    print(f"{len(data)} questions" + (f", {failed} without their image" if failed else ""))
+    for name, value in report.measures.items():
+        print(f"{name:<20}{value:.4f}")
+
+
 def info(args: argparse.Namespace) -> None:
     opened = Index.open(args.index)
     if args.verify:
@@ -482,6 +511,27 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out the document whose id is the query's (ArguAna, Quora, SciDocs)",
     )
     _search_settings(sub)
+
+    sub = command(evaluate_m2kr, "measure a model of images on questions of M2KR")
+    sub.add_argument("data", help="questions: parquet, JSONL, a folder, or owner/name/config")
+    sub.add_argument("passages", help="their passages, in the same forms")
+    sub.add_argument("--checkpoint", required=True, help="of PreFLMR or FLMR: folder or hub id")
+    sub.add_argument("--images", help="folder that img_path begins in")
+    sub.add_argument("--split", default="test", help="default: test")
+    sub.add_argument("--report", help="JSON file to write: what each question found")
+    sub.add_argument("--ks", type=int, nargs="+", default=m2kr.KS, help="default: 1 to 100")
+    sub.add_argument("--index-root-path", default=".", help="where the passages' index goes")
+    sub.add_argument("--experiment-name", default="default_experiment", help="folder in it")
+    sub.add_argument("--index-name", default="index", help="name of the index in that")
+    sub.add_argument("--nbits", type=int, default=8, help="1, 2, 4 or 8 (default: 8)")
+    sub.add_argument("--doc-maxlen", type=int, default=512, help="default: 512")
+    sub.add_argument("--overwrite", action="store_true", help="replace an index of another model")
+    sub.add_argument("--batch-size", type=int, default=32, help="questions encoded at a time")
+    sub.add_argument(
+        "--black-images",
+        action="store_true",
+        help="give questions without an image a black one, as FLMR's script does",
+    )
 
     sub = command(info, "show what an index holds")
     sub.add_argument("index")

@@ -60,7 +60,9 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     folders = {
         "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
         "LinWeizheDragon/ColBERT-v2": support.write_flmr(tmp_path / "flmr"),
-        "LinWeizheDragon/PreFLMR_ViT-B": support.write_preflmr(tmp_path / "preflmr"),
+        "LinWeizheDragon/PreFLMR_ViT-B": support.write_preflmr(
+            tmp_path / "preflmr", config={"max_position_embeddings": 512}
+        ),
     }
     original = hub.resolve
     monkeypatch.setattr(
@@ -88,6 +90,24 @@ def elsewhere(tmp_path, monkeypatch, one_device):
     Path("photos").mkdir()
     for name in ("cat.jpg", "dog.png"):
         Image.new("RGB", (31, 20), "orange").save(Path("photos", name))
+    rows = {
+        "question_id": ["a", "b", "c", "d"],
+        "question": ["what runs?", "what is blue?", "which city?", "which river?"],
+        "instruction": ["look at the picture"] * 4,
+        "img_path": ["cat.jpg", "dog.png", "cat.jpg", None],
+        "pos_item_ids": [["1"], ["2", "3"], ["4"], ["5"]],
+        "answers": [["cat"], ["heat"], ["paris"], ["water"]],
+    }
+    passages = {"passage_id": list(map(str, range(20))), "passage_content": support.passages(20)}
+    for split in ("train", "test"):
+        for place, table in ((f"data/{split}", rows), (f"passages/{split}_passages", passages)):
+            file = Path("M2KR", f"EVQA_{place}.jsonl")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [
+                dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            file.write_text(text)
     golden = ROOT / "tests" / "golden" / "fastplaid_index" / "compressed"
     shutil.copytree(golden, "fastplaid-index", copy_function=shutil.copyfile)
 

@@ -81,7 +81,8 @@ def test_settings_round_trip_and_papers_values():
     wanted |= dict(loss="distillation", use_ib_negatives=True)
     assert wanted.items() <= asdict(last).items() and last.max_grad_norm == 2.0
     assert (FIRST.nway, FIRST.maxsteps) == (32, 150_000)
-    assert set(RECIPES) == {"colbertv1", "contrastive", "distill", "denoised-supervision"}
+    names = ("colbertv1", "contrastive", "distill", "denoised-supervision", "preflmr")
+    assert tuple(RECIPES) == names
 
 
 FILES = {"queries": "q", "collection": "c", "folder": "f", "examples": "e"}

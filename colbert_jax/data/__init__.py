@@ -10,6 +10,7 @@ from colbert_jax.data.examples import (
     pair_examples,
     stanford_examples,
 )
+from colbert_jax.data.m2kr import read_m2kr
 from colbert_jax.data.texts import Texts
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "dataset_examples",
     "pair_examples",
     "read_collection",
+    "read_m2kr",
     "read_qrels",
     "read_queries",
     "stanford_examples",

@@ -36,6 +36,7 @@ from colbert_jax.flmr.tokenization import (
     model_tokenizer,
     text_settings,
 )
+from colbert_jax.images import ImageConfig
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.flmr import ImageEncoder, ImageEncoderConfig, Seen, make_image_encoder
@@ -66,6 +67,8 @@ class FLMRModelForRetrieval:
       params: {"context": ..., "query": ..., "images": ..., "context_images": ...}; no "query" where
         one text encoder serves both, no "context_images" where one image encoder does.
       query_tokenizer, context_tokenizer: as given, or the checkpoint's own.
+      text_tokenizer: of both, as the model's settings have it.
+      encoder_config: architecture of the text encoders.
     """
 
     def __init__(
@@ -115,7 +118,8 @@ class FLMRModelForRetrieval:
         self._checkpoint = dataclasses.replace(
             checkpoint.with_text_config(text), params={}, query_params=None, images=None
         )
-        texts = self._checkpoint.text_tokenizer()
+        texts = self.text_tokenizer = self._checkpoint.text_tokenizer()
+        self.encoder_config = checkpoint.encoder
         # [V] True for the ids that give no embedding in documents.
         self._context_skip = texts.skiplist
         self._instruction = texts.special.instruction
@@ -227,6 +231,13 @@ class FLMRModelForRetrieval:
     def _text_checkpoint(self) -> Checkpoint:
         params, query = map(_on_host, (self.params["context"], self.params.get("query")))
         return dataclasses.replace(self._checkpoint, params=params, query_params=query)
+
+    @property
+    def image_config(self) -> ImageConfig:
+        """How images become pixel values: as the checkpoint says, else as CLIP does it."""
+        if self.images is None:
+            raise NotImplementedError(_NO_TOWER)
+        return self._pixel_settings or ImageConfig.square(self.images.vision.image_size)
 
     def colbert(self, **text_settings: Any) -> ColBERT:
         """The same model as a `ColBERT`, which batches, indexes and ranks texts and images.

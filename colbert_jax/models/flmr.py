@@ -18,7 +18,14 @@ from colbert_jax.config import require, require_types
 from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import OneKey, TokenEncoder, merged, unit_length
 from colbert_jax.models.config import named_tensors
-from colbert_jax.models.layers import Attention, PostNormLayer, dense, layer_norm
+from colbert_jax.models.layers import (
+    Attention,
+    PostNormLayer,
+    TrainMode,
+    dense,
+    dropped,
+    layer_norm,
+)
 from colbert_jax.models.vision import Vision, VisionConfig, vision_names
 
 
@@ -89,16 +96,24 @@ class CrossLayer(PostNormLayer):
         self.cross = Attention(config, dtype=dtype, rngs=rngs)
         self.cross_norm = layer_norm(config, config.hidden_size, rngs=rngs)
 
-    def attend_to(self, x: jax.Array, other: jax.Array) -> jax.Array:
-        """Apply the layer to x [B, L, H] and `other` [B, L of it, H]: float32[B, L, H]."""
+    def attend_to(
+        self, x: jax.Array, other: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
+        """Apply the layer to x [B, L, H] and `other` [B, L of it, H]: float32[B, L, H].
+
+        train: dropout. If None, the model is not being trained.
+        """
 
         def every(y: jax.Array) -> jax.Array:
             return jnp.ones(y.shape[:2], bool)
 
-        x = self.attention_norm(x + self.attention(x, every(x), None))
-        x = self.cross_norm(x + self.cross(x, every(other), None, other=other))
+        y = self.attention(x, every(x), None, train)
+        x = self.attention_norm(x + dropped(y, train, 1))
+        own = None if train is None else train.at(3)  # other random keys than the first's
+        y = self.cross(x, every(other), None, own, other=other)
+        x = self.cross_norm(x + dropped(y, train, 4))
         y = self.output(self.activation(self.intermediate(x)))
-        return self.output_norm(x + y)
+        return self.output_norm(x + dropped(y, train, 2))
 
 
 class Mapping(nnx.Module):
@@ -113,10 +128,12 @@ class Mapping(nnx.Module):
         self.layers = nnx.List([CrossLayer(config.mapping, dtype=dtype, rngs=rngs) for _ in layers])
         self.output = nnx.Linear(width, config.dim, **settings)
 
-    def __call__(self, patches: jax.Array, text: jax.Array) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, text: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         x = self.input(patches).astype(jnp.float32)
-        for layer in self.layers:
-            x = layer.attend_to(x, text)
+        for i, layer in enumerate(self.layers):
+            x = layer.attend_to(x, text, None if train is None else train.at(i + 1))
         return self.output(x).astype(jnp.float32)
 
 
@@ -169,13 +186,16 @@ class ImageEncoder(nnx.Module):
         assert text is not None
         return jnp.concatenate([rows, self.map_patches(patches, text)], axis=1)
 
-    def map_patches(self, patches: jax.Array, text: jax.Array) -> jax.Array:
+    def map_patches(
+        self, patches: jax.Array, text: jax.Array, train: TrainMode | None = None
+    ) -> jax.Array:
         """Turn states of patches into token embeddings; the regions of an image do not meet.
 
         Args:
           patches: float32[B, regions, patches, hidden_size].
           text: float32[B, L, H], the text encoder's last states of the queries. All of the first
             `cross_length` are attended to: instructions and [MASK]s too, as in the original.
+          train: dropout, with a key for each region. If None, the model is not being trained.
 
         Returns:
           float32[B, regions * patches, D].
@@ -183,7 +203,7 @@ class ImageEncoder(nnx.Module):
         assert self.mapping is not None
         batch, regions = patches.shape[:2]
         text = jnp.repeat(text[:, : self.config.cross_length], regions, axis=0)
-        rows = self.mapping(patches.reshape(batch * regions, *patches.shape[2:]), text)
+        rows = self.mapping(patches.reshape(batch * regions, *patches.shape[2:]), text, train)
         return rows.reshape(batch, -1, self.config.dim)
 
 

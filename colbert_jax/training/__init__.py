@@ -10,6 +10,7 @@ from colbert_jax.data import (
     stanford_examples,
 )
 from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.training.flmr import train_flmr
 from colbert_jax.training.loader import Task
 from colbert_jax.training.trainer import Trained, train
 
@@ -25,4 +26,5 @@ __all__ = [
     "pair_examples",
     "stanford_examples",
     "train",
+    "train_flmr",
 ]

@@ -31,6 +31,17 @@ class Passages(NamedTuple):
     labelled: Any
 
 
+class Images(NamedTuple):
+    """Images of B queries.
+
+    pixels: float32[B, channels, height, width], zeros where there is none.
+    given: bool[B], whether there is one.
+    """
+
+    pixels: Any
+    given: Any
+
+
 class ExampleBatch(NamedTuple):
     """B queries with W documents each, the first of them the positive.
 
@@ -43,6 +54,7 @@ class ExampleBatch(NamedTuple):
     order: int32[B * W].
     scores: float32[B, W], the teacher's, if there are any.
     passages: which documents are no negatives of a query. If None, only its own positive is none.
+    images: of the queries; None for queries of text alone.
     """
 
     queries: TokenBatch
@@ -50,3 +62,4 @@ class ExampleBatch(NamedTuple):
     order: Any
     scores: Any
     passages: Passages | None = None
+    images: Images | None = None

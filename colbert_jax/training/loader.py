@@ -25,10 +25,10 @@ import numpy as np
 
 from colbert_jax.batching import ladder_length, pad_rows
 from colbert_jax.config import TrainingConfig
-from colbert_jax.data.examples import Example, ExampleSource, most_positives, positives_of
+from colbert_jax.data.examples import ExampleSource, most_positives, positives_of
 from colbert_jax.processes import Group
 from colbert_jax.text import TextTokenizer, TokenIds
-from colbert_jax.training.batch import ExampleBatch, Passages, TokenBatch
+from colbert_jax.training.batch import ExampleBatch, Images, Passages, TokenBatch
 
 # Every tuple of lengths is a program to compile, so there are fewer than `batching.LADDER` has.
 _LADDER = (16, 32, 48, 64, 80, 96, 128, 180, 256, 300, 400, 512)
@@ -210,7 +210,11 @@ class Loader:
         bsize = count * processes * share
         whole = self._order.examples(number * bsize, (number + 1) * bsize)
         mine = whole.reshape(self._shape)[:, self._group.index]
-        drafts = [self._draft([self._source[int(i)] for i in numbers]) for numbers in mine]
+        places = np.arange(number * bsize, (number + 1) * bsize).reshape(self._shape)
+        drafts = [
+            self._draft(self._read(*pair))
+            for pair in zip(mine, places[:, self._group.index], strict=True)
+        ]
         save, self.save_requested = self.save_requested, False
         local = {
             "lengths": [draft.lengths for draft in drafts],
@@ -236,7 +240,11 @@ class Loader:
             any(remote["save"] for remote in everyone),
         )
 
-    def _draft(self, examples: list[Example]) -> _Draft:
+    def _read(self, numbers: np.ndarray, places: np.ndarray) -> list[Any]:
+        """The examples of a micro-batch; `places` are theirs in the endless sequence."""
+        return [self._source[int(i)] for i in numbers]
+
+    def _draft(self, examples: list[Any]) -> _Draft:
         queries = self._tokenizer.queries([example.query for example in examples])
         texts = [text for example in examples for text in example.documents[: self._nway]]
         documents = self._tokenizer.documents(texts)
@@ -245,13 +253,11 @@ class Loader:
         lengths = [max(map(len, queries.ids)), *documents.attended[groups[:, 0]].tolist()]
         scores = None
         if self._source.scored:
-            scores = np.array([example.scores[: self._nway] for example in examples], np.float32)  # type: ignore[index]
+            scores = np.array([example.scores[: self._nway] for example in examples], np.float32)
         passages = self._passages(examples, queries, documents)
         return _Draft(queries, documents, groups, lengths, scores, passages)
 
-    def _passages(
-        self, examples: list[Example], queries: TokenIds, documents: TokenIds
-    ) -> Passages:
+    def _passages(self, examples: list[Any], queries: TokenIds, documents: TokenIds) -> Passages:
         """By token ids: texts that the model reads alike cannot be told apart."""
         own = _identities(documents.ids)
         labelled = np.repeat(own[:: self._nway, None], self._labels, axis=1)
@@ -283,7 +289,7 @@ class Loader:
             for group, length in zip(draft.groups, lengths[1:], strict=True)
         )
         order = self._global_order(draft.groups)
-        return ExampleBatch(queries, documents, order, draft.scores, draft.passages)
+        return ExampleBatch(queries, documents, order, draft.scores, draft.passages, draft.images)
 
     def _query_length(self, length: int) -> int:
         text = self._tokenizer.config
@@ -312,6 +318,7 @@ class _Draft(NamedTuple):
     lengths: list[int]
     scores: np.ndarray | None
     passages: Passages
+    images: Images | None = None
 
 
 class _Order:

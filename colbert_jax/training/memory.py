@@ -78,7 +78,7 @@ def check_memory(
                 f"queries of {room.lengths[0]} and documents of {room.lengths[1]} tokens would "
                 f"take {_size(most)}, and {_size(free)} of memory are free. If there are such "
                 "texts, lower bsize or chunk, or raise accumsteps",
-                stacklevel=5,  # who called `train`
+                stacklevel=6,  # who called `train`
             )
         return
     fitting = int(_SHARE * free)
@@ -241,4 +241,5 @@ def resized(batch: ExampleBatch, queries: int, lengths: tuple[int, int]) -> Exam
         like(rows, batch.order),
         like(queries, batch.scores),
         passages,
+        like(queries, batch.images),
     )

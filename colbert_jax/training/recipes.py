@@ -23,12 +23,15 @@ from colbert_jax.data.examples import (
     pair_examples,
     stanford_examples,
 )
+from colbert_jax.data.m2kr import read_m2kr
 from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.files import replacing
+from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import load_teacher
 from colbert_jax.settings import to_json
+from colbert_jax.training.flmr import FLMR_TRAINING, train_flmr
 from colbert_jax.training.trainer import Trained, train
 
 SETTINGS = "settings.json"
@@ -218,6 +221,30 @@ class DenoisedSupervision(Recipe):
             raise ValueError("give warm_triples or warm_pairs, not both")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreFLMR:
+    """PreFLMR (Lin et al., 2024) and FLMR on questions about images, in the tables of M2KR: a
+    softmax over the scores of all passages of the batch, with negatives drawn from all passages.
+
+    checkpoint: folder or hub id in FLMR's layout.
+    folder: where the run is kept; the trained model is in it.
+    data, passages: questions and passages: a parquet or JSONL file, a folder, or owner/name/config
+      on the Hugging Face hub.
+    images: folder that `img_path` begins in. If None, the working folder.
+    split: of both tables.
+    freeze_vision: whether the vision encoder stays as it is.
+    """
+
+    checkpoint: str = "LinWeizheDragon/PreFLMR_ViT-L"
+    folder: str
+    data: str
+    passages: str
+    images: str | None = None
+    split: str = "train"
+    freeze_vision: bool = True
+    training: TrainingConfig = FLMR_TRAINING
+
+
 def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
     """Load the recipe's starting model, or `checkpoint`, which an earlier stage made."""
     if checkpoint is not None:
@@ -329,11 +356,25 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
     return trained
 
 
-RECIPES: Mapping[str, tuple[type[Recipe], Any]] = {
+def preflmr(recipe: PreFLMR, *, overwrite: bool = False) -> Trained:
+    """Train on questions about images."""
+    data = read_m2kr(recipe.data, recipe.passages, split=recipe.split, images=recipe.images)
+    return train_flmr(
+        FLMRModelForRetrieval.from_pretrained(recipe.checkpoint),
+        data,
+        _folder(recipe),
+        recipe.training,
+        freeze_vision=recipe.freeze_vision,
+        overwrite=overwrite,
+    )
+
+
+RECIPES: Mapping[str, tuple[type[Recipe] | type[PreFLMR], Any]] = {
     "colbertv1": (ColBERTv1, colbertv1),
     "contrastive": (Contrastive, contrastive),
     "distill": (Distillation, distill),
     "denoised-supervision": (DenoisedSupervision, denoised_supervision),
+    "preflmr": (PreFLMR, preflmr),
 }
 
 
@@ -383,7 +424,7 @@ def _dev(recipe: Recipe) -> DevCollection | None:
     return DevCollection.read(*files, ignore_self=recipe.ignore_self)
 
 
-def _folder(recipe: Recipe) -> Path:
+def _folder(recipe: Recipe | PreFLMR) -> Path:
     """The recipe's folder, with its settings in it."""
     folder = Path(recipe.folder)
     folder.mkdir(parents=True, exist_ok=True)

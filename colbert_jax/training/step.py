@@ -30,6 +30,10 @@ from colbert_jax.training.memory import Room, check_memory
 
 State = dict[str, Any]  # params, moments, step
 Logged = dict[str, jax.Array]  # float32[] each
+# The loss, float32[], and its parts by name, of (params, batch, key, fixed): `fixed` are parameters
+# that are not trained.
+Loss = Callable[[dict, ExampleBatch, jax.Array, Any], tuple[jax.Array, Logged]]
+Embed = Callable[[dict, Any], jax.Array]  # of (params, rows)
 EPSILON = 1e-8  # AdamW's; torch's default
 _SMALLEST_SHARDED = 1 << 14  # values; smaller arrays are kept whole on every device
 _AFTER_LAYERS = ("final_norm",)  # of a backbone; all else but the layers comes before them
@@ -47,22 +51,20 @@ class CoupledTeacher(NamedTuple):
 
 
 def make_step(
-    encoder: EncoderConfig,
+    make_loss: Callable[[TrainingConfig, Mesh], Loss],
     configs: Sequence[TrainingConfig],
-    dtype: Any,
     mesh: Mesh,
     shardings: Any,
-    teachers: Sequence[EncoderConfig] = (),
-    coupled: Sequence[CoupledTeacher] = (),
+    fixed: Any = (),
     room: Room | None = None,
 ) -> Callable[[State, int, int, Sequence[ExampleBatch]], tuple[State, Logged, Logged]]:
     """A function that makes an optimiser step of one or several micro-batches.
 
     Args:
+      make_loss: gives the loss of a task's settings, over the devices of a mesh.
       configs: the settings of each task; those of the first are the run's.
-      dtype: of the dense layers' computation.
       shardings: the state's.
-      teachers, coupled: the coupled teachers' architectures and parameters.
+      fixed: what the loss takes beside the parameters, on the devices.
       room: what there is for a step. If None, no step is held against it.
 
     Returns:
@@ -75,7 +77,7 @@ def make_step(
 
     @cache
     def gradients(own: TrainingConfig) -> Any:
-        return make_gradients(encoder, own, dtype, mesh, shardings["params"], teachers)
+        return gradients_of(make_loss(own, mesh), own, shardings["params"])
 
     update = make_update(config, shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
@@ -94,9 +96,7 @@ def make_step(
 
         def compiled(own: TrainingConfig, batch: ExampleBatch):  # once: the call finds it again
             function = gradients(own)
-            return function.lower(
-                params, batch, zero, zero, trained=trained, coupled=coupled
-            ).compile()
+            return function.lower(params, batch, zero, zero, trained=trained, fixed=fixed).compile()
 
         check_memory(configs[task], batch, mesh.devices.flatten().tolist(), room, compiled)
 
@@ -111,9 +111,7 @@ def make_step(
             if config.warmup_bert < config.maxsteps:  # what takes more, before days of the other
                 check(params, batch, task, parts)
             numbers = np.int32(number), np.int32(micro)
-            part = gradients(configs[task])(
-                params, batch, *numbers, trained=trained, coupled=coupled
-            )
+            part = gradients(configs[task])(params, batch, *numbers, trained=trained, fixed=fixed)
             total = part if total is None else add(total, part)
         assert total is not None
         grads, measured = total
@@ -174,8 +172,8 @@ def make_loss(
     dtype: Any,
     mesh: Mesh | None = None,
     teachers: Sequence[EncoderConfig] = (),
-) -> Callable[..., tuple[jax.Array, Logged]]:
-    """The loss of a batch as a function of (params, batch, key, coupled teachers).
+) -> Loss:
+    """The loss of a batch of texts as a function of (params, batch, key, coupled teachers).
 
     Args:
       dtype: of the dense layers' computation.
@@ -284,51 +282,86 @@ def _make_embed(
     """A function of (params, batch, key) that gives embeddings float32[B, Lq, D] of the queries and
     float32[B * W, Ld, D] of the documents, and bool[B * W, Ld], which of the latter are tokens.
     """
-
-    def embed_rows(params: dict, rows: TokenBatch, keys: jax.Array) -> jax.Array:
-        def run(params: dict, part: tuple[TokenBatch, jax.Array]) -> jax.Array:
-            rows, keys = part
-            train = TrainMode(keys, config.dropout, config.remat) if training else None
-            return make_encoder(encoder, params, dtype)(*rows, train=train)
-
-        if config.chunk is None or config.chunk >= len(rows.ids):
-            return run(params, (rows, keys))
-        return losses.encode_chunked(run, params, (rows, keys), config.chunk)
-
-    spread = embed_rows
-    if mesh is not None and mesh.devices.size > 1:
-        # Every device runs the program of one device on its rows. Unchecked, as jax 0.12's check
-        # refuses the derivative of erf (findings/erf_gradient_in_shard_map.sh), thus of exact GELU.
-        each = PartitionSpec("data")
-        spread = jax.shard_map(
-            embed_rows,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), each, each),
-            out_specs=each,
-            check_vma=False,
-        )
-
-    def embed_groups(params: dict, groups: tuple[TokenBatch, ...], keys: jax.Array):
-        """float32[N, L, D] and bool[N, L] of groups laid end to end; L is the longest group's."""
-        longest = max(rows.ids.shape[1] for rows in groups)
-        parts, masks, start = [], [], 0
-        for rows in groups:
-            x = spread(params, rows, keys[start : start + len(rows.ids)])
-            start += len(rows.ids)
-            fill = longest - rows.ids.shape[1]
-            parts.append(jnp.pad(x, [(0, 0), (0, fill), (0, 0)]))
-            masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
-        return jnp.concatenate(parts), jnp.concatenate(masks)
+    spread = embed_tokens(encoder, config, dtype, mesh, training)
 
     def embed(params: dict, batch: ExampleBatch, key: jax.Array):
-        keys = jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
-        queries, _ = embed_groups(params, (batch.queries,), keys)
-        # A document's random numbers go with it, whichever group it is in.
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(batch.order))
-        documents, mask = embed_groups(params, batch.documents, keys[jnp.argsort(batch.order)])
-        return queries, documents[batch.order], mask[batch.order]
+        queries = spread(params, (batch.queries, query_keys(batch, key)))
+        return queries, *embed_documents(spread, params, batch, key)
 
     return embed
+
+
+def embed_tokens(
+    encoder: EncoderConfig,
+    config: TrainingConfig,
+    dtype: Any,
+    mesh: Mesh | None,
+    training: bool = True,
+) -> Embed:
+    """A function of (params, (TokenBatch, keys)) that gives token embeddings float32[N, L, D]."""
+
+    def run(params: dict, part: tuple[TokenBatch, jax.Array]) -> jax.Array:
+        rows, keys = part
+        train = TrainMode(keys, config.dropout, config.remat) if training else None
+        return make_encoder(encoder, params, dtype)(*rows, train=train)
+
+    return spread_rows(run, config, mesh)
+
+
+def spread_rows(run: Embed, config: TrainingConfig, mesh: Mesh | None) -> Embed:
+    """The function itself, over the devices of a mesh and a chunk of `config.chunk` at a time.
+
+    Args:
+      run: of (params, rows), arrays whose leading axis is the rows'.
+    """
+
+    def in_chunks(params: dict, rows: Any) -> jax.Array:
+        if config.chunk is None or config.chunk >= len(jax.tree.leaves(rows)[0]):
+            return run(params, rows)
+        return losses.encode_chunked(run, params, rows, config.chunk)
+
+    if mesh is None or mesh.devices.size == 1:
+        return in_chunks
+    # Every device runs the program of one device on its rows. Unchecked, as jax 0.12's check
+    # refuses the derivative of erf (findings/erf_gradient_in_shard_map.sh), thus of exact GELU.
+    each = PartitionSpec("data")
+    return jax.shard_map(
+        in_chunks,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), each),
+        out_specs=each,
+        check_vma=False,
+    )
+
+
+def query_keys(batch: ExampleBatch, key: jax.Array) -> jax.Array:
+    """[B], the random keys of queries."""
+    return jax.random.split(jax.random.fold_in(key, 0), len(batch.queries.ids))
+
+
+def embed_documents(
+    embed: Embed, params: dict, batch: ExampleBatch, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Token embeddings of a batch's documents.
+
+    Args:
+      embed: of (params, (TokenBatch, keys)).
+
+    Returns:
+      float32[B * W, Ld, D] and bool[B * W, Ld]; Ld is the longest group's.
+    """
+    # A document's random numbers go with it, whichever group it is in.
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(batch.order))
+    keys = keys[jnp.argsort(batch.order)]
+    longest = max(rows.ids.shape[1] for rows in batch.documents)
+    parts, masks, start = [], [], 0
+    for rows in batch.documents:
+        x = embed(params, (rows, keys[start : start + len(rows.ids)]))
+        start += len(rows.ids)
+        fill = longest - rows.ids.shape[1]
+        parts.append(jnp.pad(x, [(0, 0), (0, fill), (0, 0)]))
+        masks.append(jnp.pad(rows.kept, [(0, 0), (0, fill)]))
+    return jnp.concatenate(parts)[batch.order], jnp.concatenate(masks)[batch.order]
 
 
 def score_loss(
@@ -425,14 +458,20 @@ def make_gradients(
     shardings: Any = None,
     teachers: Sequence[EncoderConfig] = (),
 ) -> Callable[..., tuple[dict, Logged]]:
-    """A jitted function of (params, batch, step, number, trained, coupled) that gives gradients.
+    """`gradients_of` the loss of texts, see `make_loss`."""
+    return gradients_of(make_loss(encoder, config, dtype, mesh, teachers), config, shardings)
+
+
+def gradients_of(
+    loss: Loss, config: TrainingConfig, shardings: Any = None
+) -> Callable[..., tuple[dict, Logged]]:
+    """A jitted function of (params, batch, step, number, trained, fixed) that gives gradients.
 
     `number` counts the micro-batches of a step; `trained` is a tuple of the parts of the parameters
     to give gradients of: the others are left out of the computation, and so is what is not
     `trainable` in these. Gradients, the loss and its parts come divided by `accumsteps`, to be
     added up. `shardings` are the parameters' and become the gradients'.
     """
-    loss = make_loss(encoder, config, dtype, mesh, teachers)
 
     @partial(jax.jit, static_argnames="trained")
     def gradients(
@@ -441,13 +480,13 @@ def make_gradients(
         step,
         number,
         trained: tuple[str, ...],
-        coupled: Sequence[CoupledTeacher] = (),
+        fixed: Any = (),
     ):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, number)
 
         def loss_of(part: dict):
-            return loss(with_changes(params, part), batch, key, coupled)
+            return loss(with_changes(params, part), batch, key, fixed)
 
         def trained_of(tree: dict) -> dict:
             kept = trainable(config, tree)
@@ -535,7 +574,7 @@ def apply_gradients(
     """Make one step of the optimiser.
 
     Args:
-      params, moments: by part, "backbone" and "head".
+      params, moments: by part, "backbone" and "head"; or others, which all have the first's rate.
       gradients: of the parts that are trained in this step, of what is `trainable` in them.
       step: int32[], from 0.
 
@@ -554,5 +593,5 @@ def apply_gradients(
         updates, moments[part] = _adamw(config).update(gradient, moments[part], selected[part])
         updates = jax.tree.map(lambda u, rate=rate: -rate * u, updates)
         params[part] = with_changes(params[part], optax.apply_updates(selected[part], updates))
-        rates["lr" if part == "backbone" else "head_lr"] = rate
+        rates["head_lr" if part == "head" else "lr"] = rate
     return params, moments, {"grad_norm": norm} | rates

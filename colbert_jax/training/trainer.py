@@ -40,7 +40,15 @@ from colbert_jax.training.run import (
     open_run,
     save_model,
 )
-from colbert_jax.training.step import Logged, State, make_gather, make_step, put_teacher
+from colbert_jax.training.step import (
+    CoupledTeacher,
+    Logged,
+    Loss,
+    make_gather,
+    make_loss,
+    make_step,
+    put_teacher,
+)
 
 
 class Trained(NamedTuple):
@@ -98,43 +106,110 @@ def train(
       KeyboardInterrupt: Ctrl-C; says what is kept.
     """
     # --- What must fit together: checked before anything is written
-    folder, config = Path(folder), TrainingConfig() if config is None else config
+    config = TrainingConfig() if config is None else config
     devices = list(jax.devices() if devices is None else devices)
     plan = _plan(model, examples, config, tasks, devices)
-    config = plan.configs[0]
     teachers, translations = _check_teachers(teacher, model, plan.configs)
+    text = model.config.text
 
+    def save(place: Path, params: dict, step: int) -> None:
+        with _parameters(model, params):
+            save_model(model, place, plan.configs[0], step)
+
+    def evaluate(params: dict) -> dict[str, float]:
+        assert dev is not None
+        with _parameters(model, params):
+            return dev.evaluate(model)
+
+    job = Job(
+        configs=plan.configs,
+        prefixes=plan.prefixes,
+        about=_describe(model, plan, tasks, teachers),
+        params=model.params,
+        lengths=(text.query_maxlen, text.doc_maxlen),
+        fixed=partial(_fixed, plan.configs[0], teachers, translations),
+        make_loss=partial(_make_loss, model, teachers),
+        mixture=partial(_mixture, model, plan),
+        take=model.set_params,
+        save=save,
+        evaluate=None if dev is None else evaluate,
+    )
+    return run_job(job, folder, devices, overwrite=overwrite, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    configs: the settings of each task; those of the first are the run's.
+    prefixes: of the names of each task's metrics.
+    about: what the run is, JSON: `run.json`.
+    params: what is trained, as it is before.
+    lengths: the most tokens of a query and of a document.
+    fixed: of (mesh): what the loss takes beside the parameters, on the devices.
+    make_loss: of (config, mesh): see `step.Loss`.
+    mixture: of (start, group): the steps of the run, from step `start` on.
+    take: of (params): the model has these from now on.
+    save: of (place, params, step): write the model with these parameters.
+    evaluate: of (params): measures of the model with these parameters. If None, nothing is
+      evaluated.
+    """
+
+    configs: Sequence[TrainingConfig]
+    prefixes: Sequence[str]
+    about: dict[str, Any]
+    params: dict
+    lengths: tuple[int, int]
+    fixed: Callable[[Mesh], Any]
+    make_loss: Callable[[TrainingConfig, Mesh], Loss]
+    mixture: Callable[[int, processes.Group], Mixture]
+    take: Callable[[dict], None]
+    save: Callable[[Path, dict, int], None]
+    evaluate: Callable[[dict], dict[str, float]] | None = None
+
+
+def run_job(
+    job: Job,
+    folder: str | Path,
+    devices: Sequence[jax.Device],
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Trained:
+    """Do a job, or go on with it; everything else as for `train`."""
+    folder, config = Path(folder), job.configs[0]
     with processes.group("training") as group, ExitStack() as stack:
         # --- The folder: a new run, or the same one again
-        open_run(folder, _describe(model, plan, tasks, teachers), group, overwrite=overwrite)
+        open_run(folder, job.about, group, overwrite=overwrite)
         checkpoints = stack.enter_context(Checkpoints(folder, config))
 
         # --- Parameters and moments: as the model has them, or of the last checkpoint
         mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-        state, shardings = checkpoints.begin(config, model.params, mesh)
+        state, shardings = checkpoints.begin(config, job.params, mesh)
         done = int(state["step"])
 
         # --- Programs
         to_host = make_gather(mesh)
-        room = _room(model, devices, group)
-        train_step = _make_step(model, plan, teachers, translations, mesh, shardings, room)
+        room = _room(job, devices, group)
+        fixed = job.fixed(mesh)
+        train_step = make_step(job.make_loss, job.configs, mesh, shardings, fixed, room)
 
         # --- Metrics and progress
         metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
         best = Best(folder, metrics.history())
         show = progress if group.is_first else False
         bar = progress_bar(config.maxsteps, "training", "step", show, initial=done)
-        window = _Window(plan.prefixes, checkpoints, metrics, bar)
+        window = _Window(job.prefixes, checkpoints, metrics, bar)
 
         # --- Evaluation; once more where the run was stopped behind a checkpoint, before it was
         # measured. All processes go by what the first one has read.
-        evaluation = _Evaluation(dev, config, model, best, metrics, write=group.is_first)
+        evaluation = _Evaluation(job, best, metrics, write=group.is_first)
         missed = done > 0 and evaluation.is_due(done) and not metrics.evaluated(done)
         if group.exchange("evaluation", missed)[0]:
             evaluation.run(done, to_host(state["params"]))
 
         # --- Data
-        mixture = _mixture(model, plan, done, group)
+        mixture = job.mixture(done, group)
         with mixture, bar, _signals() as came:
             schedule = _Schedule(config, evaluation, mixture, came, group)
             stop, previous = False, None
@@ -147,7 +222,7 @@ def train(
                 # would wait for all the steps that were begun before it.
                 jax.block_until_ready(previous)
                 previous = losses
-                window.add(task, losses, plan.configs[task].bsize)
+                window.add(task, losses, job.configs[task].bsize)
 
                 # --- Log, save, evaluate
                 log, save, evaluate, stop = schedule.due(step)
@@ -168,9 +243,10 @@ def train(
                 f"training stopped after step {done} of {config.maxsteps}, which is saved in "
                 f"{folder}: run the same again, and it goes on from there"
             )
-        model.set_params(to_host(state["params"]))
+        params = to_host(state["params"])
+        job.take(params)
         if group.is_first:
-            save_model(model, folder / LAST, config, done)
+            job.save(folder / LAST, params, done)
         group.exchange("saved")
         if came.stop:  # too late to stop this run
             came.end(f"training was done: the model is in {folder / LAST}")
@@ -335,33 +411,35 @@ def _parameters(model: ColBERT, params: dict) -> Iterator[None]:
 # --- Programs and data ----------------------------------------------------------------------
 
 
-def _make_step(
-    model: ColBERT,
-    plan: _Plan,
+def compute_dtype(config: TrainingConfig) -> Any:
+    """What the dense layers compute in."""
+    return runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+
+
+def _make_loss(
+    model: ColBERT, teachers: Sequence[ColBERT], config: TrainingConfig, mesh: Mesh
+) -> Loss:
+    encoders = [teacher.encoder_config for teacher in teachers]
+    return make_loss(model.encoder_config, config, compute_dtype(config), mesh, encoders)
+
+
+def _fixed(
+    config: TrainingConfig,
     teachers: Sequence[ColBERT],
     translations: Sequence[np.ndarray | None],
     mesh: Mesh,
-    shardings: Any,
-    room: Room,
-) -> Callable[..., tuple[State, Logged, Logged]]:
-    """`step.make_step` of the plan, with the coupled teachers on the devices."""
-    config = plan.configs[0]
-    dtype = runtime.compute_dtype() if config.dtype is None else jnp.dtype(config.dtype)
-    coupled = [
+) -> list[CoupledTeacher]:
+    """The coupled teachers, on the devices."""
+    return [
         put_teacher(teacher.params, ids, mesh, fsdp=config.fsdp)
         for teacher, ids in zip(teachers, translations, strict=True)
     ]
-    encoders = [teacher.encoder_config for teacher in teachers]
-    return make_step(
-        model.encoder_config, plan.configs, dtype, mesh, shardings, encoders, coupled, room
-    )
 
 
-def _room(model: ColBERT, devices: Sequence[jax.Device], group: processes.Group) -> Room:
+def _room(job: Job, devices: Sequence[jax.Device], group: processes.Group) -> Room:
     """What there is for a step; of the process with the least, so that all say the same."""
     free = [one for one in group.exchange("memory", free_memory(devices)) if one is not None]
-    text = model.config.text
-    return Room(min(free, default=None), (text.query_maxlen, text.doc_maxlen))
+    return Room(min(free, default=None), job.lengths)
 
 
 def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) -> Mixture:
@@ -391,29 +469,21 @@ def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) ->
 
 
 class _Evaluation:
-    """The dev collection, if there is one, and the best model on it."""
+    """What a job measures, if it does, and the best model by that."""
 
-    def __init__(
-        self,
-        dev: DevCollection | None,
-        config: TrainingConfig,
-        model: ColBERT,
-        best: Best,
-        metrics: Metrics,
-        *,
-        write: bool,
-    ):
+    def __init__(self, job: Job, best: Best, metrics: Metrics, *, write: bool):
         """
         Args:
           write: this process saves the best model.
         """
-        self._dev, self._config, self._model = dev, config, model
+        self._job, self._config = job, job.configs[0]
         self._best, self._metrics, self._write = best, metrics, write
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
         every = self._config.eval_every or self._config.save_every
-        return self._dev is not None and (step % every == 0 or step == self._config.maxsteps)
+        due = step % every == 0 or step == self._config.maxsteps
+        return self._job.evaluate is not None and due
 
     def run(self, step: int, params: dict) -> None:
         """Measure what `step` steps made of the model.
@@ -421,11 +491,10 @@ class _Evaluation:
         The best model is there before the line that says so, so that a run that was killed between
         the two measures again.
         """
-        assert self._dev is not None
-        with _parameters(self._model, params):
-            measured = self._dev.evaluate(self._model)
-            if self._best.improves(measured) and self._write:
-                save_model(self._model, self._best.folder, self._config, step)
+        assert self._job.evaluate is not None
+        measured = self._job.evaluate(params)
+        if self._best.improves(measured) and self._write:
+            self._job.save(self._best.folder, params, step)
         self._metrics.write(step, {DEV + name: x for name, x in measured.items()})
 
 
