@@ -147,6 +147,7 @@ def index(args: argparse.Namespace) -> None:
         args.index,
         args.checkpoint,
         Path(args.collection),
+        images=args.images,
         nbits=args.nbits,
         kmeans_niters=args.kmeans_niters,
         num_centroids=args.num_centroids,
@@ -171,7 +172,8 @@ def upsert(args: argparse.Namespace) -> None:
 
 
 def _grow(args: argparse.Namespace, kind: str) -> None:
-    documents = Documents(args.collection)  # a bad file is named before the model is loaded
+    # A bad file is named before the model is loaded.
+    documents = Documents(args.collection, images=args.images)
     retriever = Retriever.open(args.index, args.checkpoint)
     getattr(retriever, kind)(documents)
     print(_summary(retriever.index))
@@ -425,6 +427,9 @@ def _shortened(text: str, most: int = 100) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+_IMAGES = "name of the field that has the path of a document's image, for a model with images"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="colbert-jax", description="Late-interaction retrieval: index documents, search them."
@@ -453,6 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--doc-maxlen", type=int, help="tokens kept of a document")
     sub.add_argument("--kmeans-niters", type=int, help="k-means iterations")
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
+    sub.add_argument("--images", help=_IMAGES)
     sub.add_argument("--no-texts", action="store_true", help="do not keep the documents' texts")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
 
@@ -464,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(run, summary, "; run again, it goes on where it was")
         sub.add_argument("index")
         sub.add_argument("collection", help="TSV (pid, text[, title]), JSONL, or one per line")
+        sub.add_argument("--images", help=_IMAGES)
         sub.add_argument("--checkpoint", help="default: the one the index was built with")
 
     sub = command(delete, "delete documents of an index by their ids")

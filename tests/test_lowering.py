@@ -203,5 +203,25 @@ def test_encoder_lowers(stanford_folder, platform, devices):
     assert "bf16" in text.as_text()
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_image_encoder_lowers(platform, tmp_path):
+    """Queries and documents with images, each device with its share of them."""
+    from colbert_jax import ColBERT
+
+    one = {"num_hidden_layers": 1}
+    model = ColBERT.from_pretrained(
+        support.write_preflmr(tmp_path / "c", config=one, vision=one), dtype="bfloat16"
+    )
+    ids = (np.zeros((8, 16), np.int32), np.ones(8, np.int32), np.ones((8, 16), bool))
+    pixels, images = np.zeros((8, 3, 32, 32), np.float32), model.images
+    both = {"text": model.query_params, "images": images.params}
+    for program, *arguments in (
+        (images._query, both, *ids, pixels),
+        (images._document, images.context_params, pixels),
+    ):
+        text = program.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        assert "bf16" in text
+
+
 def test_names_are_all_programs(index):
     assert list(programs(index)) == NAMES

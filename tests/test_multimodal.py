@@ -420,6 +420,23 @@ def test_a_retriever_of_documents_with_images(whole, model, folder, photos, tmp_
         )
 
 
+def test_documents_with_images_on_the_command_line(model, folder, photos, tmp_path, one_device):
+    """JSON lines that name files; what the index of such documents gets later has images too."""
+    lines = [
+        {"id": n, "text": text, "photo": str(photos[n])} for n, text in enumerate(["a", "b c"])
+    ]
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    second.write_text(json.dumps({"id": 2, "text": "a", "photo": None}) + "\n")
+    index, options = str(tmp_path / "i"), ["--images", "photo"]
+    assert main(["index", str(first), index, "--checkpoint", str(folder), *options]) == 0
+    assert main(["add", index, str(second), *options]) == 0
+    opened = Index.open(index)
+    plain = model.encode_documents(["a", "b c", "a"], progress=False).lengths
+    assert (opened.lengths - plain).tolist() == [PREFIX, PREFIX, 0]
+    assert opened.field_names() == {}
+
+
 def test_an_index_of_texts_gets_no_images(retriever, photos):
     with pytest.raises(ValueError, match="was built for documents of texts"):
         retriever.add([{"id": "x", "text": "a", "p": photos[0]}], images="p", progress=False)

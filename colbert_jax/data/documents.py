@@ -69,6 +69,8 @@ class Documents(Iterator[Document]):
             items = source
         self._with_fields, self._image_name = fields, images
         self.images: dict[int, Any] | None = None if images is None else {}
+        if images is None and isinstance(source, Documents):
+            self.images = source.images  # of the same positions
         self._left_out = _LeftOut() if is_file or hasattr(source, "column_names") else None
         self._items = iter(items)
         self._position = 0
@@ -101,8 +103,8 @@ class Documents(Iterator[Document]):
                 f"{form[not has_id]}: give all documents an id, or none"
             )
         self._with_ids = has_id
-        if self.images is not None and fields:
-            image = fields.get(self._image_name)  # type: ignore[arg-type]
+        if self._image_name is not None and self.images is not None and fields:
+            image = fields.get(self._image_name)
             fields = {name: value for name, value in fields.items() if name != self._image_name}
             if image is not None:
                 self.images[position] = image

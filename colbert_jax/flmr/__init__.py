@@ -1,8 +1,8 @@
 """FLMR's names and arguments over this library, so that its model card's
 example runs after changing an import.
 
-The text part of FLMR (Lin et al., 2023) and PreFLMR (2024), and of their ColBERT-v2. Arrays are
-NumPy or JAX instead of torch.
+FLMR (Lin et al., 2023), PreFLMR (2024) and their ColBERT-v2. Arrays are NumPy or JAX instead of
+torch.
 """
 
 from colbert_jax.flmr.configuration import FLMRConfig, FLMRTextConfig, FLMRVisionConfig

@@ -248,7 +248,8 @@ class TextSource:
             # Decoded, so that no build ends at a truncated file.
             numbers = range(self.num_documents)
             rows = self._model.check_document_images(Items([], images, numbers, "document"))
-            self._estimates[list(rows)] += list(rows.values())
+            for place, count in rows.items():
+                self._estimates[place] += count
             self.fingerprint = _fingerprint(self.fingerprint, images_fingerprint(images))
 
     def _items(self, positions: np.ndarray) -> Items:
