@@ -360,6 +360,15 @@ def serve(args: argparse.Namespace) -> None:
     )
 
 
+def mcp(args: argparse.Namespace) -> None:
+    try:
+        from colbert_jax.adapters.mcp import make_server
+    except ImportError as error:
+        raise ImportError(f'{error}: mcp needs pip install "colbert-jax[mcp]"') from None
+    served = open_indexes(args.index, args.checkpoint)
+    make_server({name: one.now for name, one in served.items()}).run()
+
+
 def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
@@ -555,6 +564,10 @@ def _parser() -> argparse.ArgumentParser:
             default=default,
             help=f"{about} (default: {default})",
         )
+
+    sub = command(mcp, "answer searches of an assistant, by the Model Context Protocol on stdio")
+    sub.add_argument("index", nargs="+", help="folder of an index, or NAME=FOLDER")
+    sub.add_argument("--checkpoint", help="default: the one that each index was built with")
 
     sub = command(demo, "index the documentation of Python's standard library, ask five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")
