@@ -1,7 +1,7 @@
 """This library inside others, each used as its own users use it; skipped where it is missing."""
 
 import asyncio
-import importlib
+import importlib.util
 import warnings
 
 import pytest
@@ -14,13 +14,17 @@ QUERY = "running cats"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def needs(extra, *packages):
-    """The adapter of an extra; skips where one of its packages is not installed."""
+def needs(extra, package):
+    """Skip a test where the package of an extra is not installed."""
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f'needs pip install "colbert-jax[{extra}]"')
+
+
+def adapter_of(name):
+    """The module of an adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for package in packages:
-            pytest.importorskip(package, reason=f'needs pip install "colbert-jax[{extra}]"')
-        return importlib.import_module(f"colbert_jax.adapters.{extra.replace('-', '_')}")
+        return importlib.import_module(f"colbert_jax.adapters.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,9 @@ def ranked(model, texts):
     return rank_documents(model, QUERY, texts[:5])
 
 
+@needs("langchain", "langchain_core")
 def test_langchain(retriever, hits, ranked, model, texts):
-    adapter = needs("langchain", "langchain_core")
+    adapter = adapter_of("langchain")
     from langchain_core.documents import Document
     from langchain_core.language_models import FakeListChatModel
     from langchain_core.output_parsers import StrOutputParser
@@ -83,8 +88,9 @@ def test_langchain(retriever, hits, ranked, model, texts):
     assert compressor.compress_documents([], QUERY) == []
 
 
+@needs("llama-index", "llama_index")
 def test_llama_index(retriever, hits, ranked, model, texts):
-    adapter = needs("llama-index", "llama_index.core")
+    adapter = adapter_of("llama_index")
     from llama_index.core.llms import MockLLM
     from llama_index.core.query_engine import RetrieverQueryEngine
     from llama_index.core.schema import NodeWithScore, TextNode
@@ -112,8 +118,9 @@ def test_llama_index(retriever, hits, ranked, model, texts):
     assert all(one.node.get_content() in str(answer) for one in answer.source_nodes)
 
 
+@needs("haystack", "haystack")
 def test_haystack(retriever, hits, ranked, stanford_folder, texts):
-    adapter = needs("haystack", "haystack")
+    adapter = adapter_of("haystack")
     from haystack import Document, Pipeline
 
     path = str(retriever.index.path)
@@ -162,8 +169,9 @@ def test_haystack(retriever, hits, ranked, stanford_folder, texts):
         adapter.where_of(year | {"operator": "near"})
 
 
+@needs("rerankers", "rerankers")
 def test_rerankers(ranked, model, texts):
-    adapter = needs("rerankers", "rerankers")
+    adapter = adapter_of("rerankers")
     ranker = adapter.ColBERTRanker(model)
     results = ranker.rank(QUERY, texts[:5], doc_ids=["a", "b", "c", "d", "e"])
     assert [one.doc_id for one in results] == ["abcde"[hit.position] for hit in ranked]
@@ -175,8 +183,9 @@ def test_rerankers(ranked, model, texts):
     assert [one.doc_id for one in again] == [hit.position for hit in ranked]
 
 
+@needs("mcp", "mcp")
 def test_mcp(retriever, hits):
-    adapter = needs("mcp", "mcp.server.mcpserver")
+    adapter = adapter_of("mcp")
     import json
 
     from mcp import Client
@@ -211,8 +220,9 @@ def test_mcp(retriever, hits):
     assert wrong[0] and "nobody" in wrong[1]
 
 
+@needs("dspy", "dspy")
 def test_dspy(retriever, hits):
-    adapter = needs("dspy", "dspy")
+    adapter = adapter_of("dspy")
     import dspy
 
     finder = adapter.ColBERTRM(retriever, k=4)
@@ -223,8 +233,9 @@ def test_dspy(retriever, hits):
     assert found.passages == [hit.text for hit in hits]
 
 
+@needs("mteb", "mteb")
 def test_mteb(model, tmp_path):
-    adapter = needs("mteb", "mteb")
+    adapter = adapter_of("mteb")
     import mteb
     from mteb.models import SearchProtocol
 
@@ -237,8 +248,9 @@ def test_mteb(model, tmp_path):
         assert 0 <= scores["ndcg_at_10"] <= 1
 
 
+@needs("pyterrier", "pyterrier")
 def test_pyterrier(retriever, hits, model, texts, tmp_path):
-    adapter = needs("pyterrier", "pyterrier")
+    adapter = adapter_of("pyterrier")
     import pandas as pd
     import pyterrier as pt
 
