@@ -47,6 +47,8 @@ from colbert_jax.multimodal import Query
 from colbert_jax.progress import log_to_stderr, tqdm
 from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_model
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
+from colbert_jax.serving.indexes import open_indexes
+from colbert_jax.serving.limits import Limits
 from colbert_jax.settings import add_arguments, given, make, merge, read_settings
 from colbert_jax.training.recipes import RECIPES
 
@@ -377,6 +379,34 @@ def train(args: argparse.Namespace) -> None:
         print(f"{name:<12}{value:.4f}")
 
 
+def serve(args: argparse.Namespace) -> None:
+    try:
+        from colbert_jax.serving.server import serve as serve_indexes
+    except ImportError as error:
+        raise ImportError(f'{error}: serve needs pip install "colbert-jax[serve]"') from None
+    limits = Limits(**{name: getattr(args, name) for name in vars(Limits())})
+    serve_indexes(
+        open_indexes(args.index, args.checkpoint),
+        host=args.host,
+        port=args.port,
+        warm_up=not args.no_warm_up,
+        limits=limits,
+        cors=args.cors or (),
+        refresh_seconds=args.refresh_seconds,
+        api_key=os.environ.get("COLBERT_JAX_API_KEY"),
+        write_key=os.environ.get("COLBERT_JAX_WRITE_KEY"),
+    )
+
+
+def mcp(args: argparse.Namespace) -> None:
+    try:
+        from colbert_jax.adapters.mcp import make_server
+    except ImportError as error:
+        raise ImportError(f'{error}: mcp needs pip install "colbert-jax[mcp]"') from None
+    served = open_indexes(args.index, args.checkpoint)
+    make_server({name: one.now for name, one in served.items()}).run()
+
+
 def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
@@ -572,6 +602,41 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
         _general(one)
         add_arguments(one, kind)
+
+    sub = command(serve, "answer searches over HTTP; keys: docs/serving.md")
+    sub.add_argument("index", nargs="+", help="folder of an index, or NAME=FOLDER")
+    sub.add_argument("--checkpoint", help="default: the one that each index was built with")
+    sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine)")
+    sub.add_argument("--port", type=int, default=8000)
+    sub.add_argument("--cors", action="append", metavar="ORIGIN", help="origin that may ask")
+    sub.add_argument(
+        "--refresh-seconds", type=float, default=1.0, help="between looks for changes (default: 1)"
+    )
+    sub.add_argument("--no-warm-up", action="store_true", help="compile when requests come")
+    for name, about in (
+        ("wait_ms", "milliseconds that a request waits for others"),
+        ("batch", "most queries computed together"),
+        ("queue", "most requests that may wait; one more is answered 429"),
+        ("timeout", "most seconds for an answer"),
+        ("body", "most bytes of a request"),
+        ("k", "most results of a query"),
+        ("queries", "most queries of a request"),
+        ("query_chars", "most characters of a query"),
+        ("document_chars", "most characters of a document"),
+        ("documents", "most documents of a request"),
+        ("connections", "most connections; one more is answered 503"),
+    ):
+        default = getattr(Limits, name)
+        sub.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{about} (default: {default})",
+        )
+
+    sub = command(mcp, "answer searches of an assistant, by the Model Context Protocol on stdio")
+    sub.add_argument("index", nargs="+", help="folder of an index, or NAME=FOLDER")
+    sub.add_argument("--checkpoint", help="default: the one that each index was built with")
 
     sub = command(demo, "index the documentation of Python's standard library, ask five questions")
     sub.add_argument("--folder", help="where the index goes (default: the user's cache)")

@@ -231,23 +231,54 @@ class TextTokenizer:
         All tokens of a word have the word as their label. Others have "[CLS]", "[SEP]", "[MASK]",
         and the marker "[Q]" or "[D]". Tokens that give no embedding have no label.
         """
+        prepared, spans = self._prepare(text, is_query), self._spans(text, is_query)
+        return [token if span is None else prepared[slice(*span)] for token, span in spans]
+
+    def spans(self, text: str, *, is_query: bool) -> list[tuple[int, int] | None]:
+        """Return where in a text the word of each embedding is, as `labels` are in their order.
+
+        Returns:
+          start and end in characters of `text`; None for [CLS], [SEP], [MASK], markers, and words
+          of the prompt.
+        """
+        prompt = self.config.query_prompt if is_query else self.config.doc_prompt
+        whole = prompt + text
+        shift = len(whole) - len(whole.lstrip()) if self.config.strip else 0
+        ends = None
+        if self.config.lowercase and len(whole.lower()) != len(whole):  # as of a capital I with dot
+            ends = np.cumsum([len(letter.lower()) for letter in whole[shift:]])
+
+        def place(span: tuple[int, int] | None) -> tuple[int, int] | None:
+            if span is None:
+                return None
+            start, end = span
+            if ends is not None:
+                start, end = np.searchsorted(ends, [start, end - 1], side="right").tolist()
+                end += 1
+            moved = shift - len(prompt)
+            return (start + moved, end + moved) if start + moved >= 0 else None
+
+        return [place(span) for _, span in self._spans(text, is_query)]
+
+    def _spans(self, text: str, is_query: bool) -> list[tuple[str, tuple[int, int] | None]]:
+        """For each embedding its token, and where its word is in the prepared text, if in any."""
         row = self.queries([text]).ids[0] if is_query else self.documents([text]).ids[0]
-        text = self._prepare(text, is_query)
-        encoding = self._tokenizer.encode(text)
-        labels = list(encoding.tokens)
-        for i, word in enumerate(encoding.word_ids):
+        encoding = self._tokenizer.encode(self._prepare(text, is_query))
+        words: dict[int, tuple[int, int]] = {}
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
             if word is not None:
-                spans = [
-                    s for s, w in zip(encoding.offsets, encoding.word_ids, strict=True) if w == word
-                ]
-                labels[i] = text[spans[0][0] : spans[-1][1]]
+                words[word] = (words.get(word, (start, end))[0], end)
+        found: list[tuple[str, tuple[int, int] | None]] = [
+            (token, None if word is None else words[word])
+            for token, word in zip(encoding.tokens, encoding.word_ids, strict=True)
+        ]
         marker, limit = self._role(is_query)
-        labels = self._cut(labels, limit)
+        found = self._cut(found, limit)
         if marker is not None:
-            labels.insert(1, "[Q]" if is_query else "[D]")
-        labels += ["[MASK]"] * (len(row) - len(labels))
+            found.insert(1, ("[Q]" if is_query else "[D]", None))
+        found += [("[MASK]", None)] * (len(row) - len(found))
         kept = self.kept_in_query(row) if is_query else self.kept(row)
-        return [label for label, keep in zip(labels, kept, strict=True) if keep]
+        return [one for one, keep in zip(found, kept, strict=True) if keep]
 
     def _role(self, is_query: bool) -> tuple[int | None, int]:
         """The marker's id, and the maximum number of tokens without it."""

@@ -1,7 +1,7 @@
 """Every command and snippet of the README and of docs/, each page from top to bottom.
 
 A tiny model stands behind each hub id. The snippets of docs/distributed.md run in two processes,
-in tests/distributed.
+in tests/distributed; those of docs/adapters.md in tests/adapters.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RUN_HERE = [
     pytest.param(page, marks=[pytest.mark.slow] if page.name == "training.md" else [])
     for page in PAGES
-    if page.name != "distributed.md"
+    if page.name not in ("adapters.md", "distributed.md")
 ]
+NEEDS = {"serving": ("starlette", "uvicorn", "prometheus_client", "httpx")}
 # Commands that are not run here, because they install, download or measure for minutes.
 ELSEWHERE = [
     "pip install -e .",
+    'pip install "colbert-jax[serve]"',
+    "colbert-jax serve books.index",
     "make demo",
     "make test",
     "python convert/verify.py pylate-folder --python INTERPRETER",
@@ -118,9 +121,11 @@ def run(monkeypatch):
 
     def run_command(command: str) -> None:
         program, *arguments = shlex.split(command)
+        if command in ELSEWHERE:
+            return
         if program == "colbert-jax":
             assert main(arguments) == 0, command
-        elif command not in ELSEWHERE:
+        else:
             assert program == "python", command
             monkeypatch.setattr("sys.argv", arguments)
             with pytest.raises(SystemExit) as exit:
@@ -132,6 +137,8 @@ def run(monkeypatch):
 
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
 def test_page_from_top_to_bottom(page, elsewhere, run, capsys):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package, reason=f"a snippet of {page.name} needs {package}")
     names: dict = {}
     for kind, text in blocks(page):
         if kind == "python":

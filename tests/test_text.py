@@ -95,6 +95,21 @@ def test_labels_match_rows(small):
     ]
 
 
+def test_spans_are_places_in_the_text_as_it_was_given(small, stanford_folder):
+    text = "Heats, FLOW"
+    spans = small.spans(text, is_query=False)
+    words = [None if span is None else text[slice(*span)] for span in spans]
+    assert words == [None, None, "Heats", "Heats", "FLOW", None]
+    assert len(small.spans("skinny cats?", is_query=True)) == 12
+    config = TextConfig(doc_prompt="heat ", strip=True, lowercase=True, doc_maxlen=20)
+    prompted = TextTokenizer(read_tokenizer(stanford_folder), config)
+    for text in ("  cats \u0130\u0130 flow ", "CATS flow"):
+        spans = prompted.spans(text, is_query=False)
+        assert len(spans) == len(prompted.labels(text, is_query=False))
+        found = [text[slice(*span)].lower() for span in spans if span is not None]
+        assert found[0] == "cats" and found[-1] == "flow" and "heat" not in found
+
+
 def test_bad_texts_are_named(small):
     with pytest.raises(TypeError, match="document 1 must be a string, got int"):
         small.documents(["a", 3])
