@@ -14,7 +14,16 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-PACKAGES = ["dspy", "haystack", "langchain_core", "llama_index", "mcp", "mteb", "pyterrier", "rerankers"]
+PACKAGES = [
+    "dspy",
+    "haystack",
+    "langchain_core",
+    "llama_index",
+    "mcp",
+    "mteb",
+    "pyterrier",
+    "rerankers",
+]
 
 
 @pytest.mark.skipif(
