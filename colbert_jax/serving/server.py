@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 
 from colbert_jax.serving.app import create_app
 
@@ -41,16 +42,6 @@ def serve(
       KeyboardInterrupt: after Ctrl-C.
     """
     app = create_app(indexes, cors=cors, **settings)
-    limits = app.state.service.limits
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_IDLE,
-        timeout_graceful_shutdown=int(limits.timeout) + 5,
-        limit_concurrency=limits.connections,
-    )
     listening = _listen(host, port)
     try:
         if warm_up:
@@ -63,10 +54,25 @@ def serve(
             listening.getsockname()[1],
         )
         with _sigterm_ends_the_server():
-            uvicorn.Server(config).run(sockets=[listening])
+            uvicorn.Server(_configured(app)).run(sockets=[listening])
     finally:
         listening.close()
     LOGGER.info("stopped")
+
+
+def _configured(app: Starlette) -> uvicorn.Config:
+    limits = app.state.service.limits
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE,
+        timeout_graceful_shutdown=int(limits.timeout) + 5,
+        limit_concurrency=limits.connections,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -15,14 +15,8 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 PACKAGES = [
-    "dspy",
-    "haystack",
-    "langchain_core",
-    "llama_index",
-    "mcp",
-    "mteb",
-    "pyterrier",
-    "rerankers",
+    *("dspy", "haystack", "langchain_core", "llama_index"),
+    *("mcp", "mteb", "pyterrier", "rerankers"),
 ]
 
 

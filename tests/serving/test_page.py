@@ -28,9 +28,7 @@ def address(model, texts, tmp_path_factory):
     records.append({"id": "<b>markup</b>", "text": MARKUP, "year": 1900, "lang": "<i>en</i>"})
     path = tmp_path_factory.mktemp("page") / "books"
     books = Retriever.build(path, model, records)
-    one = uvicorn.Server(
-        uvicorn.Config(create_app(books, refresh_seconds=0), log_level="warning", access_log=False)
-    )
+    one = uvicorn.Server(server._configured(create_app(books, refresh_seconds=0)))
     listening = server._listen("127.0.0.1", 0)
     thread = threading.Thread(target=one.run, kwargs={"sockets": [listening]})
     thread.start()

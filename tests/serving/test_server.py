@@ -38,8 +38,7 @@ def built(model, texts, tmp_path_factory) -> Retriever:
 def running(retriever, **limits):
     """The port of a server in a thread of its own."""
     app = create_app(retriever, limits=Limits(**limits), refresh_seconds=0)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-    one = uvicorn.Server(config)
+    one = uvicorn.Server(server._configured(app))
     listening = server._listen("127.0.0.1", 0)
     thread = threading.Thread(target=one.run, kwargs={"sockets": [listening]})
     thread.start()
