@@ -58,17 +58,8 @@ def learn(shallow_folder, source, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "devices",
-    [
-        pytest.param(
-            1,
-            marks=pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG),
-        ),
-        8,
-    ],
-)
+@pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG)
+@pytest.mark.parametrize("devices", [1, 8])
 def test_what_is_named_fits(devices, learn, tmp_path, eight_devices):
     least = learn(1 << 40, "small", devices, bsize=64)
     free = int(1.2 * least)
