@@ -206,7 +206,9 @@ def convert_checkpoint(
     check_free(Path(folder))
     path, base = hub.resolve_checkpoint(source, base=base, revision=revision, token=token)
     found = detect_layout(path)
-    checkpoint = _read(path, found, base=base)
+    # An image encoder has a place in one layout; where it has none, a warning says so.
+    images = True if layout == "flmr" else None
+    checkpoint = _read(path, found, base=base, images=images)
     checkpoint.text_tokenizer()  # for its checks
     write_checkpoint(checkpoint, Path(folder), layout)
     return found, checkpoint

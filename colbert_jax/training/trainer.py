@@ -325,7 +325,8 @@ def _check(
         )
     if model.images is not None:
         raise ValueError(
-            "only the text part of a model with images is trained here: load it with images=False"
+            "only the text part of a model with images is trained here: load it with images=False; "
+            "train_flmr (colbert-jax train preflmr) trains it on questions about images"
         )
     if config.warmup_bert and not model.encoder_config.head:
         raise ValueError(

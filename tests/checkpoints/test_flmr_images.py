@@ -11,7 +11,7 @@ import pytest
 import support
 from safetensors.numpy import load_file, save_file
 
-from colbert_jax.checkpoints import read_checkpoint, write_checkpoint
+from colbert_jax.checkpoints import convert_checkpoint, read_checkpoint, write_checkpoint
 from colbert_jax.checkpoints.common import get_path
 from colbert_jax.checkpoints.flmr import _side_names, read_image_config, text_backbone
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
@@ -182,6 +182,8 @@ def test_written_and_read_again(folder, tmp_path):
             np.testing.assert_array_equal(original[name], written[name])
     again = read_checkpoint(tmp_path / "out", images=True)
     assert again.images.config == checkpoint.images.config
+    convert_checkpoint(folder, tmp_path / "converted", "flmr")
+    assert set(load_file(tmp_path / "converted" / "model.safetensors")) == set(written)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["vision_config"]["patch_size"] == 8 and fields["use_vision_encoder"]
     with pytest.raises(ValueError, match="the native layout has no image encoder"):

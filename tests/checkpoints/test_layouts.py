@@ -295,7 +295,7 @@ def test_preflmr_gives_its_text_part(tmp_path):
         assert read_checkpoint(folder).config.text.mask_instruction_token == ":"
     assert [w.filename for w in warned] == [__file__]  # whose line it is
     with pytest.warns(UserWarning, match=said):
-        convert_checkpoint(folder, tmp_path / "text", "flmr")
+        convert_checkpoint(folder, tmp_path / "text", "native")
     read_checkpoint(tmp_path / "text")
 
 
