@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+from colbert_jax.three_way import (
+    check_weights,
+    encode_three_ways,
+    lexical_scores,
+    three_way_program,
+)
 
 _DOCUMENT_SETTINGS = (
     "doc_maxlen",
@@ -405,28 +411,91 @@ class ColBERT:
         documents: Sequence[Query],
         k: int | None = None,
         *,
+        weights: Sequence[float] | None = None,
         progress: bool | None = False,
     ) -> Hits:
         """Order documents by their exact score with a query, or with each of several; no index.
 
+        Args:
+          k: results per query. If None, all documents that have a token.
+          weights: of the dense, the lexical and the multi-vector score of a model with the three
+            heads of bge-m3, such as (1, 0.3, 1); the score is their weighted mean, the multi-vector
+            score being the mean over a query's token embeddings. If None, MaxSim alone, a sum.
+
         Returns:
           positions in `documents` int32[k] and scores float32[k], best first; for a list of queries
-          [B, k] each. If `k` is None, all documents that have a token.
+          [B, k] each.
+
+        Raises:
+          ValueError: weights that are not three numbers, or a model without these heads.
         """
         k = None if k is None else check_k(k)
         listed = self.as_queries(queries)
+        if weights is not None:
+            hits = self._rank_three_ways(listed, documents, k, weights, progress)
+            return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
         encoded = self.encode_documents(documents, progress=progress)
         count = int((encoded.lengths > 0).sum())
         k = count if k is None else min(k, count)
         hits = Hits(np.zeros((len(listed), k), np.int32), np.zeros((len(listed), k), np.float32))
         if k and listed:
-            # Powers of two of tokens and documents, so that calls of any size share a few programs.
-            tokens, n = len(encoded.values), len(encoded)
-            values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
-            offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
-            arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
-            hits = exact_search(arrays, encoded.lengths, self.encode_queries(listed), k)
+            hits = _exact_hits(encoded, self.encode_queries(listed), k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
+
+    def _rank_three_ways(
+        self,
+        queries: Items,
+        documents: Sequence[Query],
+        k: int | None,
+        weights: Sequence[float],
+        progress: bool | None,
+    ) -> Hits:
+        """See `rank`."""
+        check_weights(weights, self._checkpoint.sparse, self._checkpoint.folder)
+        texts = as_texts(documents, "document")  # type: ignore[arg-type]
+        k = len(texts) if k is None else min(k, len(texts))
+        if not k or not len(queries):
+            shape = len(queries), k
+            return Hits(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        tokenizer, encoded = self.tokenizer, []
+        for token_ids, keep, kind in (
+            (tokenizer.queries(queries.texts), tokenizer.kept_in_query, "query"),
+            (tokenizer.documents(texts), tokenizer.kept, "doc"),
+        ):
+            with progress_bar(len(token_ids.ids), "encoding", kind, progress) as bar:
+                encoded.append(
+                    encode_three_ways(
+                        self._runner,
+                        self._three_way,
+                        self.params,
+                        token_ids,
+                        [keep(ids) for ids in token_ids.ids],
+                        widths=(self.dim, self.encoder_config.backbone.hidden_size),
+                        pad=tokenizer.special.pad,
+                        unweighted=tokenizer.special_ids,
+                        bar=bar,
+                    )
+                )
+        asked, found = encoded
+        lengths = asked.tokens.lengths
+        padded = asked.tokens.padded(self.query_width(int(lengths.max(initial=1)), False))[0]
+        hits = _exact_hits(found.tokens, padded, len(texts))
+        multi = np.zeros((len(queries), len(texts)), np.float32)
+        np.put_along_axis(multi, hits.positions, hits.scores, axis=1)
+        dense = asked.dense @ found.dense.T
+        lexical = lexical_scores(asked, found, tokenizer.vocab_size)
+        parts = (dense, lexical, multi / np.maximum(lengths, 1)[:, None])
+        scores = sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+        positions = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(scores, positions, axis=1)
+        return Hits(positions.astype(np.int32), best.astype(np.float32))
+
+    @cached_property
+    def _three_way(self) -> Any:
+        make = partial(
+            make_encoder, self.encoder_config, dtype=self._dtype, quantization=self._quantization
+        )
+        return three_way_program(self._runner, make, self._checkpoint.sparse)
 
     def explain(self, query: Query, document: Query) -> Explanation:
         """Show which query words, and patches of its image, matched which document words."""
@@ -532,6 +601,16 @@ class ColBERT:
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)
+
+
+def _exact_hits(encoded: DocumentEmbeddings, queries: np.ndarray, k: int) -> Hits:
+    """The k best of encoded documents for queries float32[B, Lq, D]."""
+    # Powers of two of tokens and documents, so that calls of any size share a few programs.
+    tokens, n = len(encoded.values), len(encoded)
+    values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
+    offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
+    arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
+    return exact_search(arrays, encoded.lengths, queries, k)
 
 
 # The model that was unpickled last: a pool pickles it with every task.

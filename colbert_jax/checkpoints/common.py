@@ -75,6 +75,8 @@ class Checkpoint:
       queries and documents.
     pooler: BERT's pooler by tensor name. Token embeddings do not use it; some original libraries
       expect it in a checkpoint.
+    sparse: `weight` float32[1, hidden_size] and `bias` float32[1] of bge-m3's lexical weights; {}
+      where there are none.
     weights: the file that the parameters were read from, for errors.
     images: FLMR's image encoder. If None, the model is of texts only.
     """
@@ -86,6 +88,7 @@ class Checkpoint:
     params: dict
     query_params: dict | None = None
     pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sparse: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: Path | None = None
     images: ImageSide | None = None
 
