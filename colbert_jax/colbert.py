@@ -152,6 +152,7 @@ class ColBERT:
         token: str | bool | None = None,
         base: str | Path | None = None,
         images: bool | None = True,
+        truncate_dim: int | None = None,
         **text_settings: Any,
     ) -> ColBERT:
         """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
@@ -170,6 +171,8 @@ class ColBERT:
             its configuration and tokenizer. If None, the files beside it, else the model it names.
           images: whether to load the image encoder of a checkpoint that has one. If False, its text
             part alone; None does the same with a warning.
+          truncate_dim: how many of the first features of token embeddings to keep, for models that
+            were trained for it, such as jina-colbert-v2 at 96 and 64. If None, all.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
@@ -187,6 +190,8 @@ class ColBERT:
         runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
         checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base, images=images)
+        if truncate_dim is not None:
+            checkpoint = checkpoint.truncated(truncate_dim)
         if text_settings:
             checkpoint = checkpoint.with_text(**text_settings)
         load: dict[str, Any] = {"name_or_path": str(name_or_path)}
@@ -198,6 +203,8 @@ class ColBERT:
             load |= {"dim": dim, "seed": seed}
         if revision is not None:
             load["revision"] = revision
+        if truncate_dim is not None:
+            load["truncate_dim"] = truncate_dim
         if quantization is not None:
             load["quantization"] = quantization
         if not images:

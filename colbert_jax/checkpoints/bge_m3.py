@@ -17,6 +17,7 @@ from colbert_jax.checkpoints.common import (
     backbone_paths,
     fill_params,
     find_prefix,
+    open_backbone,
     read_backbone,
     read_pooler,
     refuse_unknown,
@@ -26,7 +27,7 @@ from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import present
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
-from colbert_jax.tensors.weights import find_tensors, open_tensors
+from colbert_jax.tensors.weights import open_tensors
 from colbert_jax.text import ModelTokenizer
 
 HEAD, SPARSE = "colbert_linear.pt", "sparse_linear.pt"
@@ -48,7 +49,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     """
     backbone = read_backbone(folder / "config.json")
     tokenizer = read_tokenizer(folder)
-    tensors, head = find_tensors(folder), open_tensors(folder / HEAD)
+    tensors, head = open_backbone(folder, backbone), open_tensors(folder / HEAD)
     extra = sorted(set(head.names()) - set(_HEAD_PATHS.values()))
     if extra:
         raise ValueError(f"{head.file}: expected 'weight' and 'bias' only, found {extra[:5]}")

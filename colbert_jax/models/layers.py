@@ -133,6 +133,22 @@ def positions_after_padding(ids: jax.Array, padding: int) -> jax.Array:
     return jnp.cumsum(counted, axis=1) * counted + padding
 
 
+class WordEmbeddings(nnx.Module):
+    """The normalised sum of word and token type embeddings; positions come in later."""
+
+    def __init__(self, config: BackboneConfig, *, token_types: int = 0, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.initializer_range)
+        embed = partial(nnx.Embed, features=config.hidden_size, embedding_init=normal, rngs=rngs)
+        self.word = embed(config.vocab_size)
+        self.token_type = embed(token_types) if token_types else None
+        self.norm = layer_norm(config, config.hidden_size, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Embed ids int32[B, L]: float32[B, L, hidden_size]."""
+        x = self.word(ids)
+        return self.norm(x if self.token_type is None else x + self.token_type.embedding[0])
+
+
 class Embeddings(nnx.Module):
     """The normalised sum of word, position and, if `token_types` > 0, token type embeddings."""
 
