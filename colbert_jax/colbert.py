@@ -27,7 +27,8 @@ from colbert_jax.batching import (
 )
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.checkpoints.common import fingerprint
-from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.compression.pooling import pool_tokens
+from colbert_jax.config import ColBERTConfig, TextConfig, check_pooling
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.explanation import Explanation
 from colbert_jax.models.colbert import (
@@ -58,6 +59,8 @@ _DOCUMENT_SETTINGS = (
     "strip",
     "lowercase",
 )
+
+_POOLING_SETTINGS = ("pool_factor", "pool_protected", "pool_normalize")
 
 
 class ColBERT:
@@ -364,24 +367,34 @@ class ColBERT:
         return ladder_length(longest, self._positions + more) if fixed is None else fixed + more
 
     def encode_documents(
-        self, documents: str | Sequence[Query], *, progress: bool | None = None
+        self,
+        documents: str | Sequence[Query],
+        *,
+        pool_factor: float | None = None,
+        progress: bool | None = None,
     ) -> DocumentEmbeddings:
         """Encode documents to token embeddings, in their order.
 
         Args:
           documents: one text, or a list of texts and, for a model with an image encoder, pairs
             (text, image).
+          pool_factor: of n token embeddings of a text keep n // `pool_factor`, means of similar
+            ones. If None, the model's setting; for an index, load the model with
+            `from_pretrained(..., pool_factor=2)`.
           progress: True for a bar, False for silence. If None, a bar on a terminal, else log lines.
 
         Raises:
-          TypeError, ValueError: a document that is not a string or not valid Unicode, by position.
+          TypeError, ValueError: a document that is not a string or not valid Unicode, by position;
+            a factor below 1.
         """
+        check_pooling(1 if pool_factor is None else pool_factor, 0)
         if self.images is None:
             listed: Any = as_texts(documents, "document")  # type: ignore[arg-type]
         else:
             listed = as_items(documents, kind="document", with_images=True)
         with progress_bar(len(listed), "encoding", "doc", progress) as bar:
-            parts = list(self.encode_windows(self._runner.windows(listed), bar))
+            windows = self._runner.windows(listed)
+            parts = list(self.encode_windows(windows, bar, pool_factor=pool_factor))
         if len(parts) == 1:
             return parts[0]
         values = [part.values for part in parts] or [np.zeros((0, self.dim), np.float32)]
@@ -389,7 +402,11 @@ class ColBERT:
         return DocumentEmbeddings.from_lengths(np.concatenate(values), lengths)
 
     def encode_windows(
-        self, windows: Iterable[list[str] | Items], bar: Any = None
+        self,
+        windows: Iterable[list[str] | Items],
+        bar: Any = None,
+        *,
+        pool_factor: float | None = None,
     ) -> Iterator[DocumentEmbeddings]:
         """Encode lists of documents in turn; the next list is tokenised meanwhile.
 
@@ -404,6 +421,7 @@ class ColBERT:
 
         for window, token_ids in one_ahead(tokenized, windows):
             rows = self._encode(self.params, token_ids, self.tokenizer.kept, bar)
+            rows = self._pooled(rows, pool_factor)
             if isinstance(window, Items) and window.images:
                 assert self.images is not None
                 images = self.images.encode_documents(window)
@@ -411,6 +429,18 @@ class ColBERT:
                 both = [np.concatenate([images.get(i, nothing), row]) for i, row in enumerate(rows)]
                 rows = DocumentEmbeddings.from_list(both, self.dim)
             yield rows
+
+    def _pooled(
+        self, documents: DocumentEmbeddings, factor: float | None = None
+    ) -> DocumentEmbeddings:
+        """Documents with as many token embeddings as `pool_factor` leaves, or `factor`."""
+        text = self.config.text
+        factor = text.pool_factor if factor is None else factor
+        if factor == 1:
+            return documents
+        return pool_tokens(
+            documents, factor, protected=text.pool_protected, normalize=text.pool_normalize
+        )
 
     def rank(
         self,
@@ -484,6 +514,7 @@ class ColBERT:
                     )
                 )
         asked, found = encoded
+        found = found._replace(tokens=self._pooled(found.tokens))
         lengths = asked.tokens.lengths
         padded = asked.tokens.padded(self.query_width(int(lengths.max(initial=1)), False))[0]
         hits = _exact_hits(found.tokens, padded, len(texts))
@@ -507,7 +538,10 @@ class ColBERT:
     def explain(self, query: Query, document: Query) -> Explanation:
         """Show which query words, and patches of its image, matched which document words."""
         items = self.as_queries([query])
-        q, d = self.encode_queries(items)[0], self.encode_documents([document], progress=False)[0]
+        q, d = (
+            self.encode_queries(items)[0],
+            self.encode_documents([document], progress=False, pool_factor=1)[0],
+        )
         words, picture = self.tokenizer.labels(items.texts[0], is_query=True), None
         if self.images is not None and items.images:
             words = words if self.images.side.text_in_queries else []
@@ -525,6 +559,8 @@ class ColBERT:
         Settings of queries are left out, because an index does not depend on them.
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
+        if self.config.text.pool_factor != 1:  # the others have the fingerprints that they had
+            text |= {name: getattr(self.config.text, name) for name in _POOLING_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
         known = [text, encoder, self.tokenizer.fingerprint]
         leaves = jax.tree.leaves(self.params)
