@@ -139,11 +139,11 @@ class BatchRunner:
         replicated = NamedSharding(self._mesh, PartitionSpec())
         return jax.device_put(params, replicated, may_alias=True)
 
-    def program(self, function: Callable[..., jax.Array], arrays: int) -> Callable[..., jax.Array]:
+    def program(self, function: Callable[..., Any], arrays: int) -> Callable[..., Any]:
         """Compile function(params, *arrays) so that each device runs it on its share of the rows.
 
         Args:
-          function: returns an array with as many rows as its arguments.
+          function: returns arrays with as many rows as its arguments.
           arrays: how many arrays it takes after the parameters.
         """
         rows = PartitionSpec("data")
@@ -156,7 +156,7 @@ class BatchRunner:
             )
         )
 
-    def run(self, program: Callable[..., jax.Array], params: dict, *batch: np.ndarray):
+    def run(self, program: Callable[..., Any], params: dict, *batch: np.ndarray):
         """Run a program on one batch and fetch the result."""
         check_process()
         known = program, batch[0].shape
@@ -167,7 +167,7 @@ class BatchRunner:
             with self._compiling:  # or two threads would compile the same program
                 result = program(params, *arguments)
                 self._compiled.add(known)
-        return np.asarray(result)
+        return jax.tree.map(np.asarray, result)
 
     @property
     def _tokens(self) -> int:

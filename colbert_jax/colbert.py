@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from colbert_jax.batching import (
 )
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
 from colbert_jax.checkpoints.common import fingerprint
-from colbert_jax.config import ColBERTConfig, TextConfig
+from colbert_jax.compression.pooling import pool_tokens
+from colbert_jax.config import ColBERTConfig, TextConfig, check_pooling
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.explanation import Explanation
 from colbert_jax.models.colbert import (
@@ -41,6 +42,12 @@ from colbert_jax.progress import progress_bar
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
+from colbert_jax.three_way import (
+    check_weights,
+    encode_three_ways,
+    lexical_scores,
+    three_way_program,
+)
 
 _DOCUMENT_SETTINGS = (
     "doc_maxlen",
@@ -52,6 +59,8 @@ _DOCUMENT_SETTINGS = (
     "strip",
     "lowercase",
 )
+
+_POOLING_SETTINGS = ("pool_factor", "pool_protected", "pool_normalize")
 
 
 class ColBERT:
@@ -146,6 +155,7 @@ class ColBERT:
         token: str | bool | None = None,
         base: str | Path | None = None,
         images: bool | None = True,
+        truncate_dim: int | None = None,
         **text_settings: Any,
     ) -> ColBERT:
         """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
@@ -164,6 +174,8 @@ class ColBERT:
             its configuration and tokenizer. If None, the files beside it, else the model it names.
           images: whether to load the image encoder of a checkpoint that has one. If False, its text
             part alone; None does the same with a warning.
+          truncate_dim: how many of the first features of token embeddings to keep, for models that
+            were trained for it, such as jina-colbert-v2 at 96 and 64. If None, all.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
@@ -181,6 +193,8 @@ class ColBERT:
         runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
         checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base, images=images)
+        if truncate_dim is not None:
+            checkpoint = checkpoint.truncated(truncate_dim)
         if text_settings:
             checkpoint = checkpoint.with_text(**text_settings)
         load: dict[str, Any] = {"name_or_path": str(name_or_path)}
@@ -192,6 +206,8 @@ class ColBERT:
             load |= {"dim": dim, "seed": seed}
         if revision is not None:
             load["revision"] = revision
+        if truncate_dim is not None:
+            load["truncate_dim"] = truncate_dim
         if quantization is not None:
             load["quantization"] = quantization
         if not images:
@@ -351,24 +367,34 @@ class ColBERT:
         return ladder_length(longest, self._positions + more) if fixed is None else fixed + more
 
     def encode_documents(
-        self, documents: str | Sequence[Query], *, progress: bool | None = None
+        self,
+        documents: str | Sequence[Query],
+        *,
+        pool_factor: float | None = None,
+        progress: bool | None = None,
     ) -> DocumentEmbeddings:
         """Encode documents to token embeddings, in their order.
 
         Args:
           documents: one text, or a list of texts and, for a model with an image encoder, pairs
             (text, image).
+          pool_factor: of n token embeddings of a text keep n // `pool_factor`, means of similar
+            ones. If None, the model's setting; for an index, load the model with
+            `from_pretrained(..., pool_factor=2)`.
           progress: True for a bar, False for silence. If None, a bar on a terminal, else log lines.
 
         Raises:
-          TypeError, ValueError: a document that is not a string or not valid Unicode, by position.
+          TypeError, ValueError: a document that is not a string or not valid Unicode, by position;
+            a factor below 1.
         """
+        check_pooling(1 if pool_factor is None else pool_factor, 0)
         if self.images is None:
             listed: Any = as_texts(documents, "document")  # type: ignore[arg-type]
         else:
             listed = as_items(documents, kind="document", with_images=True)
         with progress_bar(len(listed), "encoding", "doc", progress) as bar:
-            parts = list(self.encode_windows(self._runner.windows(listed), bar))
+            windows = self._runner.windows(listed)
+            parts = list(self.encode_windows(windows, bar, pool_factor=pool_factor))
         if len(parts) == 1:
             return parts[0]
         values = [part.values for part in parts] or [np.zeros((0, self.dim), np.float32)]
@@ -376,7 +402,11 @@ class ColBERT:
         return DocumentEmbeddings.from_lengths(np.concatenate(values), lengths)
 
     def encode_windows(
-        self, windows: Iterable[list[str] | Items], bar: Any = None
+        self,
+        windows: Iterable[list[str] | Items],
+        bar: Any = None,
+        *,
+        pool_factor: float | None = None,
     ) -> Iterator[DocumentEmbeddings]:
         """Encode lists of documents in turn; the next list is tokenised meanwhile.
 
@@ -391,6 +421,7 @@ class ColBERT:
 
         for window, token_ids in one_ahead(tokenized, windows):
             rows = self._encode(self.params, token_ids, self.tokenizer.kept, bar)
+            rows = self._pooled(rows, pool_factor)
             if isinstance(window, Items) and window.images:
                 assert self.images is not None
                 images = self.images.encode_documents(window)
@@ -399,39 +430,118 @@ class ColBERT:
                 rows = DocumentEmbeddings.from_list(both, self.dim)
             yield rows
 
+    def _pooled(
+        self, documents: DocumentEmbeddings, factor: float | None = None
+    ) -> DocumentEmbeddings:
+        """Documents with as many token embeddings as `pool_factor` leaves, or `factor`."""
+        text = self.config.text
+        factor = text.pool_factor if factor is None else factor
+        if factor == 1:
+            return documents
+        return pool_tokens(
+            documents, factor, protected=text.pool_protected, normalize=text.pool_normalize
+        )
+
     def rank(
         self,
         queries: str | Sequence[Query] | Items,
         documents: Sequence[Query],
         k: int | None = None,
         *,
+        weights: Sequence[float] | None = None,
         progress: bool | None = False,
     ) -> Hits:
         """Order documents by their exact score with a query, or with each of several; no index.
 
+        Args:
+          k: results per query. If None, all documents that have a token.
+          weights: of the dense, the lexical and the multi-vector score of a model with the three
+            heads of bge-m3, such as (1, 0.3, 1); the score is their weighted mean, the multi-vector
+            score being the mean over a query's token embeddings. If None, MaxSim alone, a sum.
+
         Returns:
           positions in `documents` int32[k] and scores float32[k], best first; for a list of queries
-          [B, k] each. If `k` is None, all documents that have a token.
+          [B, k] each.
+
+        Raises:
+          ValueError: weights that are not three numbers, or a model without these heads.
         """
         k = None if k is None else check_k(k)
         listed = self.as_queries(queries)
+        if weights is not None:
+            hits = self._rank_three_ways(listed, documents, k, weights, progress)
+            return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
         encoded = self.encode_documents(documents, progress=progress)
         count = int((encoded.lengths > 0).sum())
         k = count if k is None else min(k, count)
         hits = Hits(np.zeros((len(listed), k), np.int32), np.zeros((len(listed), k), np.float32))
         if k and listed:
-            # Powers of two of tokens and documents, so that calls of any size share a few programs.
-            tokens, n = len(encoded.values), len(encoded)
-            values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
-            offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
-            arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
-            hits = exact_search(arrays, encoded.lengths, self.encode_queries(listed), k)
+            hits = _exact_hits(encoded, self.encode_queries(listed), k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
+
+    def _rank_three_ways(
+        self,
+        queries: Items,
+        documents: Sequence[Query],
+        k: int | None,
+        weights: Sequence[float],
+        progress: bool | None,
+    ) -> Hits:
+        """See `rank`."""
+        check_weights(weights, self._checkpoint.sparse, self._checkpoint.folder)
+        texts = as_texts(documents, "document")  # type: ignore[arg-type]
+        k = len(texts) if k is None else min(k, len(texts))
+        if not k or not len(queries):
+            shape = len(queries), k
+            return Hits(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        tokenizer, encoded = self.tokenizer, []
+        for token_ids, keep, kind in (
+            (tokenizer.queries(queries.texts), tokenizer.kept_in_query, "query"),
+            (tokenizer.documents(texts), tokenizer.kept, "doc"),
+        ):
+            with progress_bar(len(token_ids.ids), "encoding", kind, progress) as bar:
+                encoded.append(
+                    encode_three_ways(
+                        self._runner,
+                        self._three_way,
+                        self.params,
+                        token_ids,
+                        [keep(ids) for ids in token_ids.ids],
+                        widths=(self.dim, self.encoder_config.backbone.hidden_size),
+                        pad=tokenizer.special.pad,
+                        unweighted=tokenizer.special_ids,
+                        bar=bar,
+                    )
+                )
+        asked, found = encoded
+        found = found._replace(tokens=self._pooled(found.tokens))
+        lengths = asked.tokens.lengths
+        padded = asked.tokens.padded(self.query_width(int(lengths.max(initial=1)), False))[0]
+        hits = _exact_hits(found.tokens, padded, len(texts))
+        multi = np.zeros((len(queries), len(texts)), np.float32)
+        np.put_along_axis(multi, hits.positions, hits.scores, axis=1)
+        dense = asked.dense @ found.dense.T
+        lexical = lexical_scores(asked, found, tokenizer.vocab_size)
+        parts = (dense, lexical, multi / np.maximum(lengths, 1)[:, None])
+        scores = sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+        positions = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(scores, positions, axis=1)
+        return Hits(positions.astype(np.int32), best.astype(np.float32))
+
+    @cached_property
+    def _three_way(self) -> Any:
+        make = partial(
+            make_encoder, self.encoder_config, dtype=self._dtype, quantization=self._quantization
+        )
+        return three_way_program(self._runner, make, self._checkpoint.sparse)
 
     def explain(self, query: Query, document: Query) -> Explanation:
         """Show which query words, and patches of its image, matched which document words."""
         items = self.as_queries([query])
-        q, d = self.encode_queries(items)[0], self.encode_documents([document], progress=False)[0]
+        q, d = (
+            self.encode_queries(items)[0],
+            self.encode_documents([document], progress=False, pool_factor=1)[0],
+        )
         words, picture = self.tokenizer.labels(items.texts[0], is_query=True), None
         if self.images is not None and items.images:
             words = words if self.images.side.text_in_queries else []
@@ -449,6 +559,8 @@ class ColBERT:
         Settings of queries are left out, because an index does not depend on them.
         """
         text = {name: getattr(self.config.text, name) for name in _DOCUMENT_SETTINGS}
+        if self.config.text.pool_factor != 1:  # the others have the fingerprints that they had
+            text |= {name: getattr(self.config.text, name) for name in _POOLING_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
         known = [text, encoder, self.tokenizer.fingerprint]
         leaves = jax.tree.leaves(self.params)
@@ -532,6 +644,16 @@ class ColBERT:
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)
+
+
+def _exact_hits(encoded: DocumentEmbeddings, queries: np.ndarray, k: int) -> Hits:
+    """The k best of encoded documents for queries float32[B, Lq, D]."""
+    # Powers of two of tokens and documents, so that calls of any size share a few programs.
+    tokens, n = len(encoded.values), len(encoded)
+    values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
+    offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
+    arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
+    return exact_search(arrays, encoded.lengths, queries, k)
 
 
 # The model that was unpickled last: a pool pickles it with every task.

@@ -39,6 +39,12 @@ def require_types(settings: Any) -> None:
             raise ValueError(f"{f.name} must be {expected}, got {value!r}")
 
 
+def check_pooling(factor: float, protected: int) -> None:
+    """Raise ValueError unless these can be `pool_factor` and `pool_protected` of `TextConfig`."""
+    require(1 <= factor < math.inf, f"pool_factor must be at least 1 and finite, got {factor}")
+    require(protected >= 0, f"pool_protected must be >= 0, got {protected}")
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """How queries and documents become token ids, and which tokens become embeddings.
@@ -61,6 +67,10 @@ class TextConfig:
     query_prompt, doc_prompt: text to put before every query or document.
     strip: whether to remove white space around prompt and text.
     lowercase: whether to lowercase prompt and text.
+    pool_factor: of a document's n token embeddings n // `pool_factor` are left, means of similar
+      ones (`compression.pooling`). At 1, all.
+    pool_protected: so many first ones of a document stay as they are.
+    pool_normalize: whether pooled ones are divided by their length.
     mask_instruction_token: tokens of a query up to and including this one give no embedding (FLMR).
       If None, all do.
     """
@@ -82,6 +92,9 @@ class TextConfig:
     strip: bool = False
     lowercase: bool = False
     mask_instruction_token: str | None = None
+    pool_factor: float = 1.0
+    pool_protected: int = 1
+    pool_normalize: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in (("skiplist_words", str), ("keep_only_token_ids", int)):
@@ -92,6 +105,7 @@ class TextConfig:
             require(items, f"{name} must be a list of {kind.__name__}, got {value!r}")
             object.__setattr__(self, name, tuple(value))  # JSON gives lists
         require_types(self)
+        check_pooling(self.pool_factor, self.pool_protected)
         for name, marker in (
             ("query_maxlen", self.query_token_id),
             ("doc_maxlen", self.doc_token_id),

@@ -501,6 +501,7 @@ def rank_documents(
     documents: Any,
     k: int | None = None,
     *,
+    weights: Sequence[float] | None = None,
     progress: bool | None = False,
 ) -> Any:
     """Order documents by their exact score with a query, or with each of several; no index.
@@ -510,6 +511,7 @@ def rank_documents(
       queries: one query, or a list of them.
       documents: anything that `Retriever.build` takes; they are all held in memory.
       k: results per query. If None, all documents that have a token.
+      weights: of the three scores of bge-m3, see `ColBERT.rank`. If None, MaxSim alone.
       progress: see `Retriever.build`.
 
     Returns:
@@ -523,7 +525,7 @@ def rank_documents(
     listed, pairs = model.as_queries(queries), list(Documents(documents, fields=False))
     ids = [str(i) if isinstance(p, str) else p[0] for i, p in enumerate(pairs)]
     texts = [p if isinstance(p, str) else p[1] for p in pairs]
-    hits = model.rank(listed, texts, k, progress=progress)
+    hits = model.rank(listed, texts, k, weights=weights, progress=progress)
     found = [
         [Hit(ids[i], score, texts[i], i) for i, score in zip(positions, scores, strict=True)]
         for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True)

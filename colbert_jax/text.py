@@ -153,6 +153,13 @@ class TextTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """The ids of the tokens around and in place of text: first, last, padding, unknown."""
+        roles = ("cls_token", "bos_token", "sep_token", "eos_token", "pad_token", "unk_token")
+        found = (self._tokenizer.token_to_id(self._roles[r]) for r in roles if r in self._roles)
+        return {token_id for token_id in found if token_id is not None}
+
     def translation(self, other: TextTokenizer) -> np.ndarray | None:
         """Map the ids of this vocabulary to those of another one.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colbert_jax.checkpoints import (
+    bge_m3,
     carried,
     colbertv1,
     flmr,
@@ -45,6 +46,7 @@ _REGISTER: dict[str, Any] = {
     "colbertv1": colbertv1,
     "stanford": stanford,
     "pylate": pylate,
+    "bge-m3": bge_m3,
     "single-vector": single_vector,
     "huggingface": huggingface,
 }
@@ -103,9 +105,8 @@ def _refuse_unread(path: Path, layout: str, unread: list[str]) -> None:
     beside an encoder that has none in its layout, and an adapter."""
     heads = [name for name in unread if is_head(name)] if layout in _WITHOUT_HEAD else []
     if heads:
-        which = "the multi-vector head of bge-m3" if "colbert" in heads[0] else "by its name a head"
         raise ValueError(
-            f"{path / heads[0]}: {which}, which this library does not support yet: embeddings "
+            f"{path / heads[0]}: by its name a head, which this library does not read: embeddings "
             f"would be those of a model without it; use the model's own library, or take the file "
             "out of a copy of the folder to go on without it"
         )
@@ -122,6 +123,8 @@ def _unread_weights(path: Path, layout: str) -> list[str]:
     if path.is_file():
         return []
     found = other_weights(file.name for file in path.iterdir())
+    if layout == "bge-m3":
+        found = [name for name in found if name not in (bge_m3.HEAD, bge_m3.SPARSE)]
     if layout == "colbertv1":
         found = [name for name in found if not name.endswith(colbertv1.SUFFIX)]
     listed = [m.folder for m in read_modules(path)] if has_modules(path) else []
@@ -172,6 +175,11 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native
         raise ValueError(
             f"the {layout} layout has no image encoder, this checkpoint has one; write the flmr "
             "layout, or the text part alone: read it with images=False"
+        )
+    if checkpoint.sparse and layout != "native":
+        warn(
+            f"the {layout} layout has no place for the lexical weights ({bge_m3.SPARSE}): written "
+            "without them; token embeddings are the same"
         )
     with publishing(folder) as draft:
         LAYOUTS[layout](checkpoint, draft)

@@ -26,11 +26,12 @@ from colbert_jax.models.backbones import (
     is_unused,
     tensor_names,
     to_huggingface,
+    transformers_names,
 )
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.flmr import ImageEncoderConfig
-from colbert_jax.tensors.weights import Tensors
+from colbert_jax.tensors.weights import Tensors, find_tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
 
@@ -75,6 +76,8 @@ class Checkpoint:
       queries and documents.
     pooler: BERT's pooler by tensor name. Token embeddings do not use it; some original libraries
       expect it in a checkpoint.
+    sparse: `weight` float32[1, hidden_size] and `bias` float32[1] of bge-m3's lexical weights; {}
+      where there are none.
     weights: the file that the parameters were read from, for errors.
     images: FLMR's image encoder. If None, the model is of texts only.
     """
@@ -86,6 +89,7 @@ class Checkpoint:
     params: dict
     query_params: dict | None = None
     pooler: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sparse: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: Path | None = None
     images: ImageSide | None = None
 
@@ -98,6 +102,42 @@ class Checkpoint:
     def with_text_config(self, text: TextConfig) -> Checkpoint:
         """Return the checkpoint with other text settings."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
+
+    def truncated(self, dim: int) -> Checkpoint:
+        """Return the checkpoint with the first `dim` features of its token embeddings, which are
+        normalised after that (Matryoshka, Kusupati et al., 2022).
+
+        Raises ValueError for a width that the model does not have, or without a head to shorten.
+        """
+        head, full = self.encoder.head, self.encoder.dim
+        if not 1 <= dim <= full:
+            raise ValueError(f"truncate_dim must be between 1 and the model's {full}, got {dim}")
+        if dim == full:
+            return self
+        last = len(head) - 1
+        if (
+            not head
+            or self.images is not None
+            or (head[-1].residual and head[-1].in_features == full)
+        ):
+            raise ValueError(
+                f"truncate_dim {dim}: this model has no last dense layer that can be shortened"
+            )
+
+        def cut(params: dict) -> dict:
+            layer = {
+                part: {name: np.ascontiguousarray(a[..., :dim]) for name, a in leaves.items()}
+                for part, leaves in params["head"][last].items()
+            }
+            return params | {"head": params["head"] | {last: layer}}
+
+        shorter = dataclasses.replace(head[-1], out_features=dim)
+        return dataclasses.replace(
+            self,
+            encoder=dataclasses.replace(self.encoder, head=(*head[:-1], shorter)),
+            params=cut(self.params),
+            query_params=None if self.query_params is None else cut(self.query_params),
+        )
 
     def text_tokenizer(self) -> TextTokenizer:
         """Make the tokenizer of texts. Raises ValueError if it does not fit the encoder."""
@@ -141,6 +181,11 @@ def read_backbone(file: Path) -> BackboneConfig:
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(file) in message else f"{file}: {message}") from None
+
+
+def open_backbone(folder: Path, backbone: BackboneConfig) -> Tensors:
+    """Open the weights of a folder under transformers' names, whoever saved them."""
+    return find_tensors(folder).split(lambda name: transformers_names(backbone, name))
 
 
 def find_prefix(tensors: Tensors, backbone: BackboneConfig) -> str:

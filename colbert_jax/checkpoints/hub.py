@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from colbert_jax.checkpoints import carried, colbertv1, flmr
+from colbert_jax.checkpoints import bge_m3, carried, colbertv1, flmr
 from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import present, present_folder
 from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
@@ -35,7 +35,7 @@ _SETTINGS = (
     "preprocessor_config.json",
     "processor_config.json",
     "adapter_config.json",
-    "sparse_linear.pt",  # of bge-m3, to be named
+    *(bge_m3.HEAD, bge_m3.SPARSE),
 )
 # Folders of modules and of tokenizers. Others hold copies for other runtimes or training states.
 _FOLDERS = (MODULE_FOLDER, flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)

@@ -14,6 +14,7 @@ from colbert_jax.checkpoints.common import (
     backbone_paths,
     fill_params,
     find_prefix,
+    open_backbone,
     read_backbone,
     read_pooler,
     refuse_unknown,
@@ -24,7 +25,6 @@ from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import present
 from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
-from colbert_jax.tensors.weights import find_tensors
 
 
 def detect(folder: Path) -> bool:
@@ -37,7 +37,7 @@ def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Ch
     warn_without_modules(folder)
     backbone = read_backbone(folder / "config.json")
     encoder = EncoderConfig.projecting(backbone, dim)
-    tensors = find_tensors(folder)
+    tensors = open_backbone(folder, backbone)
     prefix = find_prefix(tensors, backbone)
     names = backbone_paths(backbone, prefix)
     refuse_unknown(tensors, backbone, names.values())

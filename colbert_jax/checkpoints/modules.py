@@ -16,6 +16,7 @@ from colbert_jax.checkpoints.common import (
     fill_params,
     find_prefix,
     head_paths,
+    open_backbone,
     read_backbone,
     read_pooler,
     refuse_unknown,
@@ -202,7 +203,7 @@ def read_encoder(
         raise ValueError(f"{folder / MODULES}: {error}") from None
     if dim is not None and dense and dim != encoder.dim:
         raise ValueError(f"{folder}: dim was given as {dim}, but the head gives {encoder.dim}")
-    tensors = find_tensors(root)
+    tensors = open_backbone(root, backbone)
     prefix = find_prefix(tensors, backbone)
     names = backbone_paths(backbone, prefix)
     refuse_unknown(tensors, backbone, names.values())

@@ -23,6 +23,7 @@ from colbert_jax.text import ModelTokenizer
 FILE = "colbert_jax.json"
 VERSION = 1
 _QUERY = "query_encoder."
+_SPARSE = "sparse_linear."
 
 
 def detect(folder: Path) -> bool:
@@ -64,7 +65,8 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     names = {path: _name(path) for path in param_shapes(encoder)}
     separate = any(name.startswith(_QUERY) for name in tensors.names())
     poolers = [name for name in tensors.names() if name.startswith("pooler.")]
-    known = {*names.values(), *poolers}
+    sparse = [name for name in tensors.names() if name.startswith(_SPARSE)]
+    known = {*names.values(), *poolers, *sparse}
     known |= {_QUERY + name for name in names.values()} if separate else set()
     extra = sorted(set(tensors.names()) - known)
     if extra:
@@ -77,6 +79,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         _params(tensors, encoder, names, ""),
         query_params=_params(tensors, encoder, names, _QUERY) if separate else None,
         pooler={name: tensors.read(name) for name in poolers},
+        sparse={name.removeprefix(_SPARSE): tensors.read(name) for name in sparse},
         weights=tensors.file,
     )
 
@@ -110,6 +113,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "tokenizer": checkpoint.tokenizer.to_json(),
     }
     tensors: dict[str, np.ndarray] = dict(checkpoint.pooler)
+    tensors |= {_SPARSE + name: array for name, array in checkpoint.sparse.items()}
     for params, prefix in ((checkpoint.params, ""), (checkpoint.query_params, _QUERY)):
         if params is not None:
             tensors |= {prefix + _name(path): array for path, array in _flat(params)}

@@ -147,6 +147,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "skiplist_in_queries",
         "keep_only_token_ids",
         "mask_instruction_token",
+        "pool_factor",
         "expansion_token",
     }
     refuse_text(text, supported | _harmless(checkpoint), "pylate")

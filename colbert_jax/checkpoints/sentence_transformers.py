@@ -33,7 +33,7 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.checkpoints.warn import expect_any
-from colbert_jax.config import TextConfig
+from colbert_jax.config import TextConfig, check_pooling
 from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer, TextTokenizer
@@ -41,6 +41,11 @@ from colbert_jax.text import ModelTokenizer, TextTokenizer
 _MASK, _NORMALIZE, _POOLING = "MultiVectorMask", "Normalize", "HierarchicalTokenPooling"
 _DENSE_TYPE = "sentence_transformers.base.modules.dense.Dense"
 _MASK_TYPES = {"skiplist_words": [str], "keep_only_token_ids": [int]}
+_POOLING_TYPES = {
+    "pool_factor": (int, float),
+    "num_protected_tokens": int,
+    "normalize_embeddings": bool,
+}
 _PACKAGE = "sentence_transformers"
 # Texts that markers and prompts are compared on. None has space around it: PyLate strips it and
 # sentence-transformers does not.
@@ -74,6 +79,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
             "supported: 'maxsim'"
         )
     mask: dict[str, Any] = {}
+    pooling: dict[str, Any] = {}
     for module in modules:
         if module.kind == _MASK:
             mask = read_object(module.folder / "config.json")
@@ -85,14 +91,9 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
                 "documents keep every token",
             )
         elif module.kind == _POOLING:
-            pooling = read_object(module.folder / "config.json")
-            check_types(module.folder / "config.json", pooling, {"pool_factor": (int, float)})
-            factor = pooling.get("pool_factor", 1)
-            if factor > 1:
-                raise ValueError(
-                    f"{module.folder / 'config.json'}: pool_factor {factor} is not supported; "
-                    "supported: 1"
-                )
+            if pooling or kinds.index(_POOLING) < kinds.index(_NORMALIZE):
+                raise ValueError(f"{where}: expected one {_POOLING}, after {_NORMALIZE}")
+            pooling = _read_pooling(module.folder / "config.json")
     ignored = (_MASK, _NORMALIZE, _POOLING, "Dropout")
     checkpoint, transformer = read_encoder(folder, modules, ignored, dim)
     if not transformer:
@@ -104,6 +105,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     lengths = modules[0].folder / LENGTHS
     try:
         text = read_text(settings, transformer, mask, tokenizer, longest)
+        text = dataclasses.replace(text, **pooling)
     except ValueError as error:
         raise ValueError(f"{lengths}: {error}") from None
     checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer).with_text_config(text)
@@ -117,6 +119,26 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         return prompts_as_markers(checkpoint)
     except ValueError as error:
         raise ValueError(f"{tokenizer.file}: {error}") from None
+
+
+def _read_pooling(file: Path) -> dict[str, Any]:
+    """The fields of `TextConfig` that a HierarchicalTokenPooling module holds."""
+    fields = read_object(file)
+    check_types(file, fields, _POOLING_TYPES)
+    tasks = fields.get("tasks", ["document"])
+    if tasks not in ("document", ["document"]):
+        raise ValueError(f"{file}: tasks {tasks!r} is not supported; supported: ['document']")
+    read = {
+        "pool_factor": fields.get("pool_factor", 1.0),
+        "pool_protected": fields.get("num_protected_tokens", 1),
+        "pool_normalize": fields.get("normalize_embeddings", False),
+    }
+    try:
+        check_pooling(read["pool_factor"], read["pool_protected"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    # At 1 nothing is pooled, and embeddings have unit length already.
+    return read if read["pool_factor"] > 1 else {}
 
 
 def read_text(
@@ -241,7 +263,19 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             f"{len(entries) + 1}_{_NORMALIZE}",
             {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"},
         ),
+        (
+            f"{_PACKAGE}.multi_vector_encoder.modules.token_pooling.{_POOLING}",
+            f"{len(entries) + 2}_{_POOLING}",
+            {
+                "pool_factor": text.pool_factor,
+                "num_protected_tokens": text.pool_protected,
+                "normalize_embeddings": text.pool_normalize,
+                "tasks": ["document"],
+            },
+        ),
     ):
+        if kind.endswith(_POOLING) and text.pool_factor == 1:
+            continue
         (folder / place).mkdir()
         write_json(folder / place / "config.json", fields)
         entries.append({"path": place, "type": kind})

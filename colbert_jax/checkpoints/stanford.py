@@ -17,6 +17,7 @@ from colbert_jax.checkpoints.common import (
     head_paths,
     masks_punctuation,
     one_encoder,
+    open_backbone,
     read_backbone,
     read_pooler,
     refuse_text,
@@ -83,7 +84,9 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     if not present(file):
         expect_any(file, {}, (), _INSTEAD)
     config, width = read_config(file) if present(file) else (ColBERTConfig(), None)
-    return from_tensors(folder, backbone, find_tensors(folder), tokenizer, config, width, dim)
+    return from_tensors(
+        folder, backbone, open_backbone(folder, backbone), tokenizer, config, width, dim
+    )
 
 
 def from_tensors(

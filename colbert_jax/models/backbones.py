@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.config import require
-from colbert_jax.models import bert, modernbert, mpnet
+from colbert_jax.models import bert, jina, modernbert, mpnet
 from colbert_jax.models.config import Architecture, BackboneConfig, named_tensors
 
-_MODULES: tuple[Any, ...] = (bert, mpnet, modernbert)
+_MODULES: tuple[Any, ...] = (bert, mpnet, modernbert, jina)
 
 _REGISTER: dict[str, Architecture] = {
     entry.model_type: entry for module in _MODULES for entry in module.ARCHITECTURES
@@ -53,6 +53,9 @@ def config_from_huggingface(fields: Mapping[str, Any]) -> BackboneConfig:
     not fit together, and settings that would change the numbers and are not implemented.
     """
     model_type = fields.get("model_type")
+    for entry in _REGISTER.values():
+        if entry.also is not None and entry.also(fields):
+            model_type = entry.model_type
     supported = ", ".join(map(repr, MODEL_TYPES))
     require(
         model_type in MODEL_TYPES,
@@ -66,7 +69,7 @@ def config_from_huggingface(fields: Mapping[str, Any]) -> BackboneConfig:
     missing = sorted(theirs[name] for name in required if fields.get(theirs[name]) is None)
     require(not missing, f"missing fields: {', '.join(missing)}")
     given = {name: fields[key] for name, key in theirs.items() if fields.get(key) is not None}
-    return kind(**given | kind.read_fields(fields))
+    return kind(**given | kind.read_fields(fields) | {"model_type": model_type})
 
 
 def to_huggingface(config: BackboneConfig) -> dict[str, Any]:
@@ -92,6 +95,18 @@ def tensor_names(config: BackboneConfig, prefix: str = "") -> dict[tuple, str]:
         return _leaves(config, module) if config.has_module(module) else {}
 
     return named_tensors(architecture(config).tensors, config.num_hidden_layers, leaves, prefix)
+
+
+def transformers_names(config: BackboneConfig, tensor: str) -> list[str]:
+    """Return transformers' name of a tensor that another library may have named.
+
+    Several names: the tensor holds as many of theirs, one above the other.
+    """
+    names = [f".{tensor}"]
+    for theirs, usual in architecture(config).other_names.items():
+        parts = usual.split("|") if f".{theirs}." in names[0] else [theirs]
+        names = [name.replace(f".{theirs}.", f".{part}.") for name in names for part in parts]
+    return [name[1:] for name in names]
 
 
 def _leaves(config: BackboneConfig, module: str) -> dict[str, str]:

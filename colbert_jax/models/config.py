@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 from flax import nnx
@@ -143,6 +143,9 @@ class Architecture:
       for in "." + name, beside those that all architectures have.
     pooler: whether transformers' class builds a pooler over the first token.
     token_types: whether its forward takes `token_type_ids`.
+    other_names: parts of names that other libraries give the tensors -> transformers' names; for a
+      tensor that holds several, one above the other, all their names with "|" between them.
+    also: tells a `config.json` that has another `model_type` or none. If None, there is none.
     """
 
     model_type: str
@@ -154,6 +157,8 @@ class Architecture:
     unused: tuple[str, ...] = ()
     pooler: bool = False
     token_types: bool = False
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    also: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 def named_tensors(

@@ -13,14 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from colbert_jax.models.activations import activation
 from colbert_jax.models.config import BackboneConfig, LayerConfig
+from colbert_jax.models.rotary import Rotation, rotate
 
 # Added to the attention score of a token that must not be attended to. It is finite, so that a row
 # with nothing to attend to gives an average and not NaN; nothing but the score may be added to it.
 MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+# How many positions before and after its own a token may look; None: all.
+Reach = tuple[int | None, int | None]
+
+# Longer sequences are attended in blocks of rows, so that memory grows with the length and not with
+# its square; a block's scores have about so many numbers.
+_WHOLE = 1024
+_BLOCK = 1 << 24
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -122,6 +133,22 @@ def positions_after_padding(ids: jax.Array, padding: int) -> jax.Array:
     return jnp.cumsum(counted, axis=1) * counted + padding
 
 
+class WordEmbeddings(nnx.Module):
+    """The normalised sum of word and token type embeddings; positions come in later."""
+
+    def __init__(self, config: BackboneConfig, *, token_types: int = 0, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.initializer_range)
+        embed = partial(nnx.Embed, features=config.hidden_size, embedding_init=normal, rngs=rngs)
+        self.word = embed(config.vocab_size)
+        self.token_type = embed(token_types) if token_types else None
+        self.norm = layer_norm(config, config.hidden_size, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Embed ids int32[B, L]: float32[B, L, hidden_size]."""
+        x = self.word(ids)
+        return self.norm(x if self.token_type is None else x + self.token_type.embedding[0])
+
+
 class Embeddings(nnx.Module):
     """The normalised sum of word, position and, if `token_types` > 0, token type embeddings."""
 
@@ -189,6 +216,7 @@ def attend(
     attended: jax.Array,
     position_bias: jax.Array | None = None,
     train: TrainMode | None = None,
+    reach: Reach | None = None,
 ) -> jax.Array:
     """Compute attention within each sequence of a batch, or from each to another one.
 
@@ -199,11 +227,16 @@ def attend(
       position_bias: float32[heads or 1, L, L of the keys], added to the scores of every sequence;
         MASKED forbids a pair of positions. If None, nothing is added.
       train: dropout of the attention weights. If None, the model is not being trained.
+      reach: see `Reach`. If None, every token may look at all.
 
     Returns:
       [B, L, heads * head_dim].
     """
     precision = matmul_precision(query.dtype)
+    length = query.shape[1]
+    if reach is not None and length <= _WHOLE:
+        near = reach_bias(length, reach)
+        position_bias = near if position_bias is None else jnp.where(near < 0, near, position_bias)
     if position_bias is None:
         position_bias = jnp.zeros((1, 1, 1), jnp.float32)
     rows = [query, key, value, attended]
@@ -216,6 +249,9 @@ def attend(
         dropout = partial(drop, key=random[0], rate=rate) if random else None
         return attention(query, key, value, bias, precision=precision, dropout=dropout)
 
+    if length > _WHOLE:
+        one = partial(_in_blocks, reach=reach or (None, None), precision=precision, rate=rate)
+
     def one_by_one(position_bias, *rows):
         return jax.lax.map(lambda row: one(position_bias, *row), rows)
 
@@ -227,6 +263,94 @@ def attend(
         default=jax.vmap(one, in_axes=(None, *[0] * len(rows))),
     )
     return y.reshape(*y.shape[:2], -1)
+
+
+def _in_blocks(
+    position_bias: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attended: jax.Array,
+    *random: jax.Array,
+    reach: Reach,
+    precision: jax.lax.Precision,
+    rate: float,
+) -> jax.Array:
+    """Attention of one sequence, some rows at a time; arguments as for `attend`.
+
+    Where tokens look at their neighbours only, a block's scores are of these only.
+    """
+    (length, heads, head_dim), keys = query.shape, len(key)
+    behind, ahead = reach
+    near = None if behind is None or ahead is None else behind + ahead
+    rows = _WHOLE
+    while rows > 16 and heads * rows * min(keys, keys if near is None else rows + near) > _BLOCK:
+        rows //= 2
+    span = keys if near is None else min(rows + near, keys)
+    blocks = -(-length // rows)
+    padding = [(0, blocks * rows - length), (0, 0), (0, 0)]
+    padded = jnp.pad(query, padding).reshape(blocks, rows, heads, head_dim)
+    by_row = position_bias.shape[1] > 1
+    if by_row:
+        position_bias = jnp.pad(position_bias, [(0, 0), padding[0], (0, 0)])
+
+    def block(i: jax.Array, query: jax.Array) -> jax.Array:
+        at = i * rows
+        first = (
+            jnp.clip(at - (behind or 0), 0, keys - span) if near is not None else jnp.zeros_like(at)
+        )
+        near_key, near_value, allowed = (
+            jax.lax.dynamic_slice_in_dim(x, first, span) for x in (key, value, attended)
+        )
+        bias = position_bias
+        if by_row:
+            bias = jax.lax.dynamic_slice_in_dim(bias, at, rows, axis=1)
+        if bias.shape[2] > 1:
+            bias = jax.lax.dynamic_slice_in_dim(bias, first, span, axis=2)
+        distance = first + jnp.arange(span) - (at + jnp.arange(rows)[:, None])
+        allowed = jnp.broadcast_to(allowed, distance.shape) & _within(distance, reach)
+        dropout = None
+        if random:
+            dropout = partial(drop, key=jax.random.fold_in(random[0], i), rate=rate)
+        bias = jnp.where(allowed, bias, MASKED)
+        return attention(query, near_key, near_value, bias, precision=precision, dropout=dropout)
+
+    # Recomputed for gradients: kept, the weights of all blocks are the matrix that blocks avoid.
+    y = jax.lax.map(lambda block_of: jax.checkpoint(block)(*block_of), (jnp.arange(blocks), padded))
+    return y.reshape(-1, *y.shape[2:])[:length]
+
+
+def _within(distance: jax.Array, reach: Reach) -> jax.Array:
+    """Whether keys at distances (key minus query) may be looked at: bool of the same shape."""
+    behind, ahead = reach
+    allowed = jnp.ones(distance.shape, bool)
+    if behind is not None:
+        allowed &= distance >= -behind
+    if ahead is not None:
+        allowed &= distance <= ahead
+    return allowed
+
+
+def reach_bias(length: int, reach: Reach) -> jax.Array:
+    """Return 0 for pairs within reach and MASKED for others: float32[1, L, L]."""
+    i = jnp.arange(length)
+    return jnp.where(_within(i - i[:, None], reach), 0.0, MASKED)[None]
+
+
+def sees_any(attended: jax.Array, reach: Reach | None) -> jax.Array:
+    """Whether there is an attended token within reach of each: bool[B, L], or [B, 1] for all.
+
+    attended: bool[B, L].
+    """
+    if reach is None:
+        return attended.any(axis=-1, keepdims=True)
+    behind, ahead = reach
+    length = attended.shape[1]
+    counts = jnp.pad(jnp.cumsum(attended.astype(jnp.int32), axis=1), [(0, 0), (1, 0)])
+    i = np.arange(length)
+    first = np.zeros_like(i) if behind is None else np.maximum(i - behind, 0)
+    last = np.full_like(i, length) if ahead is None else np.minimum(i + ahead + 1, length)
+    return counts[:, last] > counts[:, first]
 
 
 class Attention(nnx.Module):
@@ -246,10 +370,12 @@ class Attention(nnx.Module):
         train: TrainMode | None = None,
         *,
         other: jax.Array | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Apply attention to x [B, L, H], arguments as for `attend`: [B, L, H].
 
         other: [B, L of the keys, H], the sequence that x attends to. If None, x itself.
+        rotation: of queries and keys (`rotary.rotary_tables`). If None, they are not rotated.
         """
 
         def split(y: jax.Array) -> jax.Array:  # [B, L, H] -> [B, L, heads, head_dim]
@@ -257,6 +383,8 @@ class Attention(nnx.Module):
 
         source = x if other is None else other
         query, key, value = split(self.query(x)), split(self.key(source)), split(self.value(source))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return self.output(attend(query, key, value, attended, position_bias, train))
 
 
@@ -279,9 +407,10 @@ class PostNormLayer(nnx.Module):
         attended: jax.Array,
         position_bias: jax.Array | None = None,
         train: TrainMode | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Apply the layer to x [B, L, H], other arguments as for `attend`: float32[B, L, H]."""
-        y = self.attention(x, attended, position_bias, train)
+        y = self.attention(x, attended, position_bias, train, rotation=rotation)
         x = self.attention_norm(x + dropped(y, train, 1))
         y = self.output(self.activation(self.intermediate(x)))
         return self.output_norm(x + dropped(y, train, 2))
@@ -300,10 +429,11 @@ def run_post_norm_layers(
     position_bias: jax.Array | None = None,
     *,
     train: TrainMode | None = None,
+    rotation: Rotation | None = None,
 ) -> jax.Array:
     """Apply the layers to x [B, L, H], other arguments as for `attend`: float32[B, L, H]."""
 
     def call(i: int, layer: PostNormLayer, x: jax.Array, train: TrainMode | None) -> jax.Array:
-        return layer(x, attended, position_bias, train)
+        return layer(x, attended, position_bias, train, rotation)
 
     return run_layers(layers, call, dropped(x, train, 0), train)

@@ -13,21 +13,22 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from colbert_jax.config import require
 from colbert_jax.models.activations import activation
 from colbert_jax.models.config import Architecture, BackboneConfig
 from colbert_jax.models.layers import (
-    MASKED,
+    Reach,
     TrainMode,
     attend,
     dense,
     dropped,
     layer_norm,
     run_layers,
+    sees_any,
 )
+from colbert_jax.models.rotary import Rotation, check_rotary, read_theta, rotary_tables, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -72,9 +73,8 @@ class ModernBertConfig(BackboneConfig):
         unknown = sorted({str(kind) for kind in types} - {FULL, SLIDING})
         require(not unknown, f"layer_types {', '.join(unknown)}: expected {FULL} or {SLIDING}")
         require(len(types) == layers, f"layer_types has {len(types)} entries for {layers} layers")
-        require(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
         for name in ("global_rope_theta", "local_rope_theta"):
-            require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")
+            check_rotary(self.head_dim, getattr(self, name), name)
 
     def rope_theta(self, layer_type: str) -> float:
         """The base of the rotary frequencies in layers of this type."""
@@ -115,14 +115,7 @@ class ModernBertConfig(BackboneConfig):
             f"rope_parameters must hold {FULL} and {SLIDING}, got {parameters!r}",
         )
         for layer_type, name in ((FULL, "global_rope_theta"), (SLIDING, "local_rope_theta")):
-            rope = dict(parameters.get(layer_type) or {})
-            theta = rope.pop("rope_theta", None)
-            # The other entries scale the frequencies.
-            scaled = {k: v for k, v in rope.items() if v not in (None, "default")}
-            require(
-                not scaled,
-                f"rope_parameters of {layer_type}: {scaled!r} is not supported; leave it out",
-            )
+            theta = read_theta(parameters.get(layer_type), f"rope_parameters of {layer_type}")
             if theta is not None:
                 given[name] = theta
         return given
@@ -181,20 +174,17 @@ class ModernBertAttention(nnx.Module):
         self,
         x: jax.Array,
         attended: jax.Array,
-        rotation: tuple[np.ndarray, np.ndarray],
-        position_bias: jax.Array | None,
+        rotation: Rotation,
+        reach: Reach | None,
         train: TrainMode | None = None,
     ) -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         query, key = rotate(query, rotation), rotate(key, rotation)
-        y = attend(query, key, value, attended, position_bias, train)
+        y = attend(query, key, value, attended, train=train, reach=reach)
         # A token with nothing to attend to within its window gets zeros, as in transformers 5 by
         # default (version 4 averages over all tokens, padding included).
-        allowed = attended[:, None]
-        if position_bias is not None:
-            allowed = allowed & (position_bias > MASKED)
-        seen = allowed.any(axis=-1)[..., None]
+        seen = sees_any(attended, reach)[..., None]
         return dropped(self.output(jnp.where(seen, y, 0)), train, 1)
 
 
@@ -223,9 +213,9 @@ class ModernBertLayer(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = ModernBertMlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, attended, rotation, position_bias, train=None) -> jax.Array:
+    def __call__(self, x, attended, rotation, reach, train=None) -> jax.Array:
         y = x if self.attention_norm is None else self.attention_norm(x)
-        x = x + self.attention(y, attended, rotation, position_bias, train)
+        x = x + self.attention(y, attended, rotation, reach, train)
         return x + self.mlp(self.mlp_norm(x), train)
 
 
@@ -254,7 +244,7 @@ class ModernBert(nnx.Module):
             kind: rotary_tables(length, config.head_dim, config.rope_theta(kind))
             for kind in set(config.layer_types)
         }
-        window = window_bias(length, config.local_attention // 2)
+        window = config.local_attention // 2, config.local_attention // 2
 
         def call(i: int, layer: ModernBertLayer, x: jax.Array, train: TrainMode | None):
             kind = config.layer_types[i]
@@ -262,34 +252,6 @@ class ModernBert(nnx.Module):
 
         x = dropped(self.embeddings(ids), train, 0)
         return self.final_norm(run_layers(self.layers, call, x, train))
-
-
-def window_bias(length: int, reach: int) -> jax.Array:
-    """Return 0 for positions at most `reach` apart and MASKED for others: float32[1, L, L]."""
-    i = jnp.arange(length)
-    return jnp.where(jnp.abs(i[:, None] - i) <= reach, 0.0, MASKED)[None]
-
-
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines of the angles of Su et al. (2021), eq. 15.
-
-    Returns:
-      two float32[L, head_dim / 2].
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # The models were trained with frequencies rounded to float32, which at position 8,000 changes
-    # angles by about 1e-4 radians.
-    frequencies = np.float32(1) / (np.float64(theta) ** exponents).astype(np.float32)
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles), np.sin(angles)
-
-
-def rotate(x: jax.Array, rotation: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-    """Rotate [B, L, heads, head_dim]: dimension i pairs with dimension i + head_dim / 2."""
-    cosine, sine = (table[:, None, :] for table in rotation)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 ARCHITECTURES = (

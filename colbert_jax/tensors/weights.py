@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -88,6 +88,31 @@ class Tensors:
         """Return the tensors with other names, leaving out those that `rename` maps to None."""
         stored = {rename(name): tensor for name, tensor in self._stored.items()}
         return Tensors(self.file, {name: t for name, t in stored.items() if name is not None})
+
+    def split(self, parts: Callable[[str], Sequence[str]]) -> Tensors:
+        """Return the tensors with each cut, along its first dimension, into equal parts.
+
+        Args:
+          parts: name -> the names of its parts, in order; one name: it stays whole.
+
+        Raises:
+          ValueError: a first dimension that cannot be cut so.
+        """
+        stored: dict[str, Stored] = {}
+        for name, tensor in self._stored.items():
+            names = parts(name)
+            if len(names) == 1:
+                stored[names[0]] = tensor
+                continue
+            rows, rest = divmod((*tensor.shape, 0)[0], len(names))
+            if rest or not rows:
+                raise ValueError(
+                    f"{self.file}: tensor {name!r} has shape {list(tensor.shape)}, which is not "
+                    f"that of {len(names)} tensors one above the other"
+                )
+            for i, part in enumerate(names):
+                stored[part] = tensor.rows(i * rows, (i + 1) * rows)
+        return Tensors(self.file, stored)
 
     def read(self, name: str) -> np.ndarray:
         """Read a tensor as float32. Raises ValueError if it is missing or not finite."""
