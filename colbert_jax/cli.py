@@ -17,9 +17,9 @@ from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import MODES
-from colbert_jax.data.collections import numbered_lines
 from colbert_jax.data.documents import Documents
 from colbert_jax.data.m2kr import read_m2kr
+from colbert_jax.data.streams import numbered_lines
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
     evaluate_ranking,
