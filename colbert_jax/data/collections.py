@@ -15,10 +15,11 @@ of the document (`read_documents`).
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,8 @@ from colbert_jax.data.tables import (
     TABLES,
     Columns,
     check_columns,
-    first_line,
     pick,
     read_records,
-    text_of,
 )
 
 _ID_KEYS = (
@@ -43,6 +42,7 @@ _QUERY_TEXTS = ("question", "text", "query")
 _ANSWERS = "answer_pids"  # LoTTE's
 _GAINS = ("score", "relevance", "gain", "label", "rel", "rating")
 _TOPIC_TEXTS = ("title", "query", "question", "text")
+_TOPICS = re.compile(r"<(\?xml|!--|top\b|topics?\b)", re.I)
 _RECORDS = (".csv", ".parquet", ".jsonl", ".json", ".ndjson")
 _TITLE, _URL, _METADATA = "title", "url", "metadata"
 _DOCUMENT_KEYS = {*_ID_KEYS, *_TEXT_KEYS, _TITLE}
@@ -379,23 +379,35 @@ def _query_sources(
     source: Any, columns: Columns | None
 ) -> Iterator[tuple[str, Callable[[], _ParsedQuery]]]:
     """Where each query is, and what gives its id, text and other fields."""
-    is_file = isinstance(source, str | Path)
-    path = Path(source) if is_file else None
-    if path is not None and (first := _topics_begin(path)):
-        for where, fields in _topics(path, first):
-            yield where, partial(_parse_topic, fields, (columns or {}).get("text"))
-        return
-    if columns is None and path is not None and unpacked_suffix(path) not in TABLES:
-        yield from _query_lines(path)
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and unpacked_suffix(path) not in (".parquet", ".jsonl"):
+        # Read once, for it may be a pipe.
+        lines = numbered_lines(path, blank=True)
+        head = list(itertools.islice(lines, 1))
+        while head and not head[-1][1].strip() and (more := next(lines, None)):
+            head.append(more)
+        if head and _TOPICS.match(head[-1][1].lstrip()):
+            for where, fields in _topics(path, itertools.chain(head, lines)):
+                yield where, partial(_parse_topic, fields, (columns or {}).get("text"))
+            return
+        if columns is None and unpacked_suffix(path) != ".csv":
+            yield from _query_lines(path, itertools.chain(head, lines))
+            return
+    elif path is not None and columns is None and unpacked_suffix(path) == ".jsonl":
+        yield from _query_lines(path, numbered_lines(path))
         return
     parse_record = _record_parser(columns, QUERIES)
     for where, record in read_records(source, header=check_columns(columns or {})):
         yield where, partial(parse_record, record)
 
 
-def _query_lines(path: Path) -> Iterator[tuple[str, Callable[[], _ParsedQuery]]]:
+def _query_lines(
+    path: Path, lines: Iterable[tuple[int, str]]
+) -> Iterator[tuple[str, Callable[[], _ParsedQuery]]]:
     layout: Layout | None = None
-    for number, line in numbered_lines(path):
+    for number, line in lines:
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         if layout is None:
             try:
@@ -414,17 +426,9 @@ def _parse_query_line(layout: Layout, line: str) -> _ParsedQuery:
     return *layout.parse(line), {}
 
 
-def _topics_begin(path: Path) -> str:
-    """The first line of a file of topics; empty for any other file."""
-    if unpacked_suffix(path) in (".parquet", ".jsonl"):
-        return ""
-    first = first_line(path).lstrip()
-    return first if re.match(r"<(\?xml|!--|top\b|topics?\b)", first, re.I) else ""
-
-
-def _topics(path: Path, first: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict[str, str]]]:
     """Where each topic begins, and its fields by name. Tags may be left open, as TREC's are."""
-    text = text_of(path)
+    text = "\n".join(line for _, line in lines)
     found = 0
     for match in re.finditer(r"<(top|topic)\b([^>]*)>(.*?)</\1>", text, re.I | re.S):
         found += 1
@@ -441,7 +445,8 @@ def _topics(path: Path, first: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield where, fields
     if not found:
         raise ValueError(
-            f"{path}: begins with {first[:40]!r}, as TREC's topics do, but has no <top>...</top>"
+            f"{path}: begins with {text.strip()[:40]!r}, as TREC's topics do, but has no "
+            "<top>...</top>"
         )
 
 

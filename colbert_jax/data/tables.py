@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,16 +174,3 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
         raise
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged, or not parquet: {error}") from None
-
-
-def first_line(path: Path) -> str:
-    """The first line that is not blank; empty where there is none."""
-    return next((line for _, line in numbered_lines(path)), "")
-
-
-def text_of(path: Path) -> str:
-    """The whole text of a file, its lines checked one by one."""
-    whole = io.StringIO()
-    for _, line in numbered_lines(path, blank=True):
-        whole.write(line + "\n")
-    return whole.getvalue()
