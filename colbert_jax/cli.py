@@ -9,42 +9,35 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
-from colbert_jax.config import MODES
-from colbert_jax.data.collections import numbered_lines
+from colbert_jax.commands.common import add_search_settings, search_queries, warn
+from colbert_jax.commands.evaluate import add_evaluate, evaluate
+from colbert_jax.commands.rerank import add_rerank, rerank
 from colbert_jax.data.documents import Documents
 from colbert_jax.data.m2kr import read_m2kr
+from colbert_jax.data.streams import numbered_lines
 from colbert_jax.demo import run_demo
 from colbert_jax.evaluation import (
-    evaluate_ranking,
     m2kr,
     read_collection,
-    read_qrels,
     read_queries,
     write_run,
-)
-from colbert_jax.evaluation.metrics import (
-    DEPTH,
-    check_judged,
-    no_query_judged,
-    require_ir_measures,
 )
 from colbert_jax.evaluation.runs import FORMATS, check_run_ids
 from colbert_jax.files import NO_ROOM, output_place
 from colbert_jax.flmr import FLMRModelForRetrieval
 from colbert_jax.index import Index
 from colbert_jax.index.columns import UnknownIdError
-from colbert_jax.index.filters import parse_json_filter
 from colbert_jax.index.format import CHANGED_VERSION, FORMAT_VERSION
 from colbert_jax.index.layouts.convert import TARGETS, convert_index
 from colbert_jax.multimodal import Query
-from colbert_jax.progress import log_to_stderr, tqdm
+from colbert_jax.progress import log_to_stderr
 from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_model
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.serving.indexes import open_indexes
@@ -68,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 enable_compilation_cache()
             except OSError as error:
-                _warn(f"compiled programs are not kept: {error}")
+                warn(f"compiled programs are not kept: {error}")
             args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -128,12 +121,7 @@ def _as_typed(message: str, args: argparse.Namespace) -> str:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """In place of `warnings.showwarning`."""
-    _warn(str(message))
-
-
-def _warn(message: str) -> None:
-    """One line, above the bars."""
-    tqdm.write(f"colbert-jax: warning: {' '.join(message.split())}", file=sys.stderr)
+    warn(str(message))
 
 
 def _print_anything() -> None:
@@ -223,12 +211,12 @@ def search(args: argparse.Namespace) -> None:
         check_run_ids(place.ids, "document", args.format)
     retriever = Retriever.open(place, args.checkpoint)
     if not args.output:
-        for qid, hits in _search(retriever, queries, args.k, args, texts=True):
+        for qid, hits in search_queries(retriever, queries, args.k, args, texts=True):
             query = queries[qid]
             print(query if isinstance(query, str) else f"{query[0]} ({args.image})")
             _print_hits(hits)
         return
-    found = _search(retriever, queries, args.k, args, texts=False)
+    found = search_queries(retriever, queries, args.k, args, texts=False)
     results = write_run(args.output, found, args.format)
     whole = output_place(args.output) is not None  # not a pipe, which may be our own output
     print(
@@ -241,50 +229,6 @@ def rank(args: argparse.Namespace) -> None:
     documents = Documents(args.file, fields=False)  # a bad file is named before the model is loaded
     model = ColBERT.from_pretrained(args.checkpoint)
     _print_hits(rank_documents(model, args.query, documents, args.k))
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    require_ir_measures()
-    given, judged = read_queries(args.queries), read_qrels(args.qrels)
-    queries = {qid: text for qid, text in given.items() if qid in judged}
-    if not queries:
-        raise no_query_judged(args.queries, given, args.qrels, judged)
-    qrels = {qid: judged[qid] for qid in queries}
-    for name, number in (
-        ("without a judgement", len(given)),
-        ("judged but not given", len(judged)),
-    ):
-        if number > len(queries):
-            _warn(f"{number - len(queries)} queries {name}: left out")
-    opened = Index.open(args.index)
-    if len(opened) == 0:
-        raise ValueError(f"{args.index}: holds no document")
-    known = opened.ids
-    message = check_judged(
-        qrels,
-        lambda pid: known.position(pid, opened.deleted) is not None,
-        known[int(opened.deleted.argmin())],
-        f"the index {args.index}",
-    )
-    if message is not None:
-        _warn(message)
-    retriever = Retriever.open(opened, args.checkpoint)
-    found = _search(retriever, queries, DEPTH + args.ignore_self, args, texts=False)
-    ranking = {qid: [hit.id for hit in hits] for qid, hits in found}
-    values = evaluate_ranking(ranking, qrels, ignore_self=args.ignore_self)
-    own = sum(qid in pids[:1] for qid, pids in ranking.items())
-    if not args.ignore_self and own > len(queries) / 2:
-        _warn(
-            f"{own} of {len(queries)} queries find the document of their own id first: if the "
-            "queries are documents themselves, leave these out with --ignore-self"
-        )
-    if args.json:
-        about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
-        print(json.dumps(about | values))
-    else:
-        print(f"{len(queries)} queries, mode: {args.mode}")
-        for name, value in values.items():
-            print(f"{name:<12}{value:.4f}")
 
 
 def evaluate_m2kr(args: argparse.Namespace) -> None:
@@ -411,29 +355,6 @@ def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
 
-def _search(
-    retriever: Retriever,
-    queries: Mapping[str, Query],
-    k: int,
-    args: argparse.Namespace,
-    texts: bool,
-) -> Iterator[tuple[str, list[Hit]]]:
-    """Query ids and hits, in the order of the queries."""
-    hits = retriever.search_many(
-        queries.values(),
-        k,
-        mode=args.mode,
-        ncells=args.ncells,
-        centroid_score_threshold=args.centroid_score_threshold,
-        ndocs=args.ndocs,
-        where=None if args.where is None else parse_json_filter(args.where),
-        texts=texts,
-        # A bar among results on the same terminal would hide them.
-        progress=False if texts and sys.stdout.isatty() else None,
-    )
-    return zip(queries, hits, strict=True)
-
-
 def _print_hits(hits: Sequence[Hit]) -> None:
     for place, hit in enumerate(hits, 1):
         print(f"{place:4}  {hit.score:8.4f}  {hit.id}  {_shortened(hit.text or '')}")
@@ -529,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the run file: qid Q0 pid rank score tag (trec, the default), or qid, pid, rank, "
         "score with tabs between (stanford)",
     )
-    _search_settings(sub)
+    add_search_settings(sub)
 
     sub = command(rank, "order the documents of a file for one query, without an index")
     sub.add_argument("query")
@@ -537,17 +458,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
     sub.add_argument("-k", type=int, help="results (default: all)")
 
-    sub = command(evaluate, "measure an index against relevance judgements")
-    sub.add_argument("index")
-    sub.add_argument("--queries", required=True, help="TSV of qid, text, or JSONL")
-    sub.add_argument("--qrels", required=True, help="lines of qid, 0, pid, gain")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.add_argument(
-        "--ignore-self",
-        action="store_true",
-        help="leave out the document whose id is the query's (ArguAna, Quora, SciDocs)",
-    )
-    _search_settings(sub)
+    add_evaluate(command(evaluate, "measure an index against relevance judgements"))
+    add_rerank(command(rerank, "order the candidates of a run file by their exact scores"))
 
     sub = command(evaluate_m2kr, "measure a model of images on questions of M2KR")
     sub.add_argument("data", help="questions: parquet, JSONL, a folder, or owner/name/config")
@@ -652,20 +564,6 @@ def _general(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) 
         ("--quiet", "no progress bars and no log lines, only warnings and errors"),
     ):
         parser.add_argument(flag, action="store_true", default=default, help=help)
-
-
-def _search_settings(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", help="default: the one the index was built with")
-    sub.add_argument(
-        "--mode",
-        choices=MODES,
-        default="accurate",
-        help="how hard to look (default: accurate); exact scores every document",
-    )
-    sub.add_argument("--ncells", type=int, help="centroids probed per query token")
-    sub.add_argument("--centroid-score-threshold", type=float)
-    sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")
-    sub.add_argument("--where", help='condition on fields, in JSON: \'{"year": {"gte": 2020}}\'')
 
 
 if __name__ == "__main__":

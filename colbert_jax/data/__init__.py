@@ -11,12 +11,14 @@ from colbert_jax.data.examples import (
     stanford_examples,
 )
 from colbert_jax.data.m2kr import read_m2kr
+from colbert_jax.data.published import TestCollection, read_test_collection
 from colbert_jax.data.texts import Texts
 
 __all__ = [
     "Check",
     "Example",
     "ExampleSource",
+    "TestCollection",
     "Texts",
     "concatenate",
     "dataset_examples",
@@ -25,5 +27,6 @@ __all__ = [
     "read_m2kr",
     "read_qrels",
     "read_queries",
+    "read_test_collection",
     "stanford_examples",
 ]

@@ -2,8 +2,10 @@
 
 Collections: TSV `pid, text[, title]` (Stanford ColBERT; a title is joined as "title | text") or
 `id, url, title, body` (MS MARCO's documents), JSONL with an id and a text (BEIR's `_id`, `title`,
-`text` among others), or plain text, a passage a line. Queries: TSV `qid, text`, or JSONL. A TSV's
-first line may name its columns, in any order. Any file may be gzipped, its name then ending in .gz.
+`text` among others), or plain text, a passage a line. Queries: TSV `qid, text`, JSONL, or TREC's
+topics. A TSV's first line may name its columns, in any order; that of CSV must. Parquet has the
+same names. Where names are others, `columns=` says which column is what. Any file but parquet may
+be packed, its name then ending in .gz or .zst.
 
 No column is dropped but the URL of a TSV without a header: a tab inside a text is an error, not its
 end. What a JSON object has beyond id, text and title, and the URL that a header names, are fields
@@ -12,14 +14,24 @@ of the document (`read_documents`).
 
 from __future__ import annotations
 
-import gzip
+import html
+import itertools
 import json
 import re
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from colbert_jax.data.streams import numbered_lines, unpacked_suffix
+from colbert_jax.data.tables import (
+    TABLES,
+    Columns,
+    check_columns,
+    pick,
+    read_records,
+)
 
 _ID_KEYS = (
     *("_id", "id", "pid", "docid", "doc_id", "docno", "document_id", "passage_id", "corpus_id"),
@@ -27,12 +39,19 @@ _ID_KEYS = (
 _TEXT_KEYS = ("text", "contents", "passage", "body", "content", "document")
 _QUERY_IDS = ("qid", "_id", "id", "query_id", "question_id", "topic_id")
 _QUERY_TEXTS = ("question", "text", "query")
+_ANSWERS = "answer_pids"  # LoTTE's
+_GAINS = ("score", "relevance", "gain", "label", "rel", "rating")
+_TOPIC_TEXTS = ("title", "query", "question", "text")
+_TOPICS = re.compile(r"<(\?xml|!--|top\b|topics?\b)", re.I)
+_RECORDS = (".csv", ".parquet", ".jsonl", ".json", ".ndjson")
 _TITLE, _URL, _METADATA = "title", "url", "metadata"
+_DOCUMENT_KEYS = {*_ID_KEYS, *_TEXT_KEYS, _TITLE}
 _SUFFIXES = (".tsv", ".jsonl", ".txt", "")
 _GAIN = re.compile(r"[+-]?[0-9]{1,9}")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
 
 
-class Columns(NamedTuple):
+class TsvColumns(NamedTuple):
     """Which field of a TSV's line is what.
 
     names: of the fields, from the left. id, text, title: their places; title None where there is
@@ -104,17 +123,17 @@ class Kind(NamedTuple):
     word: str
     ids: tuple[str, ...]
     texts: tuple[str, ...]
-    columns: Columns
+    columns: TsvColumns
 
 
 PASSAGES = Kind(
-    "document", _ID_KEYS, _TEXT_KEYS, Columns(("pid", "text", _TITLE), 0, 1, title=2, needed=2)
+    "document", _ID_KEYS, _TEXT_KEYS, TsvColumns(("pid", "text", _TITLE), 0, 1, title=2, needed=2)
 )
-QUERIES = Kind("query", _QUERY_IDS, _QUERY_TEXTS, Columns(("qid", "text"), 0, 1, None, needed=2))
-_DOCUMENTS = Columns(("docid", _URL, _TITLE, "body"), 0, 3, title=2, needed=4)  # MS MARCO's
+QUERIES = Kind("query", _QUERY_IDS, _QUERY_TEXTS, TsvColumns(("qid", "text"), 0, 1, None, 2))
+_DOCUMENTS = TsvColumns(("docid", _URL, _TITLE, "body"), 0, 3, title=2, needed=4)  # MS MARCO's
 
 
-def columns_of(first: str, kind: Kind) -> tuple[Columns, bool]:
+def columns_of(first: str, kind: Kind) -> tuple[TsvColumns, bool]:
     """The columns of a TSV by its first line, and whether that line is a header.
 
     Raises ValueError, without the place, for a line that may be a header and may be none.
@@ -128,7 +147,8 @@ def columns_of(first: str, kind: Kind) -> tuple[Columns, bool]:
     if len(ids) == len(texts) == 1 and len(titles) <= 1 and known == len(fields):
         if '"' not in first:
             title = titles[0] if titles else None
-            return Columns(tuple(fields), ids[0], texts[0], title, max(ids[0], texts[0]) + 1), True
+            needed = max(ids[0], texts[0]) + 1
+            return TsvColumns(tuple(fields), ids[0], texts[0], title, needed), True
     elif len(fields) == 1 or not (
         0 in ids or (ids and texts) or (any(texts) and not any(map(str.isdigit, fields[0])))
     ):
@@ -147,30 +167,91 @@ def _column_name(field: str) -> str:
     return re.sub(r"[-\s]+", "_", field.strip(' "').lower())
 
 
-def read_collection(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield (pid, text) of every passage. The file's name tells the format: .tsv, .jsonl, or text.
+def read_collection(source: Any, *, columns: Columns | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (pid, text) of every passage. A file's name tells the format: .tsv, .jsonl, .csv,
+    .parquet, or text.
 
     Passages of plain text are numbered from 0; a blank line is no passage and takes no number.
+
+    Args:
+      source: a file, or a `datasets.Dataset`.
+      columns: see `read_documents`.
 
     Raises:
       ValueError: a line that can't be read, with its number; an empty collection.
     """
-    return (document[:2] for document in _read_documents(path, False))
+    return (document[:2] for document in _read_documents(source, columns, False))
 
 
-def read_documents(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def read_documents(
+    source: Any, *, columns: Columns | None = None
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield (pid, text, fields) of every passage; else as `read_collection`.
 
-    Fields are all that a JSON object has beside id, text and title, as it has them, and a column
-    that a TSV's header names beside these.
+    Fields are all that a JSON object, or a row of a table, has beside id, text and title, as it has
+    them, and a column that a TSV's header names beside these.
+
+    Args:
+      columns: which column is the id, which the text, which, if any, the title, for columns of
+        other names: `{"id": "docid", "text": "body"}`; or their places from 0, in CSV and TSV
+        without a header. Fields then are the columns left, and those named here, by our names.
     """
-    return _read_documents(path, True)
+    return _read_documents(source, columns, True)
 
 
 def _read_documents(
-    path: str | Path, with_fields: bool
+    source: Any, columns: Columns | None, with_fields: bool
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    path = Path(path)
+    is_file = isinstance(source, str | Path)
+    if columns is None and is_file and passage_suffix(Path(source), TABLES) not in TABLES:
+        yield from _document_lines(Path(source), with_fields)
+        return
+    parse, count = _record_parser(columns, PASSAGES), 0
+    for where, record in read_records(source, header=check_columns(columns or {})):
+        try:
+            pid, text, fields = parse(record)
+            _check_unicode(pid, text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        yield pid, text, fields if with_fields else {}
+        count += 1
+    if not count:
+        raise ValueError(f"{source if is_file else 'the data set'}: the collection is empty")
+
+
+def _record_parser(
+    columns: Columns | None, kind: Kind
+) -> Callable[[dict[Any, Any]], tuple[str, str, dict[str, Any]]]:
+    """Gives id, text and fields of a record; raises ValueError, without the place."""
+    if columns is None:
+        if kind is QUERIES:
+            return _parse_query
+        return _parse_row
+    missing = {"id", "text"} - columns.keys()
+    if missing:
+        raise ValueError(f"columns {dict(columns)}: say which column is {' and '.join(missing)}")
+
+    def parse(record: dict[Any, Any]) -> tuple[str, str, dict[str, Any]]:
+        named = pick(record, columns, ("id", "text", _TITLE))
+        used = set(columns.values())
+        left = {f"column {k}" if isinstance(k, int) else k: record[k] for k in record.keys() - used}
+        more = {name: named[name] for name in named if name not in ("id", "text", _TITLE)}
+        text, title = named["text"], named.get(_TITLE)
+        if not isinstance(text, str):
+            raise ValueError(f"the text must be a string, got {text!r:.60}")
+        return as_id(named["id"]), _join(str(title or ""), text), left | more
+
+    return parse
+
+
+def _parse_row(row: dict[Any, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Id, text and fields of a table's row, whose columns may be spelt `corpus-id`."""
+    plain = {name: _column_name(str(name)) for name in row}
+    record = {plain[n] if plain[n] in _DOCUMENT_KEYS else n: value for n, value in row.items()}
+    return *_parse_json(record), record_fields(record)
+
+
+def _document_lines(path: Path, with_fields: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
     suffix, layout, warned, count = passage_suffix(path), None, False, 0
     for number, line in numbered_lines(path):
         try:
@@ -198,16 +279,19 @@ def _read_documents(
         raise ValueError(f"{path}: the collection is empty")
 
 
-def passage_suffix(path: Path) -> str:
+def passage_suffix(path: Path, more: tuple[str, ...] = ()) -> str:
     """The end of a collection's name, which tells its format.
+
+    Args:
+      more: ends beside those of files of lines.
 
     Raises:
       ValueError: it does not.
     """
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
-    if suffix not in _SUFFIXES:
+    suffix, known = unpacked_suffix(path), (*_SUFFIXES, *more)
+    if suffix not in known:
         raise ValueError(
-            f"{path}: a collection's name ends in one of {', '.join(filter(None, _SUFFIXES))}"
+            f"{path}: a collection's name ends in one of {', '.join(filter(None, known))}"
         )
     return suffix
 
@@ -251,66 +335,231 @@ def _tsv_layout(first: str, kind: Kind) -> Layout:
     return Layout(columns.parse, tabbed=columns.id == 0, header=header, parse_all=parse_all)
 
 
-def read_queries(path: str | Path) -> dict[str, str]:
-    """Read queries by id from a TSV of `qid, text`, or JSONL with an id and a text.
+def read_queries(
+    source: Any, *, columns: Columns | None = None, notes: list[str] | None = None
+) -> dict[str, str]:
+    """Read queries by id from a TSV of `qid, text`, JSONL, CSV or parquet with an id and a text, or
+    TREC's topics.
+
+    Args:
+      source: a file, or a `datasets.Dataset`.
+      columns: which column is the id and which the text, see `read_documents`. Of topics, which
+        field is the text: `{"text": "desc"}`; by default the title, or else the query.
+      notes: gets a line for columns that are not read.
 
     Raises:
       ValueError: a line that can't be read, an empty query, an id twice, an empty file.
     """
     queries: dict[str, str] = {}
-    layout: Layout | None = None
-    for number, line in numbered_lines(Path(path)):
+    unread: dict[str, None] = {}
+    place = source if isinstance(source, str | Path) else "the data set"
+    for where, parse in _query_sources(source, columns):
         try:
-            if layout is None:
-                layout = query_layout(line)
-                if layout.header:
-                    continue
-            assert layout.parse is not None
-            qid, text = layout.parse(line)
+            qid, text, fields = parse()
             if not text.strip():
                 raise ValueError(f"expected 'qid<TAB>text', but query {qid!r:.80} is empty")
             _check_unicode(qid, text)
             if qid in queries:
                 raise ValueError(f"query id {qid!r:.80} appears twice")
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
         queries[qid] = text
+        unread |= dict.fromkeys(name for name, value in fields.items() if value not in (None, ""))
     if not queries:
-        raise ValueError(f"{path}: no queries")
+        raise ValueError(f"{place}: no queries")
+    if unread and notes is not None:
+        notes.append(f"{place}: of queries only id and text are used, not {', '.join(unread)}")
     return queries
 
 
-def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
+_ParsedQuery = tuple[str, str, Mapping[str, Any]]
+
+
+def _query_sources(
+    source: Any, columns: Columns | None
+) -> Iterator[tuple[str, Callable[[], _ParsedQuery]]]:
+    """Where each query is, and what gives its id, text and other fields."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and unpacked_suffix(path) not in (".parquet", ".jsonl"):
+        # Read once, for it may be a pipe.
+        lines = numbered_lines(path, blank=True)
+        head = list(itertools.islice(lines, 1))
+        while head and not head[-1][1].strip() and (more := next(lines, None)):
+            head.append(more)
+        if head and _TOPICS.match(head[-1][1].lstrip()):
+            for where, fields in _topics(path, itertools.chain(head, lines)):
+                yield where, partial(_parse_topic, fields, (columns or {}).get("text"))
+            return
+        if columns is None and unpacked_suffix(path) != ".csv":
+            yield from _query_lines(path, itertools.chain(head, lines))
+            return
+    elif path is not None and columns is None and unpacked_suffix(path) == ".jsonl":
+        yield from _query_lines(path, numbered_lines(path))
+        return
+    parse_record = _record_parser(columns, QUERIES)
+    for where, record in read_records(source, header=check_columns(columns or {})):
+        yield where, partial(parse_record, record)
+
+
+def _query_lines(
+    path: Path, lines: Iterable[tuple[int, str]]
+) -> Iterator[tuple[str, Callable[[], _ParsedQuery]]]:
+    layout: Layout | None = None
+    for number, line in lines:
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        if layout is None:
+            try:
+                layout = query_layout(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if layout.header:
+                continue
+        yield where, partial(_parse_query_line, layout, line)
+
+
+def _parse_query_line(layout: Layout, line: str) -> _ParsedQuery:
+    if layout.parse is parse_json_query:
+        return _parse_query(json_object(line))
+    assert layout.parse is not None
+    return *layout.parse(line), {}
+
+
+def _topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each topic begins, and its fields by name. Tags may be left open, as TREC's are."""
+    text = "\n".join(line for _, line in lines)
+    found = 0
+    for match in re.finditer(r"<(top|topic)\b([^>]*)>(.*?)</\1>", text, re.I | re.S):
+        found += 1
+        _, attributes, body = match.groups()
+        where = f"{path}, line {text.count(chr(10), 0, match.start()) + 1}"
+        parts = re.findall(r"<([A-Za-z]\w*)[^>]*>([^<]*)", body)
+        fields: dict[str, str] = {}
+        for name, value in parts:
+            plain = html.unescape(re.sub(r"^\s*(Number|Topic|Description|Narrative):", "", value))
+            fields.setdefault(name.lower(), " ".join(plain.split()))
+        number = re.search(r"""\b(?:number|id|num)\s*=\s*["']?([^"'\s>]+)""", attributes)
+        if number is not None:
+            fields["num"] = number.group(1)
+        yield where, fields
+    if not found:
+        raise ValueError(
+            f"{path}: begins with {text.strip()[:40]!r}, as TREC's topics do, but has no "
+            "<top>...</top>"
+        )
+
+
+def _parse_topic(fields: dict[str, str], wanted: str | int | None) -> _ParsedQuery:
+    """Number, text and other fields of a topic. Raises ValueError, without the place."""
+    number = fields.get("num", fields.get("number"))
+    if not number:
+        raise ValueError("a topic without a number: expected <num>")
+    names = _TOPIC_TEXTS if wanted is None else (str(wanted),)
+    name = next((name for name in names if fields.get(name)), None)
+    if name is None:
+        raise ValueError(
+            f"topic {number!r:.60} has no {' or '.join(names)}; it has {', '.join(fields)[:120]}"
+        )
+    used = ("num", "number", name)
+    return number, fields[name], {k: value for k, value in fields.items() if k not in used}
+
+
+def read_qrels(
+    source: Any, *, columns: Columns | None = None, notes: list[str] | None = None
+) -> dict[str, dict[str, int]]:
     """Read judgements, qid -> pid -> gain, from lines of `qid 0 pid gain`, tabs or spaces between.
 
-    A header may name the columns; BEIR's `query-id corpus-id score` has three.
+    A header may name the columns; BEIR's `query-id corpus-id score` has three, NanoBEIR's only the
+    ids, for gains of 1. JSONL, CSV and parquet have them by the same names, or LoTTE's
+    `qid`, `answer_pids`.
+
+    Args:
+      source: a file, or a `datasets.Dataset`.
+      columns: which column is `query`, which `document`, which, if any, `gain`.
+      notes: gets a line for judgements that are there twice.
 
     Raises:
       ValueError: a line of another form, two gains of one document, an empty file.
     """
     qrels: dict[str, dict[str, int]] = {}
+    twice: list[str] = []
+    for where, qid, pid, gain in _judgements(source, columns):
+        before = qrels.setdefault(qid, {}).get(pid)
+        if before not in (None, gain):
+            raise ValueError(
+                f"{where}: document {pid!r:.80} of query {qid!r:.80} has the gain "
+                f"{gain} here and {before} above: keep one of the two"
+            )
+        if before is not None:
+            twice.append(where)
+        qrels[qid][pid] = gain
+    if not qrels:
+        place = source if isinstance(source, str | Path) else "the data set"
+        raise ValueError(f"{place}: no judgements")
+    if twice and notes is not None:
+        notes.append(f"{len(twice)} judgements are there twice with one gain, first at {twice[0]}")
+    return qrels
+
+
+def _judgements(source: Any, columns: Columns | None) -> Iterator[tuple[str, str, str, int]]:
+    """Place, query, document and gain of each judgement."""
+    is_file = isinstance(source, str | Path)
+    if columns is not None or not is_file or unpacked_suffix(Path(source)) in _RECORDS:
+        header = check_columns(columns or {})
+        for where, record in read_records(source, header=header):
+            try:
+                rows = _parse_judgements(record, columns)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            for qid, pid, gain in rows:
+                yield where, qid, pid, gain
+        return
     form: list[str] | None = None
-    for number, line in numbered_lines(Path(path)):
+    for number, line in numbered_lines(Path(source)):
         if form is None:
             form, is_header = _qrels_form(line)
             if is_header:
                 continue
         tabs = line.count("\t") == len(form) - 1  # then ids may have spaces
         fields = list(map(str.strip, line.split("\t"))) if tabs else line.split()
-        if len(fields) != len(form) or not _GAIN.fullmatch(fields[-1]):
-            raise ValueError(
-                f"{path}, line {number}: expected '{' '.join(form)}', got {line[:80]!r}"
-            )
-        qid, pid, gain = fields[0], fields[-2], int(fields[-1])
-        before = qrels.setdefault(qid, {}).setdefault(pid, gain)
-        if before != gain:
-            raise ValueError(
-                f"{path}, line {number}: document {pid!r:.80} of query {qid!r:.80} has the gain "
-                f"{gain} here and {before} above: keep one of the two"
-            )
-    if not qrels:
-        raise ValueError(f"{path}: no judgements")
-    return qrels
+        where = f"{source}, line {number}"
+        if len(form) == 2:  # ids alone
+            fields.append("1")
+        if len(fields) != max(len(form), 3) or not _GAIN.fullmatch(fields[-1]):
+            raise ValueError(f"{where}: expected '{' '.join(form)}', got {line[:80]!r}")
+        yield where, fields[0], fields[-2], int(fields[-1])
+
+
+def _parse_judgements(
+    record: dict[Any, Any], columns: Columns | None
+) -> list[tuple[str, str, int]]:
+    """Query, document and gain of what a row judges. Raises ValueError, without the place."""
+    if columns is not None:
+        named = pick(record, columns, ("query", "document", "gain"))
+        query, document = named.get("query"), named.get("document")
+        gain = named.get("gain", 1)
+    else:
+        plain = {_column_name(str(name)): value for name, value in record.items()}
+        query = _first_of(plain, _QUERY_IDS)
+        pids = plain.get(_ANSWERS)
+        if isinstance(pids, list):
+            return [(as_id(query), as_id(pid), 1) for pid in pids]
+        document = _first_of(plain, tuple(key for key in _ID_KEYS if key not in _QUERY_IDS))
+        gain = plain.get(_first_key(plain, _GAINS) or "", 1)
+    if query is None or document is None:
+        raise ValueError(
+            "expected the ids of a query and a document, and perhaps a gain; there are the columns "
+            f"{', '.join(map(str, record))[:200]}: say with columns= which is which"
+        )
+    number = float(gain) if isinstance(gain, str | float) and _is_number(gain) else gain
+    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1:
+        raise ValueError(f"a gain must be a whole number, got {gain!r:.40}")
+    return [(as_id(query), as_id(document), int(number))]
+
+
+def _is_number(value: str | float) -> bool:
+    return isinstance(value, float) or _WHOLE.fullmatch(value.strip()) is not None
 
 
 def _qrels_form(first: str) -> tuple[list[str], bool]:
@@ -318,6 +567,8 @@ def _qrels_form(first: str) -> tuple[list[str], bool]:
     names = first.split()
     plain = list(map(_column_name, names))
     if len(names) in (3, 4) and plain[0] in _QUERY_IDS and plain[-2] in _ID_KEYS:
+        return names, True
+    if len(names) == 2 and plain[0] in _QUERY_IDS and plain[1] in _ID_KEYS:
         return names, True
     return ["qid", "0", "pid", "gain"], False
 
@@ -342,11 +593,18 @@ def _parse_json(record: dict[str, Any]) -> tuple[str, str]:
 
 def parse_json_query(line: str) -> tuple[str, str]:
     """Id and text of a query, a JSON object. Raises ValueError, without the place."""
-    record = json_object(line)
-    identity, text = _first_of(record, _QUERY_IDS), _first_of(record, _QUERY_TEXTS)
+    return _parse_query(json_object(line))[:2]
+
+
+def _parse_query(record: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Id, text and other fields of a query. Raises ValueError, without the place."""
+    keys = {_column_name(str(key)): key for key in record}
+    names = _first_key(keys, _QUERY_IDS), _first_key(keys, _QUERY_TEXTS)
+    identity, text = (None if name is None else record[keys[name]] for name in names)
     if identity is None or not isinstance(text, str):
         raise _incomplete(record, QUERIES)
-    return as_id(identity), text
+    used = {keys[name] for name in names if name is not None}
+    return as_id(identity), text, {k: value for k, value in record.items() if k not in used}
 
 
 def parse_record(record: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -435,47 +693,3 @@ def _check_unicode(identity: str, text: str) -> None:
                     f"the {what} is not valid Unicode: character {error.start} is a lone "
                     "surrogate, one half of a \\u escape; write the file anew"
                 ) from None
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank, strictly UTF-8, with or without a byte-order mark."""
-    number = 0
-    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rb") as stream:
-        try:
-            for number, raw in enumerate(stream, 1):
-                try:
-                    line = decode(raw, first=number == 1)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                if line.strip():
-                    yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged after line {number}: {error}") from None
-
-
-def decode(raw: bytes, *, first: bool = False) -> str:
-    """A line's text without its end; `first`: without the byte-order mark too.
-
-    Raises:
-      ValueError: not UTF-8, a NUL byte, or several lines with the line ends of old Macs; without
-        the place.
-    """
-    try:
-        line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte {error.start + 1} of the line, "
-            f"0x{raw[error.start]:02x}); convert the file, for example with iconv"
-        ) from None
-    if "\0" in line:
-        raise ValueError(
-            f"a NUL byte, after {line.partition(chr(0))[0][-40:]!r}: the file is damaged, or "
-            "UTF-16; copy it again, or convert it with iconv"
-        )
-    if "\r" in line:
-        raise ValueError(
-            f"a carriage return inside the line, after {line.partition(chr(13))[0][-40:]!r}: if it "
-            "ends a line, convert the file with tr '\\r' '\\n'; else put a space for it"
-        )
-    return line

@@ -11,6 +11,7 @@ from typing import Any
 
 from colbert_jax.data.collections import parse_record, read_documents, record_fields
 from colbert_jax.data.fields import Value, check_fields, usable_fields
+from colbert_jax.data.published import TestCollection
 
 # A text, an id and a text, or these and fields; the id None where documents have none.
 Document = str | tuple[str, str] | tuple[str | None, str, dict[str, Value]]
@@ -36,7 +37,8 @@ class Documents(Iterator[Document]):
             an iterable of records, mappings with an id (optional), a text and optionally a title
               under the names that collection files have; all else in them are fields: a `datasets`
               dataset is one;
-            a mapping from id to text.
+            a mapping from id to text;
+            a `TestCollection`.
           fields: False: leave fields out, unchecked.
           images: the name under which records, and the fields of triples, have an image: what
             `images.ImageInput` says, or None. They are kept until the end, so paths are best.
@@ -50,10 +52,13 @@ class Documents(Iterator[Document]):
           FileNotFoundError: no such file.
         """
         self._hint = len(source) if isinstance(source, Sized) else 0
-        is_file = isinstance(source, (str, os.PathLike))
-        if is_file:
+        is_file = isinstance(source, (str, os.PathLike, TestCollection))
+        if isinstance(source, TestCollection):
+            self._hint = source.num_documents
+            items: Iterable[Any] = source.documents()
+        elif is_file:
             self._hint = 0
-            items: Iterable[Any] = read_documents(Path(source).expanduser())
+            items = read_documents(Path(source).expanduser())
         elif isinstance(source, Mapping):
             if hasattr(source, "column_names"):
                 raise TypeError(

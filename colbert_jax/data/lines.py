@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import mmap
 import zlib
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from colbert_jax.data.collections import decode
+from colbert_jax.data.streams import decode, is_packed, read_unpacked
 
 _SCAN = 1 << 24  # bytes searched for line ends at a time
 _ENDS = 1 << 16  # bytes at each end of a file that are hashed beside its checksum
@@ -25,7 +24,7 @@ class Lines:
     """The lines of a UTF-8 file that are not blank, by position from 0.
 
     The file is mapped, not read, and 8 bytes are kept for every line; a file whose name ends in .gz
-    is unpacked into memory.
+    or .zst is unpacked into memory.
 
     path: the file.
     data: its bytes, uint8[num_bytes].
@@ -94,12 +93,8 @@ class Lines:
 
 def _open(path: Path) -> Any:
     """The file's bytes: mapped, or unpacked."""
-    if path.suffix.lower() == ".gz":
-        try:
-            with gzip.open(path) as stream:
-                return stream.read()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+    if is_packed(path):
+        return read_unpacked(path)
     with path.open("rb") as stream:
         if not path.is_file():  # but a pipe
             return stream.read()

@@ -2,7 +2,7 @@
 
 from colbert_jax.data.collections import read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import MEASURES, evaluate_ranking
-from colbert_jax.evaluation.runs import write_run
+from colbert_jax.evaluation.runs import read_run, write_run
 
 __all__ = [
     "MEASURES",
@@ -10,5 +10,6 @@ __all__ = [
     "read_collection",
     "read_qrels",
     "read_queries",
+    "read_run",
     "write_run",
 ]

@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 
+from colbert_jax.data.streams import numbered_lines
 from colbert_jax.files import writing
 from colbert_jax.index.columns import Column
 from colbert_jax.retriever import Hit
@@ -64,6 +65,55 @@ def write_hits(
                 stream.write(f"{qid}\t{hit.id}\t{rank}\t{score}\n")
         total += len(hits)
     return total
+
+
+def read_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read a run file: qid -> pid -> score, best first.
+
+    TREC's six columns are ordered as trec_eval orders them: by scores in single precision, equal
+    ones by the larger id. Stanford's `qid, pid, rank[, score]` (MS MARCO's has three) are ordered
+    by rank; without a score it is minus the rank.
+
+    Args:
+      path: a file, perhaps packed (.gz, .zst).
+
+    Raises:
+      ValueError: a line of another form, a document twice for a query, an empty file.
+    """
+    rows: dict[str, dict[str, tuple[float, float, int]]] = {}  # order, score, line
+    form = 0
+    for number, line in numbered_lines(Path(path)):
+        where = f"{path}, line {number}"
+        fields = list(map(str.strip, line.rstrip().split("\t")))
+        if len(fields) not in (3, 4):
+            fields = line.split()
+        if len(fields) not in ((form,) if form else (3, 4, 6)):
+            expected = {6: "qid Q0 pid rank score tag", 4: "qid pid rank score", 3: "qid pid rank"}
+            either = expected[form] if form else "' or '".join(expected.values())
+            raise ValueError(f"{where}: expected '{either}', got {line[:80]!r}")
+        form = len(fields)
+        qid, pid, rank, *more = (fields[0], *fields[2:5]) if form == 6 else fields
+        try:
+            place, score = int(rank), float(more[0]) if more else -float(rank)
+        except ValueError:
+            raise ValueError(f"{where}: expected a rank and a score, got {line[:80]!r}") from None
+        if score != score:
+            raise ValueError(f"{where}: the score is not a number")
+        query = rows.setdefault(qid, {})
+        if pid in query:
+            raise ValueError(
+                f"{where}: document {pid!r:.80} again for query {qid!r:.80}, first on line "
+                f"{query[pid][2]}"
+            )
+        query[pid] = (float(-np.float32(score)) if form == 6 else float(place), score, number)
+    if not rows:
+        raise ValueError(f"{path}: no results")
+    run = {}
+    for qid, query in rows.items():
+        order = sorted(query, reverse=True) if form == 6 else list(query)
+        order.sort(key={pid: values[0] for pid, values in query.items()}.__getitem__)
+        run[qid] = {pid: query[pid][1] for pid in order}
+    return run
 
 
 def check_format(format: str) -> str:

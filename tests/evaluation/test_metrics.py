@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from colbert_jax import Hit
-from colbert_jax.evaluation import evaluate_ranking, write_run
+from colbert_jax.evaluation import evaluate_ranking, read_run, write_run
 from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.evaluation.metrics import check_judged
 from colbert_jax.evaluation.runs import check_run_ids
@@ -134,6 +134,55 @@ def test_tools_read_our_order_from_a_run_file(tmp_path, scores):
     run = list(ir_measures.read_trec_run(str(tmp_path / "run")))
     theirs = ir_measures.calc_aggregate([measure], qrels, run)[measure]
     assert theirs == pytest.approx(evaluate_ranking({"q": ids}, qrels)["nDCG@10"])
+
+
+def test_run_files_are_read_in_their_tools_order(tmp_path):
+    """trec_eval's for six columns: by single-precision scores, equal ones by the larger id."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    qrels, run, lines = {}, {}, []
+    for q in range(20):
+        pids = [f"d{n}" for n in rng.permutation(60)]
+        scores = rng.integers(0, 9, 60) + rng.choice([0, 1e-7, 1e-3], 60)  # ties and near ties
+        run[f"q{q}"] = dict(zip(pids, scores.tolist(), strict=True))
+        lines += [f"q{q} Q0 {pid} 1 {score!r} x\n" for pid, score in run[f"q{q}"].items()]
+        if q != 3:  # not judged
+            qrels[f"q{q}"] = {pid: int(rng.integers(-1, 3)) for pid in pids[::4]} | {"away": 1}
+    qrels["missing"] = {"d1": 1}
+    (tmp_path / "run").write_text("".join(lines))
+    read = read_run(tmp_path / "run")
+    assert read == run
+    ranking = {qid: list(pids) for qid, pids in read.items()}
+    names = {"nDCG@10": "ndcg_cut_10", "Recall@100": "recall_100", "Success@5": "success_5"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, set(names.values())).evaluate(run)
+    ours = evaluate_ranking(ranking, qrels)
+    for name, other in names.items():
+        mean = sum(row[other] for row in theirs.values()) / len(qrels)
+        assert ours[name] == pytest.approx(mean, abs=1e-6)
+
+
+def test_stanfords_run_files(tmp_path):
+    write_run(tmp_path / "run", {"q 1": HITS}, "stanford")
+    assert read_run(tmp_path / "run") == {"q 1": {"one": 2.5, "zero": 1.0}}
+    (tmp_path / "run").write_text("7\ta\t2\n7\tb\t1\n")
+    assert list(read_run(tmp_path / "run")["7"].items()) == [("b", -1), ("a", -2)]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("q Q0 d 1 2.5\n", r"line 1: expected 'qid Q0 .* tag' or"),
+        ("q Q0 d 1 2.5 x\nq d 1\n", r"line 2: expected 'qid Q0 pid rank score tag'"),
+        ("q Q0 d 1 high x\n", r"line 1: expected a rank and a score"),
+        ("q Q0 d 1 nan x\n", r"line 1: the score is not a number"),
+        ("q Q0 d 1 2 x\nq Q0 d 2 1 x\n", r"line 2: document 'd' again for query 'q', .* line 1"),
+        ("", "no results"),
+    ],
+)
+def test_unreadable_runs(tmp_path, data, message):
+    (tmp_path / "run").write_text(data)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
