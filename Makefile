@@ -17,7 +17,9 @@ LINTERS = import tomllib; \
   print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])
 TYPED = jax==0.10.2 flax==0.12.8
 
-.PHONY: demo test test-fast tpu-aot lint format clean
+CUDA = import jax; print(*(f"jax-cuda13-{n}=={jax.__version__}" for n in ("plugin", "pjrt")))
+
+.PHONY: demo test test-fast tpu-aot gpu-aot lint format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/colbert-jax demo --folder .demo
@@ -28,12 +30,21 @@ test: $(VENV)/test.done
 
 # What a change is tried with: all but the tests marked `slow`.
 test-fast: $(VENV)/test.done
-	$(PYTEST) -m "not slow and not tpu_aot"
+	$(PYTEST) -m "not slow and not tpu_aot and not gpu_aot"
 
 # Compiles for a TPU, on any machine: libtpu, of the build that JAX asks for, holds the compiler.
 tpu-aot: $(VENV)/test.done
 	$(PIP) -e '.[tpu]'
 	$(BIN)/python -m pytest -m tpu_aot
+
+# Compiles for an H100, on any machine. An environment of its own, because with these packages in it
+# JAX looks for a GPU; they are those of the JAX that is installed.
+gpu-aot: $(VENV)/test.done
+	$(BIN)/python -m venv $(VENV)/gpu
+	$(VENV)/gpu/bin/python $(INSTALL) --no-deps absl-py $$($(BIN)/python -c '$(CUDA)')
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > $$($(VENV)/gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/gpu/bin/python -m pytest -m gpu_aot tests/test_gpu_aot.py
 
 lint: $(VENV)/lint.done
 	$(LINT)/ruff check .

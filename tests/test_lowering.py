@@ -1,19 +1,19 @@
 """Every jitted program lowers for CUDA and TPU, without the hardware."""
 
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig, TrainingConfig
 from colbert_jax.models.backbones import config_from_huggingface
-from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.flmr import ImageEncoderConfig, image_shapes, make_image_encoder
 from colbert_jax.models.vision import vision_config
@@ -21,70 +21,136 @@ from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays
 from colbert_jax.search.backend import DeviceBackend
-from colbert_jax.training.batch import ExampleBatch, TokenBatch
-from colbert_jax.training.step import make_gradients
+from colbert_jax.training.batch import ExampleBatch, Images, Passages, TokenBatch
+from colbert_jax.training.flmr import _Loss
+from colbert_jax.training.step import gradients_of, make_gradients
 
 pytestmark = pytest.mark.slow
 
 F32, I32 = jnp.float32, jnp.int32
 
 
-def shaped(*shape, dtype=F32):
-    return jax.ShapeDtypeStruct(shape, dtype)
+def shaped(*shape, dtype=F32, place=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def training_step(mesh=None):
-    """Gradients of a batch: distillation with in-batch negatives, dropout, layers recomputed."""
-    backbone = config_from_huggingface(support.TINY | {"vocab_size": 100})
-    encoder = EncoderConfig.projecting(backbone, 16)
-    config = TrainingConfig(nway=4, bsize=8, remat=True)
+def rows_over(mesh):
+    """The sharding of rows over the devices of a mesh; None without one."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+
+
+def token_batch(n, length, place=None):
+    kept = shaped(n, length, dtype=bool, place=place)
+    ids, attended = shaped(n, length, dtype=I32, place=place), shaped(n, dtype=I32, place=place)
+    return TokenBatch(ids, attended, kept)
+
+
+def params_of(shapes):
     params: dict = {}
-    for path, shape in param_shapes(encoder).items():
+    for path, shape in shapes.items():
         set_path(params, path, shaped(*shape))
+    return params
 
-    def rows(n, length):
-        return TokenBatch(
-            shaped(n, length, dtype=I32), shaped(n, dtype=I32), shaped(n, length, dtype=bool)
-        )
 
+TINY = EncoderConfig.projecting(config_from_huggingface(support.TINY | {"vocab_size": 100}), 16)
+
+
+def training_step(mesh=None, encoder=TINY, bsize=8, nway=4, lengths=(16, 48)):
+    """Gradients of a batch: distillation with in-batch negatives, dropout, layers recomputed."""
+    config = TrainingConfig(nway=nway, bsize=bsize, remat=True)
+    half, place = bsize * nway // 2, rows_over(mesh)
     batch = ExampleBatch(
-        rows(8, 16), (rows(16, 48), rows(16, 32)), shaped(32, dtype=I32), shaped(8, 4)
+        token_batch(bsize, lengths[0], place),
+        tuple(token_batch(half, length, place) for length in (lengths[1], lengths[1] * 2 // 3)),
+        shaped(2 * half, dtype=I32, place=place),
+        shaped(bsize, nway, place=place),
     )
     gradients = make_gradients(encoder, config, "bfloat16", mesh)
     function = partial(gradients, trained=("backbone", "head"))
-    return function, params, batch, shaped(dtype=I32), shaped(dtype=I32)
+    return function, params_of(param_shapes(encoder)), batch, shaped(dtype=I32), shaped(dtype=I32)
 
 
-def image_query():
+IMAGES = ImageEncoderConfig(
+    vision=vision_config(support.VISION | {"initializer_range": 0.02}),
+    dim=16,
+    mapping=TINY.backbone.with_layers(1),
+)
+
+
+def image_training_step(mesh, encoder=TINY, images=IMAGES, bsize=8, nway=2, lengths=(32, 48)):
+    """Gradients of a batch of questions about images, the vision encoder frozen."""
+    config = TrainingConfig(loss="contrastive", nway=nway, bsize=bsize)
+    params, text = params_of(image_shapes(images)), params_of(param_shapes(encoder))
+    fixed = {"images": {"vision": params.pop("vision")}}
+
+    place = rows_over(mesh)
+
+    def keys(*shape):
+        return shaped(*shape, 2, dtype=I32, place=place)
+
+    batch = ExampleBatch(
+        token_batch(bsize, lengths[0], place),
+        (token_batch(bsize * nway, lengths[1], place),),
+        shaped(bsize * nway, dtype=I32, place=place),
+        None,
+        Passages(keys(bsize), keys(bsize * nway), keys(bsize, 1)),
+        Images(
+            shaped(bsize, *images.vision.image_shape, place=place),
+            shaped(bsize, dtype=bool, place=place),
+        ),
+    )
+    gradients = gradients_of(_Loss(encoder, images, True).make(config, mesh), config)
+    function = partial(gradients, trained=("context", "images"))
+    numbers = shaped(dtype=I32), shaped(dtype=I32)
+    trained = {"context": text, "images": params}
+    return (
+        lambda params, batch, step, number, fixed: function(
+            params, batch, step, number, fixed=fixed
+        ),
+        *(trained, batch, *numbers, fixed),
+    )
+
+
+def image_query(config=IMAGES, batch=4):
     """From pixels and states of text to rows of queries, with two regions an image, in bfloat16."""
-    vision = vision_config(support.VISION | {"initializer_range": 0.02})
-    mapping = BertConfig(**{**support.SIZES, "hidden_size": 24}).with_layers(1)
-    config = ImageEncoderConfig(vision=vision, dim=16, mapping=mapping)
-    params: dict = {}
-    for path, shape in image_shapes(config).items():
-        set_path(params, path, shaped(*shape))
 
     def rows(params, pixels, text):
         encoder = make_image_encoder(config, params, jnp.bfloat16)
         seen = encoder.see(pixels)
-        class_tokens = seen.class_token.reshape(4, 2, -1)
-        patches = seen.patches.reshape(4, 2, *seen.patches.shape[1:])
+        class_tokens = seen.class_token.reshape(batch, 2, -1)
+        patches = seen.patches.reshape(batch, 2, *seen.patches.shape[1:])
         return encoder.project(class_tokens), encoder.map_patches(patches, text)
 
-    return rows, params, shaped(8, *vision.image_shape), shaped(4, 32, 24)
+    pixels = shaped(2 * batch, *config.vision.image_shape)
+    text = shaped(batch, 32, config.mapping.hidden_size)
+    return rows, params_of(image_shapes(config)), pixels, text
 
 
-def programs(index):
-    placed = DeviceBackend(index.arrays).arrays
-    arrays = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), placed)
-    queries = shaped(4, 16, 16)
-    settings = SearchConfig().resolve(10)
+def shapes(tree):
+    return jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), tree)
+
+
+def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None):
+    """Functions and their arguments, by name.
+
+    Args:
+      arrays, codec_shapes: of an index, as `shapes` gives them.
+      batch: queries and their rows.
+      capacity: room for candidates.
+      ndocs: of PLAID.
+    """
+    dim = arrays.centroids.shape[1]
+    count, rows = batch
+    queries = shaped(count, rows, dim)
+    settings = SearchConfig(ndocs=ndocs).resolve(10)
+    packed, clusters = arrays.residuals.shape[1], arrays.centroids.shape[0]
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=jax.devices()[:8])
+    over = partial(shaped, place=rows_over(mesh))
     shards = IndexArrays(
         *(
             array
             if array is None or name in sharded._REPLICATED
-            else shaped(8 * array.shape[0], *array.shape[1:], dtype=array.dtype)
+            else over(8 * array.shape[0], *array.shape[1:], dtype=array.dtype)
             for name, array in arrays._asdict().items()
         )
     )
@@ -92,28 +158,32 @@ def programs(index):
         sharded._plaid,
         mesh=mesh,
         ncells=2,
-        ndocs=64,
+        ndocs=ndocs or 64,
         k=10,
-        capacity=1024,
+        capacity=capacity,
         memory=plaid._ACCELERATOR,
     )
-    codec_shapes = jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), index.codec)
     return {
-        "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, 16), shaped(9, 20, dtype=bool)),
-        "n-way": (maxsim_nway, queries, shaped(4, 3, 20, 16), shaped(4, 3, 20, dtype=bool)),
+        "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, dim), shaped(9, 20, dtype=bool)),
+        "n-way": (
+            maxsim_nway,
+            queries,
+            shaped(count, 3, 20, dim),
+            shaped(count, 3, 20, dtype=bool),
+        ),
         "ragged": (
             partial(maxsim_ragged, length=32),
-            *(queries, shaped(99, 16), shaped(8, dtype=I32), shaped(4, 5, dtype=I32)),
+            *(queries, shaped(99, dim), shaped(8, dtype=I32), shaped(count, 5, dtype=I32)),
         ),
         "plaid": (
             lambda a, q: plaid._search_batch(
-                a, q, 0.5, settings.ncells, settings.ndocs, 10, 1024, plaid._ACCELERATOR
+                a, q, 0.5, settings.ncells, settings.ndocs, 10, capacity, plaid._ACCELERATOR
             ),
             *(arrays, queries),
         ),
         "plaid in some documents": (
             lambda a, q, ok: plaid._search_batch(
-                a, q, 0.5, 2, settings.ndocs, 10, 1024, plaid._ACCELERATOR, None, ok
+                a, q, 0.5, 2, settings.ndocs, 10, capacity, plaid._ACCELERATOR, None, ok
             ),
             *(arrays, queries, shaped(len(arrays.offsets) - 1, dtype=bool)),
         ),
@@ -125,39 +195,42 @@ def programs(index):
         ),
         "exact": (
             partial(exact._merge, length=48),
-            *(arrays, queries, shaped(64, dtype=I32), shaped(4, 16), shaped(4, 16, dtype=I32)),
+            *(arrays, queries, shaped(64, dtype=I32)),
+            *(shaped(count, 16), shaped(count, 16, dtype=I32)),
         ),
         "sharded plaid": (
             sharded_plaid,
-            *(shards, shaped(8, dtype=I32), queries, shaped()),
+            *(shards, over(8, dtype=I32), queries, shaped()),
         ),
         "sharded plaid in some documents": (
             sharded_plaid,
-            *(shards, shaped(8, dtype=I32), queries, shaped(), None),
-            shaped(8 * (len(arrays.offsets) - 1), dtype=bool),
+            *(shards, over(8, dtype=I32), queries, shaped(), None),
+            over(8 * (len(arrays.offsets) - 1), dtype=bool),
         ),
         "sharded exact": (
             partial(sharded._merge, length=48, mesh=mesh),
-            *(shards, shaped(8, dtype=I32), queries, shaped(512, dtype=I32)),
-            *(shaped(32, 16), shaped(32, 16, dtype=I32)),
+            *(shards, over(8, dtype=I32), queries, over(512, dtype=I32)),
+            *(over(8 * count, 16), over(8 * count, 16, dtype=I32)),
         ),
         "merged shards": (
             partial(sharded._gather, mesh=mesh),
-            *(shaped(32, 16), shaped(32, 16, dtype=I32)),
+            *(over(8 * count, 16), over(8 * count, 16, dtype=I32)),
         ),
         "k-means": (
             kmeans._accumulate,
-            *(shaped(64, 16), shaped(64), shaped(64, 16), shaped(64), shaped(512, 16)),
+            *(arrays.centroids, shaped(clusters), arrays.centroids, shaped(clusters)),
+            shaped(512, dim),
             shaped(dtype=I32),
         ),
-        "compress": (codec._compress_block, codec_shapes, shaped(512, 16)),
+        "compress": (codec._compress_block, codec_shapes, shaped(512, dim)),
         "decompress": (
             codec.decompress,
-            *(codec_shapes, shaped(512, dtype=I32), shaped(512, 4, dtype=jnp.uint8)),
+            *(codec_shapes, shaped(512, dtype=I32), shaped(512, packed, dtype=jnp.uint8)),
         ),
         "image query": image_query(),
         "training step": training_step(),
         "sharded training step": training_step(mesh),
+        "sharded training step of images": image_training_step(mesh),
     }
 
 
@@ -179,13 +252,19 @@ NAMES = [
     "image query",
     "training step",
     "sharded training step",
+    "sharded training step of images",
 ]
+
+
+def of_index(index):
+    """The programs at the sizes of an index."""
+    return programs(shapes(DeviceBackend(index.arrays).arrays), shapes(index.codec))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", NAMES)
 def test_lowers(index, name, platform):
-    function, *arguments = programs(index)[name]
+    function, *arguments = of_index(index)[name]
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     assert "func.func" in text
 
@@ -224,4 +303,26 @@ def test_image_encoder_lowers(platform, tmp_path):
 
 
 def test_names_are_all_programs(index):
-    assert list(programs(index)) == NAMES
+    assert list(of_index(index)) == NAMES
+
+
+def traced(devices, lowering, mesh):
+    """The programs `lowering` for devices of a topology, which need not be there.
+
+    Args:
+      devices: at least 8.
+      lowering: a function that gives the programs; it sees these as `jax.devices()`.
+      mesh: of 8 of them.
+    """
+    one, everywhere = SingleDeviceSharding(devices[0]), NamedSharding(mesh, PartitionSpec())
+    with mock.patch.object(jax, "devices", lambda: list(devices)):
+        found = lowering()
+    programs = {}
+    for name, (function, *arguments) in found.items():
+        place = everywhere if "shard" in name else one
+
+        def there(x, place=place):
+            return shaped(*x.shape, dtype=x.dtype, place=x.sharding or place)
+
+        programs[name] = jax.jit(function).trace(*jax.tree.map(there, arguments))
+    return programs

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import test_lowering
@@ -73,7 +72,7 @@ def compile_all(folder: str) -> dict[str, str]:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+    from jax.sharding import AxisType, SingleDeviceSharding
 
     from colbert_jax import Index
     from colbert_jax.scoring.residual import token_maxima
@@ -82,10 +81,9 @@ def compile_all(folder: str) -> dict[str, str]:
     chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
     one = SingleDeviceSharding(chips[0])
     mesh = jax.make_mesh((len(chips),), ("data",), (AxisType.Auto,), devices=chips)
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def shaped(*shape: int, dtype=jnp.float32, place=one) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def shaped(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
     programs = {}
     for shape in SHAPES:
@@ -99,12 +97,7 @@ def compile_all(folder: str) -> dict[str, str]:
         for kernel in ("pallas", "xla"):
             score = jax.jit(token_maxima, static_argnames="kernel")
             programs[f"{kernel} {shape}"] = score.trace(*arguments, kernel=kernel)
-    with mock.patch.object(jax, "devices", lambda: list(chips)):
-        lowering = test_lowering.programs(index)
-    for name, (function, *arguments) in lowering.items():
-        place = everywhere if "shard" in name else one
-        there = jax.tree.map(lambda x, p=place: shaped(*x.shape, dtype=x.dtype, place=p), arguments)
-        programs[name] = jax.jit(function).trace(*there)
+    programs |= test_lowering.traced(chips, lambda: test_lowering.of_index(index), mesh)
 
     problems = {}
     for name, traced in programs.items():
