@@ -62,7 +62,7 @@ from colbert_jax.progress import progress_bar
 
 _UNLISTED = 1 << 18  # tokens that searchers invert themselves, or ...
 _UNLISTED_SHARE = 16  # ... this part of all: beyond both, the lists on disk are made again
-_POINTS = 16  # training points of a new centroid, at least
+_POINTS = 8  # training points of a new centroid, at least
 _ROWS = 1 << 18  # tokens copied at a time
 _STRINGS = 1 << 12  # strings copied at a time
 _SAMPLED = 10_000  # tokens whose residuals are looked at
