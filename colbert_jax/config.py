@@ -228,7 +228,7 @@ class SearchConfig:
 
 # The largest k, and up to it ncells, centroid_score_threshold, ndocs.
 _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
-_ACCURATE = ((10, 4, 0.4, 1024), (100, 4, 0.4, 4096), (math.inf, 8, 0.3, 8192))
+_ACCURATE = ((10, 4, 0.4, 1024), (100, 8, 0.4, 3584), (math.inf, 8, 0.3, 8192))
 
 
 @dataclass(frozen=True)
