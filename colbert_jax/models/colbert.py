@@ -246,10 +246,12 @@ def quantize(params: dict, quantization: str | None) -> dict:
 def param_shapes(config: EncoderConfig) -> dict[tuple, tuple[int, ...]]:
     """Map paths in the nested dict of an encoder's parameters to shapes.
 
-    Layers are alike from the second on, so only two are made: a deep encoder would take a second.
+    Where layers are alike from the second on, only two are made: a deep encoder would take a
+    second.
     """
     backbone = config.backbone
-    last = min(backbone.num_hidden_layers, 2) - 1
+    last = backbone.num_hidden_layers - 1
+    last = min(last, 1) if backbone.layers_alike else last
     few = dataclasses.replace(config, backbone=backbone.with_layers(last + 1))
     shapes = {}
     for path, leaf in nnx.to_flat_state(_structure(few, jnp.dtype(jnp.float32))[1]):
