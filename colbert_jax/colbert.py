@@ -39,6 +39,7 @@ from colbert_jax.models.colbert import (
 )
 from colbert_jax.multimodal import NO_IMAGES, ImagePart, Items, Query, as_items, in_order
 from colbert_jax.progress import progress_bar
+from colbert_jax.scoring.interactions import interact
 from colbert_jax.search.arrays import Hits, RawArrays, check_k
 from colbert_jax.search.exact import exact_search
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
@@ -476,7 +477,13 @@ class ColBERT:
         k = count if k is None else min(k, count)
         hits = Hits(np.zeros((len(listed), k), np.int32), np.zeros((len(listed), k), np.float32))
         if k and listed:
-            hits = _exact_hits(encoded, self.encode_queries(listed), k)
+            asked = self.encode_queries(listed)
+            if self.config.interaction == "maxsim":
+                hits = _exact_hits(encoded, asked, k)
+            else:
+                half = self.config.text.query_maxlen // 2
+                scores = interact(asked, encoded, self.config.interaction, half=half)
+                hits = _best(scores, k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
 
     def _rank_three_ways(
@@ -524,9 +531,7 @@ class ColBERT:
         lexical = lexical_scores(asked, found, tokenizer.vocab_size)
         parts = (dense, lexical, multi / np.maximum(lengths, 1)[:, None])
         scores = sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
-        positions = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        best = np.take_along_axis(scores, positions, axis=1)
-        return Hits(positions.astype(np.int32), best.astype(np.float32))
+        return _best(scores, k)
 
     @cached_property
     def _three_way(self) -> Any:
@@ -562,6 +567,8 @@ class ColBERT:
         if self.config.text.pool_factor != 1:  # the others have the fingerprints that they had
             text |= {name: getattr(self.config.text, name) for name in _POOLING_SETTINGS}
         encoder = dataclasses.asdict(self._checkpoint.encoder)
+        if encoder["normalized"]:  # the others have the fingerprints that they had
+            del encoder["normalized"]
         known = [text, encoder, self.tokenizer.fingerprint]
         leaves = jax.tree.leaves(self.params)
         if self._hashed is not None:
@@ -644,6 +651,13 @@ class ColBERT:
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)
+
+
+def _best(scores: np.ndarray, k: int) -> Hits:
+    """The k best of scores [B, N], equal ones by position."""
+    positions = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, positions, axis=1)
+    return Hits(positions.astype(np.int32), best.astype(np.float32))
 
 
 def _exact_hits(encoded: DocumentEmbeddings, queries: np.ndarray, k: int) -> Hits:

@@ -16,6 +16,7 @@ from typing import Any
 NBITS = (1, 2, 4, 8)
 BUCKETS = ("optimal", "quantile")
 MODES = ("fast", "accurate", "exact")
+INTERACTIONS = ("maxsim", "meanmaxsim", "flipr")
 LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
 
@@ -237,6 +238,9 @@ class ColBERTConfig:
 
     similarity: "cosine" or "l2", Stanford's setting. Both rank alike, since embeddings have unit
       length.
+    interaction: "maxsim", the sum over query tokens; "meanmaxsim", their mean, which ranks alike;
+      "flipr", the sum of the better half (Baleen, Khattab et al., 2021). `rank` scores so; indexes
+      score by the sum.
     text: how texts become token ids.
     index, search: the checkpoint's settings, defaults for an index that is built with it.
     metadata: all other fields of the checkpoint's settings file (training settings, provenance),
@@ -248,12 +252,17 @@ class ColBERTConfig:
     index: IndexConfig = IndexConfig()
     search: SearchConfig = SearchConfig()
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    interaction: str = "maxsim"
 
     def __post_init__(self) -> None:
         require_types(self)
         require(
             self.similarity in ("cosine", "l2"),
             f"similarity must be 'cosine' or 'l2', got {self.similarity!r}",
+        )
+        require(
+            self.interaction in INTERACTIONS,
+            f"interaction must be one of {INTERACTIONS}, got {self.interaction!r}",
         )
 
 

@@ -126,7 +126,7 @@ class TextTokenizer:
     def __init__(self, model: ModelTokenizer, config: TextConfig):
         """
         Args:
-          model: a tokenizer whose post-processor adds [CLS] and [SEP].
+          model: a tokenizer whose post-processor adds [CLS] and [SEP] if it has them.
           config: lengths, markers, expansion, skiplist.
 
         Raises:
@@ -143,8 +143,7 @@ class TextTokenizer:
             doc_marker=self._marker(config.doc_token_id, "doc_token_id"),
             instruction=self._marker(config.mask_instruction_token, "mask_instruction_token"),
         )
-        if len(self._tokenizer.encode("").ids) != 2:
-            raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] after it")
+        self._before, self._after = self._around(model)
         self.skiplist = self._skiplist()
 
     @cached_property
@@ -301,12 +300,12 @@ class TextTokenizer:
         return text.lower() if self.config.lowercase else text
 
     def _cut(self, ids: list, limit: int) -> list:
-        """Truncate between [CLS] and [SEP]."""
+        """Truncate between [CLS] and [SEP], or what a tokenizer adds in their place."""
         if len(ids) <= limit:
             return ids
         if self._side == "left":
-            return ids[:1] + ids[len(ids) - limit + 1 :]
-        return ids[: limit - 1] + ids[-1:]
+            return ids[: self._before] + ids[len(ids) - limit + self._before :]
+        return ids[: limit - self._after] + ids[len(ids) - self._after :]
 
     def _encode(self, texts: Sequence[str], *, is_query: bool) -> list[np.ndarray]:
         kind = "query" if is_query else "document"
@@ -323,6 +322,19 @@ class TextTokenizer:
                 ids.insert(1, marker)
             rows.append(np.array(ids, np.int32))
         return rows
+
+    def _around(self, model: ModelTokenizer) -> tuple[int, int]:
+        """How many tokens the tokenizer puts before and after a text.
+
+        Language models put the first token before it, or none; where there are [CLS] and [SEP],
+        encoders were trained with both.
+        """
+        ids = self._tokenizer.encode("").ids
+        if len(ids) != 2 and {"cls_token", "sep_token"} <= model.special.keys():
+            raise ValueError("the tokenizer does not put [CLS] before a text and [SEP] after it")
+        special = self._tokenizer.encode("a").special_tokens_mask
+        before = next((i for i, added in enumerate(special) if not added), len(ids))
+        return before, len(ids) - before
 
     def _special(self, model: ModelTokenizer, role: str) -> int:
         if role not in model.special:

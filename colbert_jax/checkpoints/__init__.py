@@ -52,6 +52,7 @@ _REGISTER: dict[str, Any] = {
 }
 
 _WITHOUT_HEAD = ("single-vector", "huggingface")  # plain encoders
+_WITHOUT_NORMALIZING = ("native", "sentence-transformers")
 _ADAPTER = "adapter_config.json"  # of peft; transformers looks for it in every folder
 
 # The layouts that can be written, by the name that the command line takes.
@@ -175,6 +176,11 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, layout: str = "native
         raise ValueError(
             f"the {layout} layout has no image encoder, this checkpoint has one; write the flmr "
             "layout, or the text part alone: read it with images=False"
+        )
+    if not checkpoint.encoder.normalized and layout not in _WITHOUT_NORMALIZING:
+        raise ValueError(
+            f"the {layout} layout normalises token embeddings, this checkpoint does not; write "
+            f"one of {', '.join(_WITHOUT_NORMALIZING)}"
         )
     if checkpoint.sparse and layout != "native":
         warn(

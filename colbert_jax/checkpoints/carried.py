@@ -16,7 +16,7 @@ from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import check_types, present, read_object, write_json
 
 FILE = "colbert_jax_settings.json"
-_TYPES = {"index": dict, "search": dict, "similarity": str, "metadata": dict}
+_TYPES = {"index": dict, "search": dict, "similarity": str, "interaction": str, "metadata": dict}
 
 
 def write(config: ColBERTConfig, kept: ColBERTConfig, folder: Path) -> None:
@@ -30,6 +30,7 @@ def write(config: ColBERTConfig, kept: ColBERTConfig, folder: Path) -> None:
         "index": _changed(config.index, kept.index),
         "search": _changed(config.search, kept.search),
         "similarity": config.similarity if config.similarity != kept.similarity else None,
+        "interaction": config.interaction if config.interaction != kept.interaction else None,
         "metadata": {
             name: value
             for name, value in config.metadata.items()
@@ -62,6 +63,7 @@ def restore(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     try:
         config = ColBERTConfig(
             similarity=fields.get("similarity") or config.similarity,
+            interaction=fields.get("interaction") or config.interaction,
             text=config.text,
             index=dataclasses.replace(config.index, **fields.get("index") or {}),
             search=dataclasses.replace(config.search, **fields.get("search") or {}),

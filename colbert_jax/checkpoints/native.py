@@ -44,9 +44,11 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         encoder = EncoderConfig(
             config_from_huggingface(fields["backbone"]),
             tuple(DenseConfig(**layer) for layer in fields["head"]),
+            fields.get("normalized", True),
         )
         config = ColBERTConfig(
             similarity=fields["similarity"],
+            interaction=fields.get("interaction", "maxsim"),
             text=TextConfig(**fields["text"]),
             index=IndexConfig(**fields["index"]),
             search=SearchConfig(**fields["search"]),
@@ -106,6 +108,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "backbone": to_huggingface(checkpoint.encoder.backbone),
         "head": [dataclasses.asdict(layer) for layer in checkpoint.encoder.head],
         "similarity": config.similarity,
+        "interaction": config.interaction,
+        "normalized": checkpoint.encoder.normalized,
         "text": dataclasses.asdict(config.text),
         "index": dataclasses.asdict(config.index),
         "search": dataclasses.asdict(config.search),

@@ -33,7 +33,7 @@ from colbert_jax.checkpoints.modules import (
     write_modules,
 )
 from colbert_jax.checkpoints.warn import expect_any
-from colbert_jax.config import TextConfig, check_pooling
+from colbert_jax.config import ColBERTConfig, TextConfig, check_pooling
 from colbert_jax.files import check_types, present, read_object, write_json
 from colbert_jax.models.backbones import architecture
 from colbert_jax.text import ModelTokenizer, TextTokenizer
@@ -46,6 +46,7 @@ _POOLING_TYPES = {
     "num_protected_tokens": int,
     "normalize_embeddings": bool,
 }
+_SIMILARITIES = ("maxsim", "meanmaxsim")
 _PACKAGE = "sentence_transformers"
 # Texts that markers and prompts are compared on. None has space around it: PyLate strips it and
 # sentence-transformers does not.
@@ -65,18 +66,16 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
     modules, settings = read_modules(folder), read_settings(folder)
     where = folder / MODULES
     kinds = [module.kind for module in modules]
-    if _NORMALIZE not in kinds:
-        raise ValueError(
-            f"{where}: no Normalize module: token embeddings that are not normalised are not "
-            "supported"
-        )
-    if kinds.index(_NORMALIZE) < max((i for i, k in enumerate(kinds) if k == "Dense"), default=0):
+    normalized = _NORMALIZE in kinds
+    if normalized and kinds.index(_NORMALIZE) < max(
+        (i for i, k in enumerate(kinds) if k == "Dense"), default=0
+    ):
         raise ValueError(f"{where}: Normalize before a Dense module is not supported")
     similarity = str(settings.get("similarity_fn_name") or "maxsim").lower()
-    if similarity != "maxsim":
+    if similarity not in _SIMILARITIES:
         raise ValueError(
             f"{folder / SETTINGS}: similarity_fn_name {similarity!r} is not supported; "
-            "supported: 'maxsim'"
+            f"supported: {', '.join(map(repr, _SIMILARITIES))}"
         )
     mask: dict[str, Any] = {}
     pooling: dict[str, Any] = {}
@@ -91,7 +90,7 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
                 "documents keep every token",
             )
         elif module.kind == _POOLING:
-            if pooling or kinds.index(_POOLING) < kinds.index(_NORMALIZE):
+            if pooling or not normalized or kinds.index(_POOLING) < kinds.index(_NORMALIZE):
                 raise ValueError(f"{where}: expected one {_POOLING}, after {_NORMALIZE}")
             pooling = _read_pooling(module.folder / "config.json")
     ignored = (_MASK, _NORMALIZE, _POOLING, "Dropout")
@@ -108,7 +107,12 @@ def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
         text = dataclasses.replace(text, **pooling)
     except ValueError as error:
         raise ValueError(f"{lengths}: {error}") from None
-    checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer).with_text_config(text)
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        tokenizer=tokenizer,
+        encoder=dataclasses.replace(checkpoint.encoder, normalized=normalized),
+        config=dataclasses.replace(checkpoint.config, text=text, interaction=similarity),
+    )
     positions = checkpoint.encoder.backbone.max_length
     for name in ("query_maxlen", "doc_maxlen"):
         if getattr(text, name) > positions:
@@ -221,7 +225,10 @@ def _lowercasing(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-kept = kept_settings
+def kept(config: ColBERTConfig) -> ColBERTConfig:
+    """Return the settings as they will be read: those of texts, prompts, and MaxSim or its mean."""
+    interaction = config.interaction if config.interaction in _SIMILARITIES else "maxsim"
+    return dataclasses.replace(kept_settings(config), interaction=interaction)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -276,6 +283,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     ):
         if kind.endswith(_POOLING) and text.pool_factor == 1:
             continue
+        if kind.endswith(_NORMALIZE) and not checkpoint.encoder.normalized:
+            continue
         (folder / place).mkdir()
         write_json(folder / place / "config.json", fields)
         entries.append({"path": place, "type": kind})
@@ -306,7 +315,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             "model_type": "MultiVectorEncoder",
             "prompts": prompts_of(prompted.config.text, checkpoint.config),
             "default_prompt_name": None,
-            "similarity_fn_name": "maxsim",
+            "similarity_fn_name": kept(checkpoint.config).interaction,
         },
     )
 

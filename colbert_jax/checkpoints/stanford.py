@@ -50,10 +50,10 @@ TEXT_FIELDS = (
 )
 _INDEX_FIELDS = ("nbits", "kmeans_niters")
 _INSTEAD = "Stanford's default settings are used"
+_INTERACTIONS = {"colbert": "maxsim", "flipr": "flipr"}
 # Settings that would change the embeddings or scores and are not implemented, with the value that
 # means "not used".
 _UNSUPPORTED = {
-    "interaction": "colbert",
     "pool_factor": 1,
     "protected_tokens": 0,
     "reranker": False,
@@ -180,7 +180,13 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
             for part, (cls, names) in parts.items()
         }
         similarity = fields.pop("similarity", "cosine")
-        config = ColBERTConfig(similarity=similarity, **settings)
+        interaction = _INTERACTIONS.get(str(fields.get("interaction", "colbert")))
+        if interaction is None:
+            raise ValueError(
+                f"interaction {fields['interaction']!r} is not supported; supported: "
+                f"{', '.join(_INTERACTIONS)}"
+            )
+        config = ColBERTConfig(similarity=similarity, interaction=interaction, **settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     known = {name for _, names in parts.values() for name in names}
@@ -234,13 +240,15 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         | {key: value for key, value in rest.items() if key in known}
         | fields
         | {"similarity": config.similarity}
+        | {"interaction": "flipr" if config.interaction == "flipr" else "colbert"}
     )
 
 
 def kept(config: ColBERTConfig) -> ColBERTConfig:
     """Return the settings as they will be read: all but some of an index's."""
     index = IndexConfig(**{name: getattr(config.index, name) for name in _INDEX_FIELDS})
-    return dataclasses.replace(config, index=index)
+    interaction = config.interaction if config.interaction == "flipr" else "maxsim"
+    return dataclasses.replace(config, index=index, interaction=interaction)
 
 
 def _is_plain(value: Any) -> bool:

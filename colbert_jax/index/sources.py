@@ -213,6 +213,15 @@ class TextSource:
           fields: of documents that are not triples, a dict or None for each.
           first: see `columns.write_documents`.
         """
+        if not getattr(getattr(model, "encoder_config", None), "normalized", True):
+            raise ValueError(
+                "the model does not normalise token embeddings, and an index holds directions "
+                "only: rank() scores with their lengths"
+            )
+        if model.config.interaction == "flipr":
+            raise ValueError(
+                "the model scores by flipr, and an index by MaxSim: rank() scores as the model asks"
+            )
         self._model, self._documents, self._ids, self._fields = model, documents, ids, fields
         self._first = first
         self.dim = model.dim

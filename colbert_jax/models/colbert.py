@@ -55,12 +55,17 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Architecture of a token encoder. With an empty head, embeddings have the backbone's width."""
+    """Architecture of a token encoder. With an empty head, embeddings have the backbone's width.
+
+    normalized: whether they have unit length.
+    """
 
     backbone: BackboneConfig
     head: tuple[DenseConfig, ...] = ()
+    normalized: bool = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         width = self.backbone.hidden_size
         for i, layer in enumerate(self.head):
             require(
@@ -127,6 +132,7 @@ class TokenEncoder(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.backbone = make_backbone(config.backbone, dtype=dtype, rngs=rngs)
+        self.normalized = config.normalized
         std = config.backbone.initializer_range
         self.head = nnx.List(
             [Dense(layer, std=std, dtype=dtype, rngs=rngs) for layer in config.head]
@@ -148,10 +154,10 @@ class TokenEncoder(nnx.Module):
           train: dropout and recomputation in the backbone. If None, the model is not being trained.
 
         Returns:
-          float32[B, L, D], rows of unit length.
+          float32[B, L, D], rows of unit length if the model normalises them.
         """
-        x = self.hidden(ids, attended, train)
-        return unit_length(x * kept[..., None])
+        x = self.hidden(ids, attended, train) * kept[..., None]
+        return unit_length(x) if self.normalized else x
 
     def hidden(
         self, ids: jax.Array, attended: jax.Array, train: TrainMode | None = None
@@ -240,10 +246,12 @@ def quantize(params: dict, quantization: str | None) -> dict:
 def param_shapes(config: EncoderConfig) -> dict[tuple, tuple[int, ...]]:
     """Map paths in the nested dict of an encoder's parameters to shapes.
 
-    Layers are alike from the second on, so only two are made: a deep encoder would take a second.
+    Where layers are alike from the second on, only two are made: a deep encoder would take a
+    second.
     """
     backbone = config.backbone
-    last = min(backbone.num_hidden_layers, 2) - 1
+    last = backbone.num_hidden_layers - 1
+    last = min(last, 1) if backbone.layers_alike else last
     few = dataclasses.replace(config, backbone=backbone.with_layers(last + 1))
     shapes = {}
     for path, leaf in nnx.to_flat_state(_structure(few, jnp.dtype(jnp.float32))[1]):

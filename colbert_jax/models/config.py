@@ -56,6 +56,7 @@ class BackboneConfig:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
+    layers_alike: ClassVar[bool] = True  # from the second on
     fixed: ClassVar[frozenset[str]] = frozenset()  # fields that no config.json has
 
     def __post_init__(self) -> None:

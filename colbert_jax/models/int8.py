@@ -66,7 +66,7 @@ def quantize_params(params: dict[Any, Any]) -> dict[Any, Any]:
     Returns:
       the same nested dict with NumPy arrays "kernel" and "scale" in each dense layer.
     """
-    if "kernel" in params:
+    if "kernel" in params and np.ndim(params["kernel"]) == 2:
         kernel, scale = quantize_columns(np.asarray(params["kernel"]))
         return params | {"kernel": kernel, "scale": scale}
     return {

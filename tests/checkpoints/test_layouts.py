@@ -480,17 +480,9 @@ TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
         ),
         (
             "sentence-transformers",
-            lambda f: prefix(f, similarity_fn_name="meanmaxsim"),
+            lambda f: prefix(f, similarity_fn_name="xtr"),
             ValueError,
-            "similarity_fn_name 'meanmaxsim' is not supported",
-        ),
-        (
-            "sentence-transformers",
-            lambda f: write_modules(
-                f, TRANSFORMER, {"path": "2_MultiVectorMask", "type": "x.MultiVectorMask"}
-            ),
-            ValueError,
-            "no Normalize module",
+            "similarity_fn_name 'xtr' is not supported; supported: 'maxsim', 'meanmaxsim'",
         ),
         (
             "sentence-transformers",

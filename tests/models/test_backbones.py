@@ -21,6 +21,7 @@ from colbert_jax.models.backbones import (
     tensor_names,
     to_huggingface,
 )
+from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.modernbert import rotary_tables
 from colbert_jax.models.mpnet import relative_buckets
 
@@ -40,6 +41,43 @@ MODERNBERT = SIZES | dict(
     pad_token_id=0,
     local_attention=8,
 )
+HALVES = SIZES | dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+LFM2 = HALVES | dict(
+    model_type="lfm2",
+    hidden_size=16,
+    num_hidden_layers=3,
+    layer_types=["conv", "full_attention", "conv"],
+    block_multiple_of=8,
+)
+QWEN3 = HALVES | dict(model_type="qwen3", head_dim=8)
+PPLX = QWEN3 | dict(model_type="bidirectional_pplx_qwen3", use_bidirectional_attention=True)
+LFM25 = LFM2 | dict(auto_map={"AutoModel": "modeling_lfm2_bidirectional.Lfm2BidirectionalModel"})
+# The sizes that the published config.json files hold.
+PUBLISHED = {
+    "LFM2-ColBERT-350M": dict(
+        model_type="lfm2",
+        vocab_size=64402,
+        hidden_size=1024,
+        intermediate_size=6656,
+        block_ff_dim=6656,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        layer_types=["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+    ),
+    "pplx-embed-v1-late-0.6b": dict(
+        model_type="bidirectional_pplx_qwen3",
+        use_bidirectional_attention=True,
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1_000_000,
+    ),
+}
 # transformers 5's words for a pattern and thetas of one's own.
 ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 20_000.0},
@@ -73,23 +111,42 @@ CASES = {
         pad_token_id=4,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     ),
+    "lfm2": LFM2,
+    "lfm2 plain": LFM2
+    | dict(
+        layer_types=["conv", "full_attention", "conv"],
+        conv_bias=True,
+        conv_L_cache=4,
+        block_auto_adjust_ff_dim=False,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    ),
+    "qwen3": QWEN3,
+    "qwen3 biases": QWEN3 | dict(attention_bias=True, num_key_value_heads=4, rms_norm_eps=1e-3),
     "modernbert": MODERNBERT,
     "modernbert biases": MODERNBERT | BIASES | dict(local_attention=5),
     "modernbert 4": MODERNBERT | FOUR,
     "modernbert 5": MODERNBERT | FIVE | dict(norm_bias=True, hidden_activation="gelu_new"),
 }
+# transformers does not have these: test_parity_in_both_directions.
+ELSEWHERE = ("bidirectional_pplx_qwen3",)
 ONE_EACH = [
     next(name for name, case in CASES.items() if case["model_type"] == model_type)
     for model_type in MODEL_TYPES
+    if model_type not in ELSEWHERE
 ]
 # Of the tasks below, as many as transformers has for these, where they are few.
-HEADS = {"jina_embeddings_v3": 4}
+HEADS = {"jina_embeddings_v3": 4, "lfm2": 0, "qwen3": 2}
+# Under a prefix of their own there.
+RENAMED_HEADS = {("qwen3", "QuestionAnswering")}
 # One case a module, for what does not depend on the settings.
 MODULES = [name for name in ONE_EACH if name != "xlm-roberta"]
 
 
 def shallow(name):
     """The architecture of a case with as few layers as have all its parts: compiles faster."""
+    if CASES[name]["model_type"] == "lfm2":
+        return config_from_huggingface(CASES[name]).with_layers(2)
     if CASES[name]["model_type"] == "modernbert":
         return config_from_huggingface(CASES[name] | dict(num_hidden_layers=2))
     return dataclasses.replace(config_from_huggingface(CASES[name]), num_hidden_layers=1)
@@ -213,6 +270,8 @@ def test_tensors_of_models_with_heads(name):
         "QuestionAnswering",
         "MultipleChoice",
     ):
+        if (case["model_type"], task) in RENAMED_HEADS:
+            continue
         try:
             with torch.device("meta"):
                 model = getattr(transformers, f"AutoModelFor{task}").from_config(theirs)
@@ -343,3 +402,70 @@ def test_rotary_tables(theta):
     cosine, sine = rotary_tables(8192, 64, theta)
     np.testing.assert_allclose(cosine, angles.cos().numpy(), atol=1e-6)
     np.testing.assert_allclose(sine, angles.sin().numpy(), atol=1e-6)
+
+
+def full_masks(torch, attended):
+    mask = torch.zeros(len(attended), 1, *[attended.shape[1]] * 2)
+    mask = mask.masked_fill(~torch.from_numpy(attended)[:, None, None], torch.finfo().min)
+    return {"full_attention": mask, "conv": torch.from_numpy(attended).long()}
+
+
+@pytest.mark.parametrize("case", [PPLX, LFM25], ids=["pplx", "lfm2.5"])
+def test_parity_in_both_directions(case, monkeypatch):
+    """pplx-embed's Qwen3 and LFM2.5, whose code is in their repositories: the oracle is
+    transformers' causal model with full masks and centred convolutions."""
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    causal = {**(QWEN3 if "qwen3" in case["model_type"] else LFM2)}
+    theirs, expected_causal = torch_model(causal)
+    config = config_from_huggingface(case)
+    assert not config.causal
+    model = load(config, {k: v.numpy() for k, v in theirs.state_dict().items()})
+    ids, attended = batch(config, 40)
+    before = expected_causal(ids, attended)
+
+    def centred(x, weight, bias=None, activation=None, **_):
+        half = weight.shape[-1] // 2
+        return torch.conv1d(x, weight[:, None], bias, padding=half, groups=len(weight))
+
+    from transformers.models.lfm2 import modeling_lfm2
+
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", centred)
+    with torch.inference_mode():
+        masks, inputs = full_masks(torch, attended), torch.from_numpy(ids).long()
+        after = theirs(input_ids=inputs, attention_mask=masks).last_hidden_state.numpy()
+    assert np.abs(before - after).max() > 0.1  # the oracle is another model now
+    np.testing.assert_allclose(run(model, ids, attended), after, atol=1e-5)
+    assert config_from_huggingface(to_huggingface(config)) == config
+
+
+def test_full_sizes():
+    """Parameters by name, without weights: 353M and 596M with the word embeddings."""
+    counts = {}
+    for name, fields in PUBLISHED.items():
+        config = config_from_huggingface(fields)
+        assert config_from_huggingface(to_huggingface(config)) == config
+        shapes = param_shapes(EncoderConfig.projecting(config, 128))
+        counts[name] = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert round(counts["pplx-embed-v1-late-0.6b"] / 1e6) == 596
+    assert round(counts["LFM2-ColBERT-350M"] / 1e6) == 353
+    lfm2 = config_from_huggingface(PUBLISHED["LFM2-ColBERT-350M"])
+    assert lfm2.inner == 4608 and lfm2.causal
+    assert dataclasses.replace(lfm2, bidirectional=True).causal is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (PPLX | {"use_bidirectional_attention": False}, "does not go with model_type"),
+        (QWEN3 | {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        (QWEN3 | {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        (QWEN3 | {"head_dim": 7}, "head_dim must be even"),
+        (QWEN3 | {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: .*yarn"),
+        (LFM2 | {"layer_types": ["conv"]}, "layer_types has 1 entries for 3 layers"),
+        (LFM2 | {"layer_types": ["conv", "mamba", "conv"]}, "layer_types mamba"),
+        (LFM25 | {"conv_L_cache": 4}, "conv_L_cache must be odd"),
+    ],
+)
+def test_bad_configurations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_huggingface(fields)
