@@ -121,6 +121,9 @@ CASES = {
         num_key_value_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0},
     ),
+    "eurobert": HALVES | dict(model_type="eurobert", num_key_value_heads=4, hidden_size=32),
+    "eurobert grouped": HALVES
+    | dict(model_type="eurobert", hidden_size=32, attention_bias=True, mlp_bias=True),
     "qwen3": QWEN3,
     "qwen3 biases": QWEN3 | dict(attention_bias=True, num_key_value_heads=4, rms_norm_eps=1e-3),
     "modernbert": MODERNBERT,
@@ -136,7 +139,7 @@ ONE_EACH = [
     if model_type not in ELSEWHERE
 ]
 # Of the tasks below, as many as transformers has for these, where they are few.
-HEADS = {"jina_embeddings_v3": 4, "lfm2": 0, "qwen3": 2}
+HEADS = {"jina_embeddings_v3": 4, "lfm2": 0, "qwen3": 2, "eurobert": 3}
 # Under a prefix of their own there.
 RENAMED_HEADS = {("qwen3", "QuestionAnswering")}
 # One case a module, for what does not depend on the settings.
