@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.config import require
-from colbert_jax.models import bert, eurobert, jina, lfm2, modernbert, mpnet, qwen3
+from colbert_jax.models import bert, eurobert, jina, lfm2, modernbert, mpnet, qwen3, rotary_bert
 from colbert_jax.models.config import Architecture, BackboneConfig, named_tensors
 
-_MODULES: tuple[Any, ...] = (bert, mpnet, modernbert, jina, lfm2, qwen3, eurobert)
+_MODULES: tuple[Any, ...] = (bert, mpnet, modernbert, jina, lfm2, qwen3, eurobert, rotary_bert)
 
 _REGISTER: dict[str, Architecture] = {
     entry.model_type: entry for module in _MODULES for entry in module.ARCHITECTURES
