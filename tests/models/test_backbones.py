@@ -128,6 +128,13 @@ CASES = {
     "gte": SIZES | dict(model_type="gte", num_attention_heads=2),
     "gte without types": SIZES | dict(model_type="gte", num_attention_heads=2, type_vocab_size=0),
     "nomic": SIZES | dict(model_type="nomic_bert", num_attention_heads=2),
+    "xmod": SIZES
+    | dict(
+        model_type="xmod",
+        type_vocab_size=1,
+        languages=["en_XX", "de_DE"],
+        default_language="de_DE",
+    ),
     "qwen3": QWEN3,
     "qwen3 biases": QWEN3 | dict(attention_bias=True, num_key_value_heads=4, rms_norm_eps=1e-3),
     "modernbert": MODERNBERT,
