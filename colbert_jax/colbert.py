@@ -157,6 +157,7 @@ class ColBERT:
         base: str | Path | None = None,
         images: bool | None = True,
         truncate_dim: int | None = None,
+        language: str | None = None,
         **text_settings: Any,
     ) -> ColBERT:
         """Load a checkpoint of any layout: Stanford ColBERT, FLMR, PyLate, sentence-transformers,
@@ -177,6 +178,8 @@ class ColBERT:
             part alone; None does the same with a warning.
           truncate_dim: how many of the first features of token embeddings to keep, for models that
             were trained for it, such as jina-colbert-v2 at 96 and 64. If None, all.
+          language: which language's adapters to load of X-MOD (colbert-xm), such as "de_DE". If
+            None, those of the checkpoint's default language.
           **text_settings: fields of `TextConfig` to change, such as `doc_maxlen=300`.
 
         Raises:
@@ -193,7 +196,9 @@ class ColBERT:
         check_quantization(quantization)
         runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
-        checkpoint = read_checkpoint(path, dim=dim, seed=seed, base=base, images=images)
+        checkpoint = read_checkpoint(
+            path, dim=dim, seed=seed, base=base, images=images, language=language
+        )
         if truncate_dim is not None:
             checkpoint = checkpoint.truncated(truncate_dim)
         if text_settings:
@@ -207,6 +212,8 @@ class ColBERT:
             load |= {"dim": dim, "seed": seed}
         if revision is not None:
             load["revision"] = revision
+        if language is not None:
+            load["language"] = language
         if truncate_dim is not None:
             load["truncate_dim"] = truncate_dim
         if quantization is not None:

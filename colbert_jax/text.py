@@ -45,7 +45,8 @@ class ModelTokenizer:
 
         It may be one that only the post-processor knows: it has ids of its own for what it adds.
 
-        Raises ValueError if there is no vocabulary, or a text cannot be encoded.
+        Raises ValueError if there is no vocabulary, a text cannot be encoded, or the post-processor
+        gives a token another id than the vocabulary does.
         """
         largest = max(
             ((i, token) for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items()),
@@ -58,6 +59,13 @@ class ModelTokenizer:
         except Exception as error:  # such as an unknown token that is missing
             raise ValueError(f"the tokenizer cannot encode every text: {error}") from None
         added = [pair for e in encodings for pair in zip(e.ids, e.tokens, strict=True)]
+        for i, token in added:
+            known = self.tokenizer.token_to_id(token)
+            if known not in (None, i) and i <= largest[0]:  # larger ones are the caller's affair
+                raise ValueError(
+                    f"its post-processor gives {token!r:.80} the id {i}, its vocabulary {known}: "
+                    "they are not of one model"
+                )
         return max([largest, *added])
 
     def has(self, token: str | None) -> bool:

@@ -53,6 +53,7 @@ _REGISTER: dict[str, Any] = {
 
 _WITHOUT_HEAD = ("single-vector", "huggingface")  # plain encoders
 _WITHOUT_NORMALIZING = ("native", "sentence-transformers")
+_WITH_LANGUAGE = ("stanford", "huggingface")
 _ADAPTER = "adapter_config.json"  # of peft; transformers looks for it in every folder
 
 # The layouts that can be written, by the name that the command line takes.
@@ -68,6 +69,7 @@ def read_checkpoint(
     seed: int = 0,
     base: Path | None = None,
     images: bool | None = None,
+    language: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any supported layout, which is detected from its files.
 
@@ -81,12 +83,18 @@ def read_checkpoint(
         folder.
       images: whether to read FLMR's image encoder too. If None, a checkpoint that has one is read
         without it, with a warning.
+      language: which adapters of an X-MOD model to read, such as "de_DE". If None, those of the
+        configuration's default language.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
     path = Path(path)
-    return _read(path, detect_layout(path), dim=dim, seed=seed, base=base, images=images)
+    layout = detect_layout(path)
+    if language is not None and layout not in _WITH_LANGUAGE:
+        raise ValueError(f"{path}: language= is for X-MOD in {' or '.join(_WITH_LANGUAGE)} folders")
+    arguments = dict(dim=dim, seed=seed, base=base, images=images, language=language)
+    return _read(path, layout, **arguments)
 
 
 def _read(path: Path, layout: str, **arguments: Any) -> Checkpoint:

@@ -174,10 +174,18 @@ def fingerprint(known: list[Any], params: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_backbone(file: Path) -> BackboneConfig:
-    """Read the architecture from a `config.json`. Raises ValueError, naming the file."""
+def read_backbone(file: Path, language: str | None = None) -> BackboneConfig:
+    """Read the architecture from a `config.json`. Raises ValueError, naming the file.
+
+    language: of X-MOD, in place of the file's default.
+    """
     try:
-        return config_from_huggingface(read_object(file))
+        fields = read_object(file)
+        if language is not None:
+            if fields.get("model_type") != "xmod":
+                raise ValueError("language= is for models of X-MOD, which this is not")
+            fields["default_language"] = language
+        return config_from_huggingface(fields)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(file) in message else f"{file}: {message}") from None

@@ -32,10 +32,17 @@ def detect(folder: Path) -> bool:
     return present(folder / "config.json")
 
 
-def read(folder: Path, *, dim: int | None = None, seed: int = 0, **_: Any) -> Checkpoint:
+def read(
+    folder: Path,
+    *,
+    dim: int | None = None,
+    seed: int = 0,
+    language: str | None = None,
+    **_: Any,
+) -> Checkpoint:
     """Read a plain encoder; arguments and errors as for `checkpoints.read_checkpoint`."""
     warn_without_modules(folder)
-    backbone = read_backbone(folder / "config.json")
+    backbone = read_backbone(folder / "config.json", language)
     encoder = EncoderConfig.projecting(backbone, dim)
     tensors = open_backbone(folder, backbone)
     prefix = find_prefix(tensors, backbone)

@@ -73,12 +73,14 @@ def detect(folder: Path) -> bool:
     return found and PROJECTION in find_tensors(folder)
 
 
-def read(folder: Path, *, dim: int | None = None, **_: Any) -> Checkpoint:
+def read(
+    folder: Path, *, dim: int | None = None, language: str | None = None, **_: Any
+) -> Checkpoint:
     """Read weights and settings; arguments and errors as for `checkpoints.read_checkpoint`.
 
     The projection's width is that of the weights.
     """
-    backbone = read_backbone(folder / "config.json")
+    backbone = read_backbone(folder / "config.json", language)
     tokenizer = read_tokenizer(folder)
     file = folder / METADATA
     if not present(file):

@@ -14,10 +14,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.config import require
-from colbert_jax.models import bert, jina, lfm2, modernbert, mpnet, qwen3
+from colbert_jax.models import (
+    bert,
+    eurobert,
+    jina,
+    lfm2,
+    modernbert,
+    mpnet,
+    qwen3,
+    rotary_bert,
+    xmod,
+)
 from colbert_jax.models.config import Architecture, BackboneConfig, named_tensors
 
-_MODULES: tuple[Any, ...] = (bert, mpnet, modernbert, jina, lfm2, qwen3)
+_MODULES: tuple[Any, ...] = (
+    bert,
+    mpnet,
+    modernbert,
+    jina,
+    lfm2,
+    qwen3,
+    eurobert,
+    rotary_bert,
+    xmod,
+)
 
 _REGISTER: dict[str, Architecture] = {
     entry.model_type: entry for module in _MODULES for entry in module.ARCHITECTURES
@@ -94,7 +114,8 @@ def tensor_names(config: BackboneConfig, prefix: str = "") -> dict[tuple, str]:
     def leaves(module: str) -> dict[str, str]:
         return _leaves(config, module) if config.has_module(module) else {}
 
-    return named_tensors(architecture(config).tensors, config.num_hidden_layers, leaves, prefix)
+    table = {ours: config.tensor(name) for ours, name in architecture(config).tensors.items()}
+    return named_tensors(table, config.num_hidden_layers, leaves, prefix)
 
 
 def transformers_names(config: BackboneConfig, tensor: str) -> list[str]:
@@ -121,4 +142,4 @@ def _leaves(config: BackboneConfig, module: str) -> dict[str, str]:
 def is_unused(config: BackboneConfig, tensor: str) -> bool:
     """Whether a tensor, named with or without a prefix, has no part in token embeddings."""
     parts = (*_UNUSED, *architecture(config).unused)
-    return any(part in f".{tensor}" for part in parts)
+    return any(part in f".{tensor}" for part in parts) or config.is_unused(tensor)

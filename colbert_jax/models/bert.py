@@ -208,7 +208,7 @@ WORD_POSITION = {
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
 }
-_BERT = {
+BERT_TENSORS = {
     **WORD_POSITION,
     "embeddings.token_type": "embeddings.token_type_embeddings",
     "layers.*.attention.query": "encoder.layer.*.attention.self.query",
@@ -220,7 +220,7 @@ _BERT = {
     "layers.*.output": "encoder.layer.*.output.dense",
     "layers.*.output_norm": "encoder.layer.*.output.LayerNorm",
 }
-_ELECTRA = _BERT | {"projection": "embeddings_project"}
+_ELECTRA = BERT_TENSORS | {"projection": "embeddings_project"}
 _DISTILBERT = {
     **WORD_POSITION,
     "layers.*.attention.query": "transformer.layer.*.attention.q_lin",
@@ -238,7 +238,7 @@ ARCHITECTURES = (
         "bert",
         BertConfig,
         Bert,
-        _BERT,
+        BERT_TENSORS,
         prefix="bert.",
         model_class="BertModel",
         unused=(".cls.",),
@@ -249,7 +249,7 @@ ARCHITECTURES = (
         "roberta",
         RobertaConfig,
         Roberta,
-        _BERT,
+        BERT_TENSORS,
         prefix="roberta.",
         model_class="RobertaModel",
         unused=(".lm_head.",),
@@ -259,7 +259,7 @@ ARCHITECTURES = (
         "xlm-roberta",
         RobertaConfig,
         Roberta,
-        _BERT,
+        BERT_TENSORS,
         prefix="roberta.",
         model_class="XLMRobertaModel",
         unused=(".lm_head.",),

@@ -115,6 +115,14 @@ class BackboneConfig:
         """Whether there is a module at this path of the tensor table."""
         return True
 
+    def tensor(self, name: str) -> str:
+        """Return the name of a tensor, from the one in the table."""
+        return name
+
+    def is_unused(self, tensor: str) -> bool:
+        """Whether this model leaves out a tensor that others of its architecture use."""
+        return False
+
     def has_bias(self, path: str) -> bool:
         """Whether the dense layer or layer normalisation at this path has a bias."""
         return True

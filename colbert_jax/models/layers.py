@@ -356,9 +356,11 @@ def sees_any(attended: jax.Array, reach: Reach | None) -> jax.Array:
 class Attention(nnx.Module):
     """Multi-head attention with four dense layers, within a sequence or to another one."""
 
-    def __init__(self, config: LayerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width = config.hidden_size
-        linear = partial(nnx.Linear, width, width, **dense(config, dtype, rngs))
+    def __init__(
+        self, config: LayerConfig, *, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        width, settings = config.hidden_size, dense(config, dtype, rngs)
+        linear = partial(nnx.Linear, width, width, use_bias=use_bias, **settings)
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
 

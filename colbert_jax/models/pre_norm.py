@@ -61,6 +61,10 @@ class PreNormConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head_size is None:
+            object.__setattr__(self, "head_size", self.hidden_size // self.num_attention_heads)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         check_rotary(self.head_dim, self.rope_theta)
         require(
             self.key_heads >= 1 and self.num_attention_heads % self.key_heads == 0,

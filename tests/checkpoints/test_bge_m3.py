@@ -178,3 +178,16 @@ def test_damaged_heads(folder, tmp_path, name, tensors, message):
 def test_dim_that_the_head_does_not_have(folder):
     with pytest.raises(ValueError, match=r"dim was given as 7, but colbert_linear\.pt projects to"):
         read_checkpoint(folder, dim=7)
+
+
+@pytest.mark.parametrize("name", ["colbert_linear.pt", "sparse_linear.pt"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_heads_that_cannot_be_read_are_not_absent(folder, tmp_path, name, kind):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / name).unlink()
+    if kind == "link":
+        (copy / name).symlink_to("pruned")
+    else:
+        (copy / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name}: a (link to pruned|folder in place of a file)"):
+        read_checkpoint(copy)

@@ -176,9 +176,9 @@ def test_old_layer_norm_names_half_precision_and_position_ids(plain_folder, tmp_
             r"the settings have dim 64, but linear\.weight projects to 16",
         ),
         (
-            lambda f: edit_json(f / "artifact.metadata", interaction="flipr"),
+            lambda f: edit_json(f / "artifact.metadata", interaction="xtr"),
             ValueError,
-            r"interaction 'flipr' is not supported; supported: 'colbert'",
+            r"interaction 'xtr' is not supported; supported: colbert, flipr",
         ),
         (
             lambda f: edit_json(f / "artifact.metadata", reranker=True),
@@ -335,3 +335,19 @@ def test_errors_name_the_file_of_a_setting(folder, name, changes, message):
     edit_json(folder / name, **changes)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(folder)
+
+
+def test_a_post_processor_of_another_vocabulary(plain_folder, tmp_path):
+    """Its [SEP] has the id of another token, which is within the embeddings."""
+    folder = shutil.copytree(plain_folder, tmp_path / "copy")
+    tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    fields = json.loads(tokenizer.to_str())
+    fields["post_processor"] = {
+        "type": "BertProcessing",
+        "sep": ["[SEP]", 9],
+        "cls": ["[CLS]", tokenizer.token_to_id("[CLS]")],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    said = r"its post-processor gives '\[SEP\]' the id 9, its vocabulary 5: they are not of one"
+    with pytest.raises(ValueError, match=said):
+        read_checkpoint(folder).text_tokenizer()

@@ -20,6 +20,7 @@ from colbert_jax.models.backbones import (
     make_backbone,
     tensor_names,
     to_huggingface,
+    transformers_names,
 )
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.modernbert import rotary_tables
@@ -121,6 +122,19 @@ CASES = {
         num_key_value_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0},
     ),
+    "eurobert": HALVES | dict(model_type="eurobert", num_key_value_heads=4, hidden_size=32),
+    "eurobert grouped": HALVES
+    | dict(model_type="eurobert", hidden_size=32, attention_bias=True, mlp_bias=True),
+    "gte": SIZES | dict(model_type="gte", num_attention_heads=2),
+    "gte without types": SIZES | dict(model_type="gte", num_attention_heads=2, type_vocab_size=0),
+    "nomic": SIZES | dict(model_type="nomic_bert", num_attention_heads=2),
+    "xmod": SIZES
+    | dict(
+        model_type="xmod",
+        type_vocab_size=1,
+        languages=["en_XX", "de_DE"],
+        default_language="de_DE",
+    ),
     "qwen3": QWEN3,
     "qwen3 biases": QWEN3 | dict(attention_bias=True, num_key_value_heads=4, rms_norm_eps=1e-3),
     "modernbert": MODERNBERT,
@@ -136,7 +150,7 @@ ONE_EACH = [
     if model_type not in ELSEWHERE
 ]
 # Of the tasks below, as many as transformers has for these, where they are few.
-HEADS = {"jina_embeddings_v3": 4, "lfm2": 0, "qwen3": 2}
+HEADS = {"jina_embeddings_v3": 4, "lfm2": 0, "qwen3": 2, "eurobert": 3, "gte": 3, "nomic_bert": 3}
 # Under a prefix of their own there.
 RENAMED_HEADS = {("qwen3", "QuestionAnswering")}
 # One case a module, for what does not depend on the settings.
@@ -469,3 +483,60 @@ def test_full_sizes():
 def test_bad_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         config_from_huggingface(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "usual"),
+    [
+        ("gte", "new.encoder.layer.1.attention.qkv_proj.bias", "self_attn.{}_proj.bias"),
+        ("gte", "encoder.layer.1.mlp.up_gate_proj.weight", "mlp.{}_proj.weight"),
+        ("gte", "new.encoder.layer.0.attn_ln.weight", "post_attention_layernorm.weight"),
+        ("nomic", "encoder.layers.1.attn.Wqkv.weight", "self_attn.{}_proj.weight"),
+        ("nomic", "encoder.layers.1.mlp.fc11.weight", "mlp.up_proj.weight"),
+        ("nomic", "encoder.layers.1.norm2.bias", "post_mlp_layernorm.bias"),
+        ("nomic", "emb_ln.weight", "embeddings.LayerNorm.weight"),
+    ],
+)
+def test_names_of_their_own_repositories(name, tensor, usual):
+    """As transformers' conversion of the published files has them."""
+    config = config_from_huggingface(CASES[name])
+    found = transformers_names(config, tensor)
+    prefix = architecture(config).prefix if tensor.startswith("new.") else ""
+    assert set(found) <= set(tensor_names(config, prefix).values())
+    parts = ["q", "k", "v"] if len(found) == 3 else ["up", "gate"]
+    assert all(n.endswith(usual.format(p)) for n, p in zip(found, parts, strict=False))
+    assert len(found) == (1 if "{}" not in usual else len(parts))
+
+
+def test_gte_under_its_own_name():
+    fields = CASES["gte"] | {"model_type": "new"}
+    assert config_from_huggingface(fields) == config_from_huggingface(CASES["gte"])
+    with pytest.raises(ValueError, match="rope_scaling"):
+        config_from_huggingface(fields | {"rope_scaling": {"type": "ntk", "factor": 8.0}})
+
+
+@pytest.mark.parametrize("name", ["jina", "lfm2"])
+def test_gradients_are_torchs(name):
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    theirs, _ = torch_model(CASES[name])
+    config = config_from_huggingface(CASES[name])
+    model = load(config, {k: v.numpy() for k, v in theirs.state_dict().items()})
+    ids, attended = (a[:3] for a in batch(config, 12))
+    weights = np.random.default_rng(1).normal(size=(3, 12, config.hidden_size)).astype("f4")
+    inputs = torch.from_numpy(ids).long(), torch.from_numpy(attended).long()
+    hidden = theirs(inputs[0], attention_mask=inputs[1]).last_hidden_state
+    (hidden * torch.from_numpy(weights)).sum().backward()
+    graphdef, state = nnx.split(model)
+
+    def total(state):
+        return (nnx.merge(graphdef, state)(ids, attended) * weights).sum()
+
+    ours = dict(nnx.to_flat_state(jax.jit(jax.grad(total))(state)))
+    known = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for path, tensor in tensor_names(config).items():
+        expected, got = known[tensor].numpy(), np.asarray(ours[path][...])
+        got = got.T if path[-1] == "kernel" else got
+        if path[-2:] == ("word", "embedding"):  # torch gives padding none
+            expected, got = (np.delete(g, config.pad_token_id, axis=0) for g in (expected, got))
+        # A bias of keys has none; what is left is rounding.
+        np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
