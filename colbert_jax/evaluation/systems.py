@@ -139,10 +139,7 @@ class Workbench:
 
     def _single(self, depth: int) -> Outcome:
         documents = self.documents
-        sums = np.zeros((len(self.ids), documents.values.shape[1]), np.float32)
-        owners = np.repeat(np.arange(len(self.ids)), documents.lengths)
-        np.add.at(sums, owners, documents.values)
-        vectors = _unit(sums)
+        vectors = _unit(np.stack([tokens.sum(0) for tokens in documents]))
         queries = _unit(self.encoded.sum(1))
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
