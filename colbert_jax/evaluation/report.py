@@ -63,7 +63,7 @@ class CollectionResult:
             cells[0] += MARK * self.differs(system.name)
             size, speed = system.bytes_per_document, system.queries_per_second
             cells.append("" if size is None else f"{size:,.0f}")
-            cells.append("" if speed is None else f"{speed:,.0f}")
+            cells.append("" if speed is None else f"{speed:,.{int(speed < 10)}f}")
             rows.append([system.name, *cells])
         return rows
 
@@ -222,15 +222,16 @@ def _scatter(one: CollectionResult) -> str:
         '<path d="M60 10V200H540" fill="none" stroke="#888"/>'
         f'<text x="300" y="232" text-anchor="middle">bytes a document, logarithmic: '
         f"{10**left:,.0f} to {10**right:,.0f}</text>"
-        f'<text x="4" y="24">{high:.3f}</text><text x="4" y="192">{low:.3f}</text>'
+        f'<text x="4" y="38">{high:.3f}</text><text x="4" y="182">{low:.3f}</text>'
         f'<text x="70" y="10">{html.escape(measure)}</text>'
     ]
-    for x, y, name in points:
+    for number, (x, y, name) in enumerate(points):
         across = 80 + 380 * (x - left) / (right - left or 1)
-        up = 188 - 168 * (y - low) / (high - low or 1)
+        up = 178 - 144 * (y - low) / (high - low or 1)
         parts.append(
             f'<circle cx="{across:.0f}" cy="{up:.0f}" r="5" fill="#3a6ea5"/>'
-            f'<text x="{across + 9:.0f}" y="{up + 4:.0f}">{html.escape(name)}</text>'
+            f'<text x="{across:.0f}" y="{up + (18 if number % 2 else -8):.0f}" '
+            f'text-anchor="middle">{html.escape(name)}</text>'
         )
     return "".join([*parts, "</svg>"])
 
