@@ -458,7 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
     sub.add_argument("-k", type=int, help="results (default: all)")
 
-    add_evaluate(command(evaluate, "measure an index against relevance judgements"))
+    add_evaluate(command(evaluate, "measure an index, or systems on published collections"))
     add_rerank(command(rerank, "order the candidates of a run file by their exact scores"))
 
     sub = command(evaluate_m2kr, "measure a model of images on questions of M2KR")

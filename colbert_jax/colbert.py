@@ -75,6 +75,7 @@ class ColBERT:
 
     Attributes:
       images: the image encoder (`multimodal.ImagePart`); None for a model of texts.
+      positions: tokens that a text may have at most, by the encoder.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ColBERT:
         self._checkpoint = dataclasses.replace(
             checkpoint, params={}, query_params=None, images=None
         )
-        self._positions = positions
+        self.positions = positions
         self.dim = encoder.dim
         self._runner = BatchRunner(devices, positions)
         self.devices = self._runner.devices
@@ -372,7 +373,7 @@ class ColBERT:
         """Lq of queries of which the longest has so many token embeddings."""
         fixed = self.config.text.fixed_query_length
         more = self.images.query_rows if with_image and self.images is not None else 0
-        return ladder_length(longest, self._positions + more) if fixed is None else fixed + more
+        return ladder_length(longest, self.positions + more) if fixed is None else fixed + more
 
     def encode_documents(
         self,

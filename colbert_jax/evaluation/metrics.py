@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Name in reports -> measure of ir-measures. nDCG has linear gains, as trec_eval's.
@@ -86,7 +87,63 @@ def evaluate_ranking(
       ImportError: ir-measures is not installed.
       ValueError: no judged query is in the ranking.
     """
+    measures = parse_measures(MEASURES)
+    run, judged = _as_read_by_tools(ranking, qrels, ignore_self)
+    values = require_ir_measures().calc_aggregate(list(measures.values()), judged, run)
+    return {name: float(values[measure]) for name, measure in measures.items()}
+
+
+def parse_measures(names: Iterable[str]) -> dict[str, Any]:
+    """Measures of ir-measures by the names that reports have.
+
+    Args:
+      names: those of `MEASURES`, MRR@k, Recall@k, and all of ir-measures': nDCG@10, AP(rel=2)@1000.
+
+    Raises:
+      ImportError: ir-measures is not installed.
+      ValueError: an unknown measure.
+    """
     ir_measures = require_ir_measures()
+    found = {}
+    for name in names:
+        text = MEASURES.get(name) or re.sub(r"^Recall(?=[(@])", "R", re.sub("^MRR", "RR", name))
+        try:
+            found[name] = ir_measures.parse_measure(text)
+        except (NameError, ValueError, TypeError, SyntaxError) as error:
+            raise ValueError(
+                f"{name!r:.60}: no measure of ir-measures, such as nDCG@10, MRR@10, Recall@100, "
+                f"Success@5, AP(rel=2)@1000: {error}"
+            ) from None
+    return found
+
+
+def measure_queries(
+    ranking: Mapping[str, Sequence[str]],
+    qrels: Mapping[str, Mapping[str, int]],
+    measures: Iterable[str] = tuple(MEASURES),
+    *,
+    ignore_self: bool = False,
+) -> dict[str, dict[str, float]]:
+    """The values of each judged query, measure -> qid -> value; else as `evaluate_ranking`.
+
+    Raises:
+      ImportError, ValueError: see `parse_measures` and `evaluate_ranking`.
+    """
+    parsed = parse_measures(measures)
+    run, judged = _as_read_by_tools(ranking, qrels, ignore_self)
+    names = {measure: name for name, measure in parsed.items()}
+    values = {name: dict.fromkeys(judged, 0.0) for name in parsed}
+    for found in require_ir_measures().iter_calc(list(names), judged, run):
+        values[names[found.measure]][found.query_id] = float(found.value)
+    return values
+
+
+def _as_read_by_tools(
+    ranking: Mapping[str, Sequence[str]],
+    qrels: Mapping[str, Mapping[str, int]],
+    ignore_self: bool,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """Run and judgements for ir-measures. Raises ValueError where they share no query."""
     if ignore_self:
         ranking = {qid: [pid for pid in pids if pid != qid] for qid, pids in ranking.items()}
         others = {q: {p: g for p, g in gains.items() if p != q} for q, gains in qrels.items()}
@@ -95,13 +152,10 @@ def evaluate_ranking(
         raise ValueError(
             "none of the queries has a judgement: do the ids of queries and qrels match?"
         )
-    measures = {name: ir_measures.parse_measure(text) for name, text in MEASURES.items()}
     # The order is ours already: falling numbers keep the library from breaking ties its own way.
     run = {
         qid: {pid: float(len(pids) - place) for place, pid in enumerate(pids)}
         for qid, pids in ranking.items()
         if qid in qrels
     }
-    judged = {qid: dict(gains) for qid, gains in qrels.items()}
-    values = ir_measures.calc_aggregate(list(measures.values()), judged, run)
-    return {name: float(values[measure]) for name, measure in measures.items()}
+    return run, {qid: dict(gains) for qid, gains in qrels.items()}
