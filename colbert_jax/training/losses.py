@@ -201,6 +201,12 @@ def encode_chunked(encode: Callable[[Any, Any], Any], params: Any, rows: Any, ch
     """
     if chunk < 1:
         raise ValueError(f"a chunk must have at least 1 row, got {chunk}")
+
+    def encoded(params: Any, part: Any) -> Any:
+        # A function of this call: of one that was given to jax.checkpoint before, in the same
+        # program, gradients were wrong (jax 0.10.2).
+        return encode(params, part)
+
     n = jax.tree.leaves(rows)[0].shape[0]
     steps = n // chunk
     whole = steps * chunk
@@ -213,12 +219,12 @@ def encode_chunked(encode: Callable[[Any, Any], Any], params: Any, rows: Any, ch
 
     parts = []
     if steps:
-        in_loop = jax.checkpoint(encode, prevent_cse=False)
+        in_loop = jax.checkpoint(encoded, prevent_cse=False)
         out = jax.lax.map(lambda part: in_loop(params, part), jax.tree.map(strided, rows))
         parts.append(jax.tree.map(in_order, out))
     if whole < n:
         rest = jax.tree.map(lambda x: x[whole:], rows)
-        parts.append(jax.checkpoint(encode)(params, rest))
+        parts.append(jax.checkpoint(encoded)(params, rest))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 

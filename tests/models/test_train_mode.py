@@ -18,6 +18,7 @@ SIZES = dict(
     hidden_size=16,
     num_hidden_layers=2,
     num_attention_heads=2,
+    num_key_value_heads=1,
     intermediate_size=24,
     max_position_embeddings=24,
     pad_token_id=1,
