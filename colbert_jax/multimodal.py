@@ -343,8 +343,9 @@ class ImagePart:
     ) -> Iterator[np.ndarray]:
         """What `run` gives of each item; images are processed while the device is at work."""
         places = list(items.images)
+        images: Any = (items.images[place] for place in places)
         found = pixel_blocks(
-            (items.images[place] for place in places),  # type: ignore[misc]
+            images,
             self.side.image_config,
             rows=self._runner.rows_of(self.side.config.vision.patches + 1 + length),
             label=lambda n: items.label(places[n]),
