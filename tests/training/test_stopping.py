@@ -305,21 +305,8 @@ train(model, source, folder, TrainingConfig(**json.loads(settings)), tasks=[task
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        *(
-            pytest.param(
-                number,
-                marks=pytest.mark.skipif(
-                    not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG
-                ),
-            )
-            for number in (signal.SIGKILL, signal.SIGINT)
-        ),
-    ],
-)
+@pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_signals_to_a_process(number, shallow_folder, files, tmp_path):
     """At moments that the clock chooses, until the run is through."""
 
