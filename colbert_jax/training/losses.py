@@ -203,8 +203,8 @@ def encode_chunked(encode: Callable[[Any, Any], Any], params: Any, rows: Any, ch
         raise ValueError(f"a chunk must have at least 1 row, got {chunk}")
 
     def encoded(params: Any, part: Any) -> Any:
-        # A function of this call: of one that was given to jax.checkpoint before, in the same
-        # program, gradients were wrong (jax 0.10.2).
+        # A function of this call: jax.checkpoint keeps what it has traced by function, and with one
+        # function for all calls a run's later steps got other gradients (jax 0.10.2).
         return encode(params, part)
 
     n = jax.tree.leaves(rows)[0].shape[0]
