@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from colbert_jax.config import require
-from colbert_jax.models.activations import activation
 from colbert_jax.models.bert import BERT_TENSORS, Roberta, RobertaConfig
 from colbert_jax.models.config import Architecture
-from colbert_jax.models.layers import Attention, TrainMode, dense, dropped, layer_norm
+from colbert_jax.models.layers import PostNormLayer, TrainMode, dense, dropped
+from colbert_jax.models.rotary import Rotation
 
 _FIXED = {
     "pre_norm": False,
@@ -87,20 +87,18 @@ class XmodConfig(RobertaConfig):
         return {"languages": [self.default_language]} | _FIXED
 
 
-class XmodLayer(nnx.Module):
+class XmodLayer(PostNormLayer):
     """A post-layer-norm layer with an adapter at its end; the last normalisation comes twice."""
 
     def __init__(self, config: XmodConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, inner, narrow = config.hidden_size, config.intermediate_size, config.adapter_width
-        settings = dense(config, dtype, rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.attention_norm = layer_norm(config, width, rngs=rngs)
-        self.intermediate = nnx.Linear(width, inner, **settings)
-        self.output = nnx.Linear(inner, width, **settings)
-        self.output_norm = layer_norm(config, width, rngs=rngs)
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        width, narrow, settings = (
+            config.hidden_size,
+            config.adapter_width,
+            dense(config, dtype, rngs),
+        )
         self.adapter_down = nnx.Linear(width, narrow, **settings)
         self.adapter_up = nnx.Linear(narrow, width, **settings)
-        self.activation = activation(config.hidden_act)
 
     def __call__(
         self,
@@ -108,13 +106,10 @@ class XmodLayer(nnx.Module):
         attended: jax.Array,
         position_bias: jax.Array | None = None,
         train: TrainMode | None = None,
-        rotation: None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Apply the layer; arguments as for `layers.PostNormLayer`."""
-        y = self.attention(x, attended, position_bias, train)
-        x = self.attention_norm(x + dropped(y, train, 1))
-        y = self.output(self.activation(self.intermediate(x)))
-        x = self.output_norm(x + dropped(y, train, 2))
+        x = super().__call__(x, attended, position_bias, train, rotation)
         y = self.adapter_up(self.activation(self.adapter_down(x)))
         return self.output_norm(x + dropped(y, train, 3))
 

@@ -163,9 +163,11 @@ def _search_one(
 ) -> tuple[np.ndarray, np.ndarray]:
     from colbert_jax.search import cpu_kernels
 
-    columns, num_rows = _columns(query), int(query.any(axis=1).sum())
+    rows = query[query.any(axis=1)]
+    num_rows = len(rows)
     if num_rows == 0:
         return np.empty(0, np.int32), np.empty(0, np.float32)
+    columns = _columns(rows)
     width = columns.shape[0] * columns.shape[2]
     num_centroids, num_documents = len(arrays.centroids), len(arrays.offsets) - 1
     ncells = min(int(settings.ncells or 1), num_centroids)
@@ -250,10 +252,10 @@ def _search_one(
 
 
 def _columns(rows: np.ndarray) -> np.ndarray:
-    """The rows [n, D] of a query, or of several, that are not zero, see `tiles.pack`."""
+    """The rows [n, D] of a query, or of several, see `tiles.pack`."""
     from colbert_jax.compression import tiles
 
-    return tiles.packed(np.ascontiguousarray(rows[rows.any(axis=1)], np.float32))
+    return tiles.packed(np.ascontiguousarray(rows, np.float32))
 
 
 def _key(threshold: float | None) -> np.int32:
