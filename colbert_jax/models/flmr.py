@@ -169,13 +169,18 @@ class ImageEncoder(nnx.Module):
         return rows.reshape(len(rows), -1, self.config.dim)
 
     def rows(
-        self, class_tokens: jax.Array, patches: jax.Array | None, text: jax.Array | None
+        self,
+        class_tokens: jax.Array,
+        patches: jax.Array | None,
+        text: jax.Array | None,
+        train: TrainMode | None = None,
     ) -> jax.Array:
         """Turn what the vision encoder gave into token embeddings: of class tokens, of patches.
 
         Args:
           class_tokens: as for `project`.
-          patches, text: as for `map_patches`; None where patches give no token embeddings.
+          patches, text, train: as for `map_patches`; no patches and text where patches give no
+            token embeddings.
 
         Returns:
           float32[B, rows, D].
@@ -184,7 +189,7 @@ class ImageEncoder(nnx.Module):
         if patches is None:
             return rows
         assert text is not None
-        return jnp.concatenate([rows, self.map_patches(patches, text)], axis=1)
+        return jnp.concatenate([rows, self.map_patches(patches, text, train)], axis=1)
 
     def map_patches(
         self, patches: jax.Array, text: jax.Array, train: TrainMode | None = None

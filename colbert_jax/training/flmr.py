@@ -258,25 +258,20 @@ class _Loss(NamedTuple):
         tokens, images, keys = part
         train = TrainMode(keys, config.dropout, config.remat)
         text = make_encoder(self.encoder, params.get("query", params["context"]), dtype)
-        attended = jnp.arange(tokens.ids.shape[1]) < tokens.attended[:, None]
-        states = text.backbone(tokens.ids, attended, train)
-        words = states
-        for layer in text.head:
-            words = layer(words)
-        words = words.astype(jnp.float32) * tokens.kept[..., None]
+        states = text.states(tokens.ids, tokens.attended, train)
+        words = text.project(states) * tokens.kept[..., None]
         if self.images is None or images is None:
             return unit_length(words)
         encoder = make_image_encoder(self.images, params["images"], dtype)
         seen = encoder.see(images.pixels)
-        rows = [encoder.project(seen.class_token[:, None])]
-        if encoder.mapping is not None:
-            # Random numbers of its own: the text encoder's places come before these.
-            own = train.at(self.encoder.backbone.num_hidden_layers + 1)
-            rows.append(encoder.map_patches(seen.patches[:, None], states, own))
+        patches = None if encoder.mapping is None else seen.patches[:, None]
+        # Random numbers of its own: the text encoder's places come before these.
+        own = train.at(self.encoder.backbone.num_hidden_layers + 1)
+        rows = encoder.rows(seen.class_token[:, None], patches, states, own)
         given = images.given[:, None, None]
         if not self.with_text:
             words = words * ~given
-        return unit_length(jnp.concatenate([words, *(x * given for x in rows)], axis=1))
+        return unit_length(jnp.concatenate([words, rows * given], axis=1))
 
 
 # --- Examples -------------------------------------------------------------------------------
