@@ -115,7 +115,26 @@ def prepare(
                 temporary = file.with_suffix(".tmp.npz")
                 np.savez(temporary, values=values, lengths=rows.lengths)
                 temporary.rename(file)
+            file = cache / f"token_ids{start // _CHUNK:04d}.npy"
+            if not file.exists():
+                np.save(file, _token_ids(model, texts[start : start + _CHUNK]))
             bar.update(_CHUNK)
+
+
+def _token_ids(model: ColBERT, texts: list[str]) -> np.ndarray:
+    """int32[T]: the vocabulary's ids of the tokens that `encode_documents` returns."""
+    rows = model.tokenizer.documents(texts).ids
+    return np.concatenate([ids[model.tokenizer.kept(ids)] for ids in rows]).astype(np.int32)
+
+
+def token_ids(cache: Path, passages: int) -> np.ndarray | None:
+    """int32[T] of the first passages' tokens, or None where the cache lacks some."""
+    files = [cache / f"token_ids{i:04d}.npy" for i in range(-(-passages // _CHUNK))]
+    if not all(file.exists() for file in files):
+        return None
+    chunks = [np.load(cache / f"chunk{i:04d}.npz")["lengths"] for i in range(len(files))]
+    lengths = np.concatenate(chunks)[:passages]
+    return np.concatenate([np.load(file) for file in files])[: lengths.sum()]
 
 
 def load(cache: Path, passages: int) -> tuple[DocumentEmbeddings, np.ndarray]:

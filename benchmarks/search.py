@@ -38,10 +38,22 @@ ADAPTERS = {
     "colbert-jax": "colbert_jax_",
     "colbert-jax-other": "colbert_jax_",
     "fast-plaid": "fast_plaid_",
+    "xtr-warp": "xtr_warp_",
+    "tachiom": "tachiom_",
     "colbert-ai": "colbert_ai",
+    "lancedb": "lancedb_",
+    "qdrant": "qdrant_",
     "torch": "exact_torch",
 }
-PACKAGES = {"fast-plaid": "fast_plaid", "colbert-ai": "colbert", "torch": "torch"}
+PACKAGES = {
+    "fast-plaid": "fast_plaid",
+    "xtr-warp": "xtr_warp",
+    "tachiom": "tachiom",
+    "colbert-ai": "colbert",
+    "lancedb": "lancedb",
+    "qdrant": "qdrant_client",
+    "torch": "torch",
+}
 OURS = "colbert-jax"
 OTHER = "colbert-jax-other"  # another version of this library, of the PYTHON that --peer names
 LEAST = 16  # timed queries of a setting, however slow
@@ -117,6 +129,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="of timing, for each setting and batch size"
     )
+    parser.add_argument(
+        "--longest-call",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a batch that would take longer is not measured",
+    )
     parser.add_argument("--defaults-only", action="store_true", help="no sweep of settings")
     parser.add_argument("--threads", type=int, default=_cores())
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -140,8 +159,6 @@ def parse() -> argparse.Namespace:
     if args.output and importlib.util.find_spec("matplotlib") is None and not args.growth:
         parser.error('the picture needs matplotlib: pip install "colbert-jax[notebook]"')
     args.batches = sorted({1, *args.batches})
-    if max(args.k) > search_data.DEPTH:
-        parser.error(f"--k: exact answers are kept down to {search_data.DEPTH}")
     return args
 
 
@@ -202,7 +219,8 @@ def run(
     """Build and search at one size."""
     data = work / "data"
     data.mkdir(exist_ok=True)
-    tokens, check, exact = search_data.prepare(args.cache, passages, args.queries, data)
+    depth = max(args.k)
+    tokens, check, exact = search_data.prepare(args.cache, passages, args.queries, data, depth)
     out: dict[str, Any] = {"passages": passages, "tokens": tokens, "builds": [], "searches": []}
     folders = {}
     for system in systems:
@@ -327,6 +345,8 @@ def take_turns(points: list[Point], batch: int, args: argparse.Namespace) -> Non
     least = math.ceil(LEAST / (args.rounds * batch))
     for turn in range(args.rounds + 1):
         for point in points:
+            if point.query_seconds * batch > args.longest_call:
+                continue
             spent = point.calls.get(batch, [])
             enough = sum(spent) > args.seconds and len(spent) * batch >= LEAST
             if (enough and not point.default) or (not turn and point.warm == batch):
@@ -353,7 +373,7 @@ def summary(point: Point, batches: list[int]) -> dict[str, Any]:
         "batches": {},
     }
     for batch in batches:
-        of = batch if batch in point.calls else 1  # without batches: one query after the other
+        of = batch if point.one_call else 1  # without batches: one query after the other
         if of not in point.calls:
             continue
         calls = 1e3 * np.asarray(point.calls[of])

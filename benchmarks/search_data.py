@@ -6,21 +6,26 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from passages import load
+from passages import load, token_ids
 
-DEPTH = 100
+DEPTH = 100  # of the exact answers, at least
 _TOKENS = 2048  # of documents in one product
 
 
-def prepare(cache: Path, passages: int, queries: int, folder: Path) -> tuple[int, str, np.ndarray]:
+def prepare(
+    cache: Path, passages: int, queries: int, folder: Path, depth: int = DEPTH
+) -> tuple[int, str, np.ndarray]:
     """Write the embeddings as plain arrays into `folder` and find the exact answers.
 
-    values.npy float16[T, D], lengths.npy int64[N], and queries.npz: the rows of all queries without
-    padding, float32, and their lengths. The exact answers are kept in `cache`.
+    values.npy float16[T, D], lengths.npy int64[N], queries.npz: the rows of all queries without
+    padding, float32, and their lengths; token_ids.npy int32[T] if the cache has them. The exact
+    answers are kept in `cache`.
 
     Returns:
-      T, a checksum of values.npy, and the exact answers int[queries, min(DEPTH, N)].
+      T, a checksum of values.npy, and the exact answers int[queries, min(depth, N)], at least
+      those down to DEPTH.
     """
+    depth = max(depth, DEPTH)
     try:
         documents, padded = load(cache, passages)
     except FileNotFoundError as error:
@@ -40,13 +45,17 @@ def prepare(cache: Path, passages: int, queries: int, folder: Path) -> tuple[int
     np.savez(
         folder / "queries.npz", values=np.concatenate(rows), lengths=[len(row) for row in rows]
     )
+    ids = token_ids(cache, passages)
+    if ids is not None:
+        np.save(folder / "token_ids.npy", ids)
     check = f"{zlib.crc32(np.ascontiguousarray(documents.values)):08x}"
     both = zlib.crc32(np.concatenate(rows), int(check, 16))
-    file = cache / f"exact_{passages}_{queries}_{both:08x}.npy"
+    deep = "" if depth == DEPTH else f"_{depth}"
+    file = cache / f"exact_{passages}_{queries}_{both:08x}{deep}.npy"
     if not file.exists():
         print(f"exact scoring of {queries} queries on {passages} passages", flush=True)
         temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, exact_answers(documents.values, lengths, rows))
+        np.save(temporary, exact_answers(documents.values, lengths, rows, depth))
         temporary.rename(file)
     return len(documents.values), check, np.load(file)
 

@@ -141,7 +141,7 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """Overlap against queries per second at the smallest k: a panel for each batch size.
+    """Overlap against queries per second: a row of panels for each k, a column for each batch size.
 
     Every point is one group of settings, the line of a system joins those that no other of its own
     beats in both, and a star is its defaults.
@@ -153,30 +153,17 @@ def picture(results: dict[str, Any], file: Path) -> None:
 
     (run,) = results["runs"]
     batches = results["about"]["batches"]
-    k = min(row["k"] for row in run["searches"])
-    rows = [row for row in run["searches"] if row["k"] == k]
-    names = list(dict.fromkeys(row["system"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(batches), figsize=(5.2 * len(batches), 4.2), sharey=True, squeeze=False
-    )
-    for axis, batch in zip(axes[0], map(str, batches), strict=True):
-        for colour, name in enumerate(names):
-            points = sorted(
-                (_speed(row, batch), row["overlap"], row["default"])
-                for row in rows
-                if row["system"] == name and batch in row["batches"]
-            )
-            style = f"C{colour}"
-            front = [p for i, p in enumerate(points) if all(q[1] < p[1] for q in points[i + 1 :])]
-            axis.plot(*zip(*[p[:2] for p in front], strict=True), color=style, label=name)
-            axis.scatter(*zip(*[p[:2] for p in points], strict=True), color=style, s=14)
-            stars = [p[:2] for p in points if p[2]]
-            axis.scatter(*zip(*stars, strict=True), color=style, marker="*", s=150, zorder=3)
-        axis.set_xscale("log")
+    ks = sorted({row["k"] for row in run["searches"]})
+    names = list(dict.fromkeys(row["system"] for row in run["searches"]))
+    size = (5.2 * len(batches), 3.8 * len(ks) + 0.4)
+    figure, axes = plt.subplots(len(ks), len(batches), figsize=size, sharey="row", squeeze=False)
+    for k, row in zip(ks, axes, strict=True):
+        for batch, axis in zip(map(str, batches), row, strict=True):
+            _panel(axis, [r for r in run["searches"] if r["k"] == k], names, batch)
+            axis.set_title("one query at a time" if batch == "1" else f"batches of {batch}")
+        row[0].set_ylabel(f"overlap@{k} with exact scoring")
+    for axis in axes[-1]:
         axis.set_xlabel("queries per second")
-        axis.set_title("one query at a time" if batch == "1" else f"batches of {batch}")
-        axis.grid(True, which="both", alpha=0.25)
-    axes[0][0].set_ylabel(f"overlap@{k} with exact scoring")
     axes[0][0].legend(title="star: defaults")
     machine = results["about"]["machine"]
     figure.suptitle(
@@ -184,5 +171,26 @@ def picture(results: dict[str, Any], file: Path) -> None:
         f"{machine['cpu']}, {results['about']['threads']} threads"
     )
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], names: list[str], batch: str) -> None:
+    """One k and one batch size."""
+    for colour, name in enumerate(names):
+        points = sorted(
+            (_speed(row, batch), row["overlap"], row["default"])
+            for row in rows
+            if row["system"] == name and batch in row["batches"]
+        )
+        if not points:
+            continue
+        style = f"C{colour}"
+        front = [p for i, p in enumerate(points) if all(q[1] < p[1] for q in points[i + 1 :])]
+        axis.plot(*zip(*[p[:2] for p in front], strict=True), color=style, label=name)
+        axis.scatter(*zip(*[p[:2] for p in points], strict=True), color=style, s=14)
+        stars = [p[:2] for p in points if p[2]]
+        if stars:
+            axis.scatter(*zip(*stars, strict=True), color=style, marker="*", s=150, zorder=3)
+    axis.set_xscale("log")
+    axis.grid(True, which="both", alpha=0.25)

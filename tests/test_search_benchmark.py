@@ -1,5 +1,6 @@
 """benchmarks/search.py as its README runs it, on a tiny cache, and the sums behind its tables."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -62,7 +63,8 @@ def test_command(tmp_path):
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "search.py"), str(cache), "--passages", "300"]
         + ["--queries", "16", "--k", "5", "--batches", "8", "--rounds", "1", "--seconds", "0.1"]
-        + ["--defaults-only", "--without", "fast-plaid,colbert-ai", "--output", str(output)],
+        + ["--defaults-only", "--output", str(output)]
+        + ["--without", "fast-plaid,colbert-ai,xtr-warp,tachiom,lancedb,qdrant"],
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -103,6 +105,36 @@ def test_exact_answers(benchmark, monkeypatch):
     found = data.exact_answers(values, lengths, rows, depth=20)
     np.testing.assert_array_equal(found, [brute_force(values, lengths, q, 20) for q in rows])
     assert data.exact_answers(values, lengths, rows, depth=100).shape == (6, 89)  # one is empty
+
+
+def test_prepare_keeps_token_ids_and_answers_of_each_depth(benchmark, tmp_path):
+    values, lengths, queries = make(np.random.default_rng(4), 150, 3)
+    np.savez(tmp_path / "chunk0000.npz", values=values, lengths=lengths)
+    np.save(tmp_path / "queries.npy", queries)
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare = benchmark["data"].prepare
+    first = prepare(tmp_path, 140, 3, data)[2]
+    assert not (data / "token_ids.npy").exists()
+    np.save(tmp_path / "token_ids0000.npy", np.arange(len(values)))
+    deep = prepare(tmp_path, 140, 3, data, 130)[2]
+    assert (first.shape, deep.shape) == ((3, 100), (3, 130))
+    np.testing.assert_array_equal(deep[:, :100], first)
+    assert len(np.load(data / "token_ids.npy")) == lengths[:140].sum() < len(values)
+
+
+def test_a_batch_that_would_take_too_long_is_left_out(benchmark):
+    class Answers:
+        def ask(self, do, *, batch, calls, **_):
+            return {"seconds": [0.01 * batch] * calls, "cpu_seconds": 0.01 * batch * calls}
+
+    search = benchmark["search"]
+    point = search.Point("peer", 10, {}, True, Answers(), True, query_seconds=0.01)
+    args = argparse.Namespace(queries=64, rounds=1, seconds=0.1, longest_call=1.0)
+    for batch in (1, 64, 1024):
+        search.take_turns([point], batch, args)
+    assert set(point.calls) == {1, 64}
+    assert set(search.summary(point, [1, 64, 1024])["batches"]) == {"1", "64"}
 
 
 def test_overlap(benchmark):
@@ -156,16 +188,16 @@ def test_exponents(benchmark):
         (["--passages", "400"], "holds 300 passages, --passages 400"),
         (["--passages", "2000"], "chunk0001.npz is missing: fill"),
         (["--peer", "torch=no-such-python"], "no-such-python cannot run torch"),
-        (["--peer", "faiss=python"], "one of fast-plaid, colbert-ai, torch"),
-        (["--k", "200"], "down to 100"),
+        (["--peer", "faiss=python"], "tachiom, colbert-ai, lancedb, qdrant, torch"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
     ],
 )
 def test_errors(benchmark, arguments, message, tmp_path, monkeypatch, capsys):
     values, lengths, queries = make(np.random.default_rng(2), 300, 4)
     np.savez(tmp_path / "chunk0000.npz", values=values, lengths=lengths)
     np.save(tmp_path / "queries.npy", queries)
-    everything = "colbert-jax,fast-plaid,colbert-ai"
-    everything += "" if "torch" in arguments[-1] else ",torch"
+    systems = set(benchmark["search"].ADAPTERS) - {"colbert-jax-other"}
+    everything = ",".join(systems - ({"torch"} if "torch" in arguments[-1] else set()))
     command = ["search.py", str(tmp_path), "--without", everything, "--queries", "4", *arguments]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as raised:

@@ -15,6 +15,8 @@ names a module of this folder with
     prepare(queries)                        queries [Lq, D] as its users would hold them
     search(opened, prepared, k, settings)   the timed call, complete when it returns
     ids(found)                              what search returned, as lists of document numbers
+    NEEDS_TOKEN_IDS                         may be missing; if True, `build` gets a last argument
+                                            int32[T], the vocabulary's id of every token
 
 and for lifecycle.py, where a document is its number among all that are ever added,
 
@@ -84,11 +86,16 @@ class Worker:
         values = np.load(Path(data) / "values.npy", mmap_mode="c")
         lengths = np.load(Path(data) / "lengths.npy")[:documents]
         values = values[: lengths.sum()]
+        more = []
+        if getattr(self.adapter, "NEEDS_TOKEN_IDS", False):
+            if not (Path(data) / "token_ids.npy").exists():
+                raise ValueError("no token ids in the cache: run benchmarks/passages.py again")
+            more = [np.load(Path(data) / "token_ids.npy")[: len(values)]]
         before, cpu, start = peak_mb(), time.process_time(), time.perf_counter()
         build = self.adapter.build
         if documents is not None:
             build = getattr(self.adapter, "named", build)
-        build(Path(folder), values, lengths, nbits)
+        build(Path(folder), values, lengths, nbits, *more)
         return {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu,

@@ -18,7 +18,7 @@ BATCHES = True
 
 def settings(k: int) -> list[dict[str, Any]]:
     pylate = {"nprobe": 32, "t_prime": 100_000}  # what PyLate's WARP passes
-    return [{}, pylate]
+    return [{}, pylate, {"nprobe": 16, "bound": 256}, {"nprobe": 64, "bound": 512}]
 
 
 def versions() -> dict[str, str]:
