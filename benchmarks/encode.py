@@ -1,7 +1,8 @@
 """Encoding speed on a CPU: this library, PyLate and colbert-ai on the same passages and weights.
 
     python benchmarks/encode.py DATA --checkpoint FOLDER [--documents 5000] \
-        [--peer pylate=PYTHON] [--peer colbert-ai=PYTHON] [--int8] \
+        [--peer pylate=PYTHON] [--peer colbert-ai=PYTHON] [--peer torch=PYTHON] \
+        [--peer "torch int8=PYTHON"] [--int8] \
         [--quality cranfield,scifact] [--output results.json]
 
 DATA is the folder that `passages.py` reads. FOLDER is a checkpoint of any layout; one without a
@@ -13,7 +14,9 @@ loads the model, encodes all documents (at most 180 tokens, mixed lengths) twice
 in one call, and single queries. The second time is reported; the first one, in which we compile
 what is not in the cache on the disk, as `first_seconds`, of every run (the cache is empty in the
 first run). Tokenisation is timed by itself as well. Batches are the libraries' own: PyLate sorts
-by length and pads 32 documents to the longest, as colbert-ai does with the 64 of its indexer. CPU
+by length and pads 32 documents to the longest, as colbert-ai does with the 64 of its indexer.
+torch is transformers' model called as PyLate calls it, torch int8 the same after its
+quantize_dynamic; both need a BERT. CPU
 seconds are of all threads. --quality prints nDCG@10 of the checkpoint as it is, in float32 and in
 int8, by exact scoring of the raw embeddings.
 """
@@ -105,11 +108,73 @@ def load_colbert_ai(folder: str) -> Encoder:
     )
 
 
+def load_torch(folder: str, int8: bool = False) -> Encoder:
+    """transformers' BERT and the projection in plain torch: 32 texts of like length at a time."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+    from transformers import BertModel
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    weights: dict[str, Any] = {}
+    for file in Path(folder).glob("*.safetensors"):
+        weights |= load_file(file)
+    bert = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    known = {name.removeprefix("bert."): value for name, value in weights.items()}
+    bert.load_state_dict({name: known[name] for name in bert.state_dict()})
+    projection = weights["linear.weight"].T
+    if int8:
+        bert = torch.ao.quantization.quantize_dynamic(bert, {torch.nn.Linear}, torch.qint8)
+    tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokenizer.no_padding()
+    of = tokenizer.token_to_id
+    dropped: Any = [of(c) for c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" if of(c) is not None]
+
+    def tokenize(texts, marker="[unused1]", maxlen=DOC_MAXLEN):
+        tokenizer.enable_truncation(maxlen - 1)
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        return [[row[0], of(marker), *row[1:]] for row in rows]
+
+    def encode(rows, attended):
+        places = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        out: list[Any] = [None] * len(rows)
+        for first in range(0, len(rows), 32):
+            some = places[first : first + 32]
+            width = max(len(rows[i]) for i in some)
+            ids = torch.zeros((len(some), width), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for j, i in enumerate(some):
+                ids[j, : len(rows[i])] = torch.tensor(rows[i])
+                mask[j, : attended[i]] = 1
+            with torch.inference_mode():
+                hidden = bert(input_ids=ids, attention_mask=mask).last_hidden_state
+                values = torch.nn.functional.normalize(hidden @ projection, dim=-1).numpy()
+            for j, i in enumerate(some):
+                out[i] = values[j, : len(rows[i])]
+        return out
+
+    def documents(texts):
+        rows = tokenize(texts)
+        values = encode(rows, list(map(len, rows)))
+        kept = [v[~np.isin(np.array(r), dropped)] for v, r in zip(values, rows, strict=True)]
+        return np.concatenate(kept), np.array([len(row) for row in kept])
+
+    def queries(texts):
+        rows = tokenize(texts, "[unused0]", QUERY_MAXLEN)
+        filled = [row + [of("[MASK]")] * (QUERY_MAXLEN - len(row)) for row in rows]
+        return np.stack(encode(filled, list(map(len, rows))))
+
+    return Encoder(tokenize, documents, queries)
+
+
 LOADERS: dict[str, Callable[[str], Encoder]] = {
     "colbert_jax": load_colbert_jax,
     "colbert_jax int8": lambda folder: load_colbert_jax(folder, "int8"),
     "pylate": load_pylate,
     "colbert-ai": load_colbert_ai,
+    "torch": load_torch,
+    "torch int8": lambda folder: load_torch(folder, int8=True),
 }
 
 
@@ -289,7 +354,8 @@ def parse() -> argparse.Namespace:
         parser.error("DATA and --checkpoint are needed")
     for peer in args.peer:
         if peer.partition("=")[0] not in set(LOADERS) - set(OURS) or "=" not in peer:
-            parser.error(f"--peer {peer}: give pylate=PYTHON or colbert-ai=PYTHON")
+            names = ", ".join(name for name in LOADERS if name not in OURS)
+            parser.error(f"--peer {peer}: give NAME=PYTHON with NAME one of {names}")
     return args
 
 

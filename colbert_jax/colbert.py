@@ -33,9 +33,9 @@ from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.explanation import Explanation
 from colbert_jax.models.colbert import (
     EncoderConfig,
-    check_quantization,
     make_encoder,
     quantize,
+    resolve_quantization,
 )
 from colbert_jax.multimodal import NO_IMAGES, ImagePart, Items, Query, as_items, in_order
 from colbert_jax.progress import progress_bar
@@ -96,14 +96,16 @@ class ColBERT:
             a CPU.
           quantization: "int8" makes the backbone's dense layers multiply 8-bit integers
             (`models.int8`), at a small loss of quality: four times smaller, and faster on devices
-            with int8 units and on CPUs with VNNI from jaxlib 0.12 on. If None, no quantization.
+            with int8 units and on CPUs with VNNI. "auto" is "int8" on such CPUs and None
+            elsewhere; which of them it became is in `quantization` and in the indexes that the
+            model builds. If None, no quantization.
           devices: to encode on. If None, all local devices.
 
         Raises:
           ValueError: texts may be longer than the encoder has positions, or an unknown
             quantization.
         """
-        check_quantization(quantization)
+        quantization = resolve_quantization(quantization)
         runtime.check_process()
         config, encoder = checkpoint.config, checkpoint.encoder
         positions = encoder.backbone.max_length
@@ -194,7 +196,7 @@ class ColBERT:
                 f"from_pretrained has no setting {', '.join(unknown)}; text settings are "
                 f"{', '.join(sorted(names))}"
             )
-        check_quantization(quantization)
+        quantization = resolve_quantization(quantization)
         runtime.check_process()
         path, base = hub.resolve_checkpoint(name_or_path, base=base, revision=revision, token=token)
         checkpoint = read_checkpoint(

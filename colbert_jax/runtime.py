@@ -82,6 +82,17 @@ def compute_dtype() -> jnp.dtype:
 
 
 @functools.cache
+def multiplies_int8() -> bool:
+    """Whether JAX runs on an x86 CPU with VNNI, instructions that add products of int8."""
+    if not on_cpu() or not _has_numba():
+        return False
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512vnni", "avxvnni"))
+
+
+@functools.cache
 def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 

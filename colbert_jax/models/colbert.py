@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from colbert_jax import runtime
 from colbert_jax.config import require, require_types
 from colbert_jax.models.activations import ACTIVATIONS
 from colbert_jax.models.backbones import make_backbone
@@ -223,11 +224,18 @@ def merged(structure: tuple[nnx.GraphDef, nnx.State], params: dict) -> Any:
     return nnx.merge(graphdef, state)
 
 
-def check_quantization(quantization: str | None) -> None:
-    """Raise ValueError unless the quantisation is one of `QUANTIZATIONS`."""
+def resolve_quantization(quantization: str | None) -> str | None:
+    """Return one of `QUANTIZATIONS`: for "auto" the one that is fast on this machine.
+
+    Raises:
+      ValueError: neither "auto" nor one of `QUANTIZATIONS`.
+    """
+    if quantization == "auto":
+        return "int8" if runtime.multiplies_int8() else None
     if quantization not in QUANTIZATIONS:
         known = ", ".join(map(repr, QUANTIZATIONS))
-        raise ValueError(f"quantization must be one of {known}, got {quantization!r}")
+        raise ValueError(f"quantization must be 'auto' or one of {known}, got {quantization!r}")
+    return quantization
 
 
 def quantize(params: dict, quantization: str | None) -> dict:

@@ -1,5 +1,7 @@
 """Dense layers in 8-bit integers: against their definition, and against float32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import support
 from flax import nnx
 from support import SIZES
 
-from colbert_jax import ColBERT, Index, Retriever
+from colbert_jax import ColBERT, Index, Retriever, runtime
 from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes, quantize
 from colbert_jax.models.int8 import Int8Linear, quantize_columns
@@ -116,11 +118,23 @@ def test_an_index_remembers_it(int8_model, model, texts, tmp_path):
 
 
 def test_what_cannot_be_done_is_said(int8_model, tmp_path):
-    with pytest.raises(ValueError, match=r"quantization must be one of None, 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match=r"must be 'auto' or one of None, 'int8', got 'int4'"):
         ColBERT.from_pretrained(tmp_path / "nowhere", quantization="int4")
     with pytest.raises(ValueError, match="load the checkpoint without quantization"):
         int8_model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_goes_by_the_machine(stanford_folder, texts, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(runtime, "multiplies_int8", lambda: fast)
+    load = partial(ColBERT.from_pretrained, dtype="float32", devices=jax.devices()[:1])
+    model = load(stanford_folder, quantization="auto")
+    assert model.quantization == ("int8" if fast else None)
+    index = Index.build(tmp_path / "i", model, texts)
+    monkeypatch.setattr(runtime, "multiplies_int8", lambda: not fast)  # opened elsewhere
+    again = Retriever.open(index, dtype="float32", devices=jax.devices()[:1]).model
+    assert again.quantization == model.quantization
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
