@@ -26,6 +26,12 @@ from colbert_jax.config import BUCKETS, NBITS
 
 _BLOCK = 1 << 14  # tokens that a device compresses in a step
 _LLOYD_MAX_ITERATIONS = 100  # each costs 2^b binary searches
+# Decompressed embeddings are brought to unit length, so only their direction counts, and the
+# residual of a longer embedding may be rounded to a nearer one. The first is plain rounding.
+SCALES = (1.0, 0.9, 1.1, 1.2, 1.3, 1.4)
+_SCALED_NBITS = 4  # of 8 bits the error is nothing already
+_SCALED_ROUNDS = 3  # of fitting buckets to scales
+_SCALED_POINTS = 1 << 13  # held-out embeddings for that
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +52,18 @@ class ResidualCodec:
     def nbits(self) -> int:
         """Bits of a dimension's bucket, b."""
         return nbits_of(self.bucket_weights)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scales of embeddings that `compress` tries.
+
+        All where values are rounded to the nearest weight, that is cutoffs lie halfway between two;
+        Stanford's lie elsewhere, and have one.
+        """
+        weights = np.asarray(self.bucket_weights)
+        halfway = (weights[1:] + weights[:-1]) / 2
+        nearest = np.allclose(self.bucket_cutoffs, halfway, rtol=1e-5, atol=1e-7)
+        return SCALES if nearest and self.nbits <= _SCALED_NBITS else SCALES[:1]
 
 
 def nbits_of(bucket_weights: Any) -> int:
@@ -73,7 +91,8 @@ def train_codec(
       "quantile", Stanford's: with q_i = i / 2^b the cutoffs are the quantiles q_1.. of the
         residuals, and the weights the quantiles halfway between them;
       "optimal": starting from these, the smallest squared error (Lloyd, 1957; Max, 1960): every
-        weight is the mean of its bucket, every cutoff halfway between two weights.
+        weight is the mean of its bucket, every cutoff halfway between two weights. Up to 4 bits
+        then for the embeddings at the scales that `compress` chooses, in turn with choosing them.
 
     Args:
       centroids: float32[K, D].
@@ -84,24 +103,23 @@ def train_codec(
     Raises:
       ValueError: unknown `buckets`, or D values of `nbits` bits do not fill whole bytes.
     """
-    return codec_from_residuals(centroids, residuals_of(centroids, heldout), nbits, buckets)
+    near = np.asarray(centroids)[nearest_codes(centroids, heldout)]
+    return codec_from_nearest(centroids, near, heldout, nbits, buckets)
 
 
-def residuals_of(centroids: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
-    """Subtract the nearest centroid, that with the largest dot product, from each embedding.
+def nearest_codes(centroids: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
+    """Return the nearest centroid of each embedding, that with the largest dot product.
 
     Args:
       centroids: float32[K, D].
       values: [n, D].
 
     Returns:
-      float32[n, D].
+      int32[n].
     """
     if runtime.use_cpu_kernels():
-        codes = cpu.nearest(cpu.groups_of(centroids), values)
-    else:
-        codes = nearest_blocks(values, jnp.asarray(centroids))
-    return np.asarray(values, np.float32) - np.asarray(centroids)[codes]
+        return cpu.nearest(cpu.groups_of(centroids), values)
+    return nearest_blocks(values, jnp.asarray(centroids))
 
 
 def extended(codec: ResidualCodec, fresh: np.ndarray) -> ResidualCodec:
@@ -114,20 +132,23 @@ def extended(codec: ResidualCodec, fresh: np.ndarray) -> ResidualCodec:
     return dataclasses.replace(codec, centroids=centroids)
 
 
-def codec_from_residuals(
-    centroids: np.ndarray, residuals: np.ndarray, nbits: int, buckets: str = "optimal"
+def codec_from_nearest(
+    centroids: np.ndarray, near: np.ndarray, heldout: np.ndarray, nbits: int, buckets: str
 ) -> ResidualCodec:
-    """Choose bucket cutoffs and weights by residuals float32[n, D]; as `train_codec` else."""
+    """As `train_codec`, with the nearest centroids float32[n, D] of the held-out embeddings."""
     check_packable(centroids.shape[1], nbits)
     if buckets not in BUCKETS:
         raise ValueError(f"buckets must be one of {BUCKETS}, got {buckets!r}")
-    residuals = residuals.ravel().copy()
-    residuals.sort()
+    heldout = np.asarray(heldout, np.float32)
+    residuals = np.sort((heldout - near).ravel())
     levels = np.arange(1 << nbits) / (1 << nbits)
     cutoffs = np.quantile(residuals, levels[1:])
     weights = np.quantile(residuals, levels + 0.5 / (1 << nbits))
     if buckets == "optimal":
         cutoffs, weights = _lloyd_max(residuals, weights)
+        if nbits <= _SCALED_NBITS:
+            step = -(-len(heldout) // _SCALED_POINTS)
+            cutoffs, weights = _fit_to_scales(near[::step], heldout[::step], weights)
     return ResidualCodec(
         jnp.asarray(centroids),
         jnp.asarray(cutoffs.astype(np.float32)),
@@ -147,10 +168,31 @@ def _lloyd_max(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.
     return (weights[1:] + weights[:-1]) / 2, weights
 
 
+def _fit_to_scales(
+    near: np.ndarray, heldout: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cutoffs and weights for embeddings at the scales that round to the nearest direction."""
+    for _ in range(_SCALED_ROUNDS):
+        cutoffs = (weights[1:] + weights[:-1]) / 2
+        best, scales = np.full(len(heldout), -np.inf), np.ones((len(heldout), 1), np.float32)
+        for scale in SCALES:
+            residuals = np.float32(scale) * heldout - near
+            rounded = near + weights[np.searchsorted(cutoffs, residuals)]
+            norms = np.maximum(np.linalg.norm(rounded, axis=1), 1e-12)
+            cosines = np.einsum("nd,nd->n", heldout, rounded) / norms
+            better = cosines > best
+            best[better], scales[better] = cosines[better], scale
+        cutoffs, weights = _lloyd_max(np.sort((scales * heldout - near).ravel()), weights)
+    return cutoffs, weights
+
+
 def compress(
     codec: ResidualCodec, values: np.ndarray, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compress embeddings to codes and packed residuals.
+
+    The residual of s x, for x at the scale s, is rounded; of `ResidualCodec.scales` s is the one
+    whose decompressed embedding has the largest cosine with x, the first of several.
 
     Args:
       values: [n, D].
@@ -164,7 +206,7 @@ def compress(
     """
     if mesh is None and runtime.use_cpu_kernels():
         groups = cpu.groups_of(codec.centroids)
-        return cpu.compress(groups, codec.bucket_cutoffs, reversed_bits(codec.nbits), values)
+        return cpu.compress(groups, codec, reversed_bits(codec.nbits), values)
     mesh = data_mesh() if mesh is None else mesh
     check_mesh(mesh)
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
@@ -181,6 +223,7 @@ def _compressed(
     mesh: Mesh, codec: ResidualCodec, values: np.ndarray
 ) -> Iterator[tuple[slice, tuple[jax.Array, jax.Array]]]:
     """Blocks of rows with their codes and residuals, computed one block ahead."""
+    scales = codec.scales
     codec = jax.device_put(codec, NamedSharding(mesh, PartitionSpec()))  # no copy if it is there
     pending = None
     for start in range(0, len(values), mesh.size * _BLOCK):
@@ -191,7 +234,7 @@ def _compressed(
             return pad_to(chunk[device * size : (device + 1) * size], size)
 
         block = shard_rows(mesh, (size, *values.shape[1:]), read)
-        following = slice(start, start + len(chunk)), _compress_sharded(mesh, codec, block)
+        following = slice(start, start + len(chunk)), _compress_sharded(mesh, scales, codec, block)
         if pending is not None:
             yield pending
         pending = following
@@ -199,24 +242,49 @@ def _compressed(
         yield pending
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(jax.jit, static_argnames=("mesh", "scales"))
 def _compress_sharded(
-    mesh: Mesh, codec: ResidualCodec, values: jax.Array
+    mesh: Mesh, scales: tuple[float, ...], codec: ResidualCodec, values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     spread = rows_spec(mesh)
     return jax.shard_map(
-        _compress_block, mesh=mesh, in_specs=(PartitionSpec(), spread), out_specs=spread
+        partial(_compress_block, scales),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spread),
+        out_specs=spread,
     )(codec, values)
 
 
-@jax.jit
-def _compress_block(codec: ResidualCodec, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=0)
+def _compress_block(
+    scales: tuple[float, ...], codec: ResidualCodec, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     values = values.astype(jnp.float32)
     codes = nearest(values, codec.centroids, jnp.zeros(codec.centroids.shape[0], jnp.float32))
-    residuals = values - codec.centroids[codes]
+    near = codec.centroids[codes]
     # A value equal to a cutoff is below it. For few cutoffs, comparing with all is fastest.
     method = "compare_all" if codec.nbits <= 4 else "scan"
-    buckets = jnp.searchsorted(codec.bucket_cutoffs, residuals, side="left", method=method)
+
+    def rounded(scale: Any) -> jax.Array:
+        residuals = scale * values - near
+        buckets = jnp.searchsorted(codec.bucket_cutoffs, residuals, side="left", method=method)
+        return buckets.astype(jnp.uint8)
+
+    if len(scales) == 1:
+        return codes, pack(rounded(scales[0]), codec.nbits)
+
+    def better(best: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[Any, None]:
+        cosines, buckets = best
+        others = rounded(scale)
+        direction = near + codec.bucket_weights[others]
+        norms = jnp.maximum(jnp.linalg.norm(direction, axis=-1), 1e-12)
+        theirs = (values * direction).sum(axis=-1) / norms
+        nearer = theirs > cosines
+        buckets = jnp.where(nearer[:, None], others, buckets)
+        return (jnp.where(nearer, theirs, cosines), buckets), None
+
+    nothing = jnp.full_like(values[:, 0], -jnp.inf), jnp.zeros_like(values, jnp.uint8)
+    (_, buckets), _ = jax.lax.scan(better, nothing, jnp.asarray(scales, jnp.float32))
     return codes, pack(buckets, codec.nbits)
 
 
@@ -244,7 +312,7 @@ def unpack_weights(bucket_weights: jax.Array, residuals: jax.Array) -> jax.Array
 
 def pack(buckets: jax.Array, nbits: int) -> jax.Array:
     """Pack buckets int[..., D] in 0..2^b-1 into bytes uint8[..., D * b / 8]."""
-    bits = (buckets[..., None] >> jnp.arange(nbits)) & 1
+    bits = (buckets[..., None].astype(jnp.int32) >> jnp.arange(nbits)) & 1
     bits = bits.reshape(*buckets.shape[:-1], -1, 8)
     return (bits << jnp.arange(7, -1, -1)).sum(axis=-1).astype(jnp.uint8)
 

@@ -334,13 +334,13 @@ def _shares(weights: np.ndarray, counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def compress(
-    groups: CentroidGroups, cutoffs: Any, reversed_bits: np.ndarray, values: np.ndarray
+    groups: CentroidGroups, codec: Any, reversed_bits: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compress embeddings [n, D].
 
     Args:
       groups: from `group_centroids`.
-      cutoffs: float32[2^b - 1].
+      codec: a `ResidualCodec`, for its buckets and scales.
       reversed_bits: int[2^b], see `codec.reversed_bits`.
 
     Returns:
@@ -348,7 +348,8 @@ def compress(
     """
     from colbert_jax.compression import cpu_kernels
 
-    cutoffs = np.asarray(cutoffs)
+    cutoffs, weights = np.asarray(codec.bucket_cutoffs), np.asarray(codec.bucket_weights)
+    scales = np.asarray(codec.scales, np.float32)
     nbits = len(cutoffs).bit_length()
     reversed_bits = reversed_bits.astype(np.uint8)
     codes = np.empty(len(values), np.int32)
@@ -358,7 +359,15 @@ def compress(
         points = np.ascontiguousarray(values[block], np.float32)
         codes[block] = _nearest(groups, points, _PROBES)
         cpu_kernels.pack_residuals(
-            points, codes[block], groups.centroids, cutoffs, reversed_bits, nbits, packed[block]
+            points,
+            codes[block],
+            groups.centroids,
+            cutoffs,
+            weights,
+            scales,
+            reversed_bits,
+            nbits,
+            packed[block],
         )
 
     _over_blocks(work, len(values))

@@ -160,7 +160,7 @@ def add_to_clusters(points, code, start, stop, sums, counts):
 
 
 @compiled
-def pack_residuals(points, code, centroids, cutoffs, reversed_bits, nbits, packed):
+def pack_residuals(points, code, centroids, cutoffs, weights, scales, reversed_bits, nbits, packed):
     """Compute residuals, their buckets, and pack these; see `codec.compress`.
 
     A value equal to a cutoff is below it.
@@ -169,24 +169,41 @@ def pack_residuals(points, code, centroids, cutoffs, reversed_bits, nbits, packe
       points: float32[n, D].
       code: int32[n].
       centroids: float32[K, D].
-      cutoffs: float32[2^b - 1], ascending.
+      cutoffs, weights: float32[2^b - 1], ascending, and float32[2^b].
+      scales: float32[S]; several at up to 4 bits only.
       reversed_bits: uint8[2^b], see `codec.reversed_bits`.
       packed: uint8[n, D * b / 8], filled.
     """
     dim = points.shape[1]
     per_byte = 8 // nbits
-    residual = np.empty(dim, np.float32)
-    bucket = np.empty(dim, np.int32)
+    residual, rounded = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    bucket, other = np.empty(dim, np.int32), np.empty(dim, np.int32)
     for i in range(len(points)):
         point, centroid = points[i], centroids[code[i]]
-        for d in range(dim):
-            residual[d] = point[d] - centroid[d]
-            bucket[d] = 0
         if nbits <= 4:
-            for cutoff in cutoffs:
+            best = np.float32(-np.inf)
+            for scale in scales:
                 for d in range(dim):
-                    bucket[d] += residual[d] > cutoff
+                    residual[d] = scale * point[d] - centroid[d]
+                    rounded[d] = centroid[d] + weights[0]
+                    other[d] = 0
+                for j in range(len(cutoffs)):
+                    cutoff, step = cutoffs[j], weights[j + 1] - weights[j]
+                    for d in range(dim):
+                        above = residual[d] > cutoff
+                        other[d] += above
+                        rounded[d] += step if above else np.float32(0)
+                dot, norm = np.float32(0), np.float32(1e-24)
+                for d in range(dim):
+                    dot += point[d] * rounded[d]
+                    norm += rounded[d] * rounded[d]
+                cosine = dot / np.sqrt(norm)
+                if cosine > best or best == -np.inf:
+                    best = cosine
+                    bucket, other = other, bucket
         else:
+            for d in range(dim):
+                residual[d] = point[d] - centroid[d]
             for d in range(dim):
                 low, high = 0, len(cutoffs)
                 while low < high:

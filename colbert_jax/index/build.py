@@ -26,9 +26,9 @@ from colbert_jax import processes
 from colbert_jax.compression.codec import (
     ResidualCodec,
     check_packable,
-    codec_from_residuals,
+    codec_from_nearest,
     compress,
-    residuals_of,
+    nearest_codes,
 )
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
@@ -330,9 +330,10 @@ def _train_codec(
     # Stanford's index files keep centroids as float16. Rounding before residuals are taken makes an
     # index convertible without loss.
     centroids = centroids.astype(np.float16).astype(np.float32)
-    residuals = residuals_of(centroids, points[np.flatnonzero(held_out)])
-    distance = float(np.quantile(np.linalg.norm(residuals, axis=1), 1 - OUTLIERS))
-    return codec_from_residuals(centroids, residuals, config.nbits, config.buckets), distance
+    values = np.asarray(points[np.flatnonzero(held_out)], np.float32)
+    near = centroids[nearest_codes(centroids, values)]
+    distance = float(np.quantile(np.linalg.norm(values - near, axis=1), 1 - OUTLIERS))
+    return codec_from_nearest(centroids, near, values, config.nbits, config.buckets), distance
 
 
 class SampleRows:

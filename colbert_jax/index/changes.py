@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.compression.codec import ResidualCodec, extended, nbits_of, residuals_of, unpack
+from colbert_jax.compression.codec import ResidualCodec, extended, nbits_of, nearest_codes, unpack
 from colbert_jax.compression.kmeans import most_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import offsets_from_lengths
@@ -336,11 +336,12 @@ def _new_centroids(
 def _distances(codec: ResidualCodec, points: Any, rows: np.ndarray | None = None) -> np.ndarray:
     """float32[n], the distances of token embeddings from their centroids, a block at a time."""
     rows = np.arange(len(points)) if rows is None else rows
-    blocks = [
-        np.linalg.norm(residuals_of(codec.centroids, points[rows[i : i + _ROWS]]), axis=1)
-        for i in range(0, len(rows), _ROWS)
-    ]
-    return np.concatenate([np.zeros(0, np.float32), *blocks])
+    centroids, distances = np.asarray(codec.centroids), np.zeros(len(rows), np.float32)
+    for i in range(0, len(rows), _ROWS):
+        values = np.asarray(points[rows[i : i + _ROWS]], np.float32)
+        near = centroids[nearest_codes(codec.centroids, values)]
+        distances[i : i + _ROWS] = np.linalg.norm(values - near, axis=1)
+    return distances
 
 
 def _typical_distance(now: Opened) -> float:

@@ -160,7 +160,7 @@ class Index:
             for, else 2.
           kmeans_niters: None: what the checkpoint asks for, else 4.
           num_centroids: None: Stanford's rule; at most the number of tokens to train on.
-          buckets: "optimal", the default, rounds residuals with the smallest squared error;
+          buckets: "optimal", the default, rounds residuals to the nearest direction;
             "quantile" is Stanford's rule. Both are read alike, by Stanford's code too.
           seed: of the sample and the centroids.
           store_texts: keep the texts in the index.
