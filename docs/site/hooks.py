@@ -1,0 +1,37 @@
+"""What mkdocs does to the pages besides.
+
+The repository's address is `Repository` of pyproject.toml's `[project.urls]`. Pages link to files
+outside docs/ by relative paths, as a checkout wants them: on the site these lead to the repository,
+and are no links as long as it has no address.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_OUTSIDE = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\.\./([^)\s]+)\)")
+
+
+def address(project: dict) -> str:
+    """The repository's address without a slash at its end; "" where there is none yet."""
+    return project.get("urls", {}).get("Repository", "").rstrip("/")
+
+
+def outside(markdown: str, repository: str) -> str:
+    """The page with links to files outside docs/ leading to the repository."""
+    link = rf"[\1]({repository}/blob/main/\2)" if repository else r"\1"
+    return _OUTSIDE.sub(link, markdown)
+
+
+def on_config(config):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    config.repo_url = address(project) or None
+    config.site_url = project.get("urls", {}).get("Documentation")
+    return config
+
+
+def on_page_markdown(markdown, *, page, config, files):
+    return outside(markdown, config.repo_url or "")
