@@ -40,9 +40,9 @@ def test_ci_builds_the_site():
 
 
 def test_links_out_of_docs_lead_to_the_repository():
-    page = "see [a\n`b`](../benchmarks/x.md) and [c](filters.md#d), [![](images/e.svg)](../f.md)"
+    page = "see [a\n`b`](../benchmarks/x.md) and [c](filters.md#d)"
     outside = HOOKS["outside"]
-    assert outside(page, "") == "see a\n`b` and [c](filters.md#d), ![](images/e.svg)"
+    assert outside(page, "") == "see a\n`b` (`benchmarks/x.md`) and [c](filters.md#d)"
     there = outside(page, "https://host/repository")
     assert "[a\n`b`](https://host/repository/blob/main/benchmarks/x.md) and [c](filters" in there
     assert HOOKS["address"]({}) == ""

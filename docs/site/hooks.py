@@ -2,7 +2,7 @@
 
 The repository's address is `Repository` of pyproject.toml's `[project.urls]`. Pages link to files
 outside docs/ by relative paths, as a checkout wants them: on the site these lead to the repository,
-and are no links as long as it has no address.
+and as long as it has no address their paths are named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def address(project: dict) -> str:
 
 def outside(markdown: str, repository: str) -> str:
     """The page with links to files outside docs/ leading to the repository."""
-    link = rf"[\1]({repository}/blob/main/\2)" if repository else r"\1"
+    link = rf"[\1]({repository}/blob/main/\2)" if repository else r"\1 (`\2`)"
     return _OUTSIDE.sub(link, markdown)
 
 
