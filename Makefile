@@ -55,9 +55,9 @@ lint: $(VENV)/lint.done
 	$(LINT)/mypy
 	$(LINT)/lint-imports --no-logo --no-cache
 
-# The site, in build/site; a link that leads nowhere is an error. --clean, because pages may be gone.
+# The site, in build/site. With --quiet mkdocs would not count warnings, and so --strict would pass.
 docs: $(VENV)/docs.done
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --clean --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --clean --strict
 	$(DOCS)/python docs/site/links.py build/site
 
 format: $(VENV)/lint.done

@@ -25,7 +25,7 @@ def listed(text: str, fields: set[str]) -> str:
     paragraphs = text.split("\n\n")
     for at, paragraph in enumerate(paragraphs):
         if is_entry(paragraph):
-            paragraphs[at] = "Attributes:\n    " + paragraph.replace("\n", "\n    ")
+            paragraphs[at] = "Attributes:\n  " + paragraph.replace("\n", "\n  ")
             break
         title = _SECTION.match(paragraph)
         if title is not None and title[1] != "Attributes":
