@@ -7,6 +7,7 @@ import re
 import runpy
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -47,6 +48,21 @@ def test_links_out_of_docs_lead_to_the_repository():
     assert "[a\n`b`](https://host/repository/blob/main/benchmarks/x.md) and [c](filters" in there
     assert HOOKS["address"]({}) == ""
     assert HOOKS["address"]({"urls": {"Repository": "https://host/r/"}}) == "https://host/r"
+
+
+def test_commands_are_broken_before_flags():
+    broken = HOOKS["broken"]
+    command = "colbert-jax evaluate beir --run before=a.run --measures 'nDCG@10,AP(rel=2)@100'"
+    assert broken(command) == command
+    command += " --baseline before --html table.html"
+    lines = broken(command).split(" \\\n    ")
+    assert len(lines) == 2 and " ".join(lines) == command
+    assert all(len(line) < 100 for line in lines) and lines[1].startswith("--")
+    page = f"```python\n{command}\n```\n\n```\n{command}\n```\n"
+    shown = HOOKS["on_page_markdown"](
+        page, page=None, config=SimpleNamespace(repo_url=None), files=None
+    )
+    assert shown == page.replace(f"```\n{command}", f"```\n{broken(command)}")
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path):
