@@ -117,3 +117,19 @@ def test_docstrings_name_arguments_that_exist(name):
         assert given <= set(inspect.signature(function).parameters), of
         if not of.endswith("__init__"):
             assert text, f"{of} has no docstring"
+
+
+def test_sizes_are_those_of_the_formula():
+    """The table of sizes in settings.md, by the function that stands above it."""
+    page = (DOCS / "settings.md").read_text("utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)^print", page, re.MULTILINE | re.DOTALL)[1], names)
+    table = page[page.index("| dimensions |") :].split("\n\n", 1)[0]
+    head, _, *rows = table.splitlines()
+    assert re.findall(r"\d+ bits?", head) == ["1 bit", "2 bits", "4 bits", "8 bits"]
+    for row in rows:
+        dim, *sizes, raw = (float(cell) for cell in row.strip("| ").split(" | "))
+        expected = [names["index_bytes"](94e6, int(dim), nbits) / 1e9 for nbits in (1, 2, 4, 8)]
+        assert sizes == [round(size, 1) for size in expected]
+        assert raw == round(94e6 * 2 * dim / 1e9, 1)
+    assert len(rows) == 4
