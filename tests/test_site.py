@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,3 +134,18 @@ def test_sizes_are_those_of_the_formula():
         assert sizes == [round(size, 1) for size in expected]
         assert raw == round(94e6 * 2 * dim / 1e9, 1)
     assert len(rows) == 4
+
+
+def test_fields_of_docstrings_are_lists(monkeypatch):
+    """`listed` gives what griffe, which is not installed here, makes lists of."""
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    listed = runpy.run_path(str(DOCS / "site" / "fields.py"))["listed"]
+    plain = "A text: and more.\n\nfirst, second: two\n  things.\nthird: one."
+    attributes = "Attributes:\n  first,\N{NO-BREAK SPACE}second: two\n    things.\n  third: one."
+    assert listed(plain, {"first", "second", "third"}) == f"A text: and more.\n\n{attributes}"
+    assert listed(plain, {"first"}) == plain
+    headed = "Text.\n\nOne kind:\n  first: a\n    thing.\nOther kind:\n  second, third: b"
+    assert listed(headed, {"first", "second", "third"}) == (
+        "Text.\n\n\n**One kind**\n\n* **first**: a\n    thing.\n\n**Other kind**\n\n"
+        "* **second, third**: b"
+    )
