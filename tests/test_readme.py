@@ -1,6 +1,7 @@
 """Every command and snippet of the README and of docs/, each page from top to bottom.
 
-A tiny model stands behind each hub id. The snippets of docs/distributed.md run in two processes,
+Those in tables of equivalents too: the code spans of a column that is headed `colbert_jax`. A tiny
+model stands behind each hub id. The snippets of docs/distributed.md run in two processes,
 in tests/distributed; those of docs/adapters.md in tests/adapters.
 """
 
@@ -46,11 +47,30 @@ ELSEWHERE = [
     "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
     "python benchmarks/train_minilm.py DATA --checkpoint MINILM --folder runs/minilm",
 ]
+# Of a page: fenced blocks, and the first lines of tables of equivalents.
+_BLOCKS = re.compile(
+    r"^```(\w*)\n(.*?)^```$|^(\|[^\n]*\| colbert_jax \|)$", re.MULTILINE | re.DOTALL
+)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """The fenced blocks of a page: their kind and text."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    """The fenced blocks of a page, and what a table equates with other libraries' code, in order.
+
+    Returns their kind, that of the fence, and text.
+    """
+    text = page.read_text("utf-8")
+    found = []
+    for match in _BLOCKS.finditer(text):
+        if match[3] is None:
+            found.append((match[1], match[2]))
+            continue
+        for line in text[match.end() :].split("\n\n", 1)[0].splitlines()[2:]:
+            for code in re.findall(r"`([^`]+)`", line.rpartition(" | ")[2]):
+                if code.startswith("colbert-jax "):
+                    found.append(("", code))
+                elif "(" in code:  # not the bare name of something
+                    found.append(("python", code))
+    return found
 
 
 def commands(page: Path) -> list[str]:
@@ -60,8 +80,10 @@ def commands(page: Path) -> list[str]:
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch, one_device):
     """A working folder with the files that the pages name, and a checkpoint for every hub id."""
+    stanford = support.write_stanford(tmp_path / "checkpoint")
     folders = {
-        "colbert-ir/colbertv2.0": support.write_stanford(tmp_path / "checkpoint"),
+        "colbert-ir/colbertv2.0": stanford,
+        "lightonai/colbertv2.0": stanford,
         "LinWeizheDragon/ColBERT-v2": support.write_flmr(tmp_path / "flmr"),
         "LinWeizheDragon/PreFLMR_ViT-B": support.write_preflmr(
             tmp_path / "preflmr", config={"max_position_embeddings": 512}

@@ -121,8 +121,8 @@ def read_test_collection(
     """Open a test collection; all is read once, and counted.
 
     Args:
-      source: a place, see the top of this file; with `queries` and `qrels` the documents, a file or
-        a `datasets.Dataset`.
+      source: a place, docs/evaluate.md lists them; with `queries` and `qrels` the documents, a file
+        or a `datasets.Dataset`.
       queries, qrels: a file, or a `datasets.Dataset`.
       split: which of a folder's queries: "test", "dev", LoTTE's "search" or "forum". If None,
         "test", or the only one.
