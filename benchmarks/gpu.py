@@ -60,7 +60,7 @@ def encode(size: dict[str, Any], out: Path) -> dict[str, Any]:
 
     from colbert_jax import ColBERT
 
-    model = ColBERT.from_pretrained(checkpoint(size, out), dim=128, dtype="bfloat16")
+    model = ColBERT.from_pretrained(checkpoint(size, out), dim=128, dtype=jnp.dtype(jnp.bfloat16))
     batch, length = size["batch"], size["length"]
     ids = np.random.default_rng(0).integers(5, 100, (batch, length)).astype(np.int32)
     texts = jax.device_put((ids, np.full(batch, length, np.int32), np.ones(ids.shape, bool)))
@@ -135,7 +135,7 @@ def search(size: dict[str, Any], out: Path) -> dict[str, Any]:
             if mode == "exact" and batch > len(few):
                 continue
             some = queries[:batch]
-            seconds = timed(lambda m=mode, q=some: index.search(q, 10, mode=m), size["seconds"])
+            seconds = timed(partial(index.search, some, 10, mode=mode), size["seconds"])
             row[f"queries_per_second, batch {batch}"] = len(some) / seconds
         rows.append(row)
     return {"build_seconds": build, "rows": rows, "results": best.tolist()}
@@ -162,9 +162,7 @@ def fast_plaid(size: dict[str, Any], out: Path) -> dict[str, Any]:
             row["overlap@10"] = overlap(peer.ids(few), best)
         for batch in size["batches"]:
             some = peer.prepare(list(queries[:batch]))
-            seconds = timed(
-                lambda q=some, s=settings: peer.search(opened, q, 10, s), size["seconds"]
-            )
+            seconds = timed(partial(peer.search, opened, some, 10, settings), size["seconds"])
             row[f"queries_per_second, batch {batch}"] = len(queries[:batch]) / seconds
         rows.append(row)
     return {"build_seconds": build, "rows": rows}

@@ -11,6 +11,8 @@ The centroids are not read again; only w, b bits a dimension, is decompressed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -89,7 +91,11 @@ def _by_xla(
     return scores.max(axis=2, initial=-jnp.inf)
 
 
-_BY_NAME = dict(zip(KERNELS, (_by_xla, _by_pallas, _by_mosaic_gpu), strict=True))
+_BY_NAME: dict[str, Callable[..., jax.Array]] = {
+    "xla": _by_xla,
+    "pallas": _by_pallas,
+    "mosaic_gpu": _by_mosaic_gpu,
+}
 
 
 def inverse_norms(

@@ -6,7 +6,7 @@ keeps the best of each segment. XLA's form writes the unpacked weights of all to
 between.
 
 Tensor cores multiply bfloat16. A float32 is the sum of three of them, exactly, and the six largest
-of the nine products make a float32 product but for 2^-23 of it.
+of the nine products make a float32 product but for 2^-20 of it at most.
 
 Simulated by the tests and compiled by `make gpu-aot`; never run on a GPU so far. The simulation
 multiplies and adds as numpy does, copies at once, and knows nothing of fences, layouts and bank

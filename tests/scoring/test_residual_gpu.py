@@ -19,8 +19,8 @@ params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 # of more than a tile, tiles in turn.
 SHAPES = [
     (1, 1, 2, 3, 5, 96),
-    (2, 2, 9, 40, 7, 64),
-    (4, 1, 3, 130, 70, 128),
+    (2, 2, 9, 40, 7, 32),
+    (4, 1, 3, 130, 70, 32),
 ]
 
 
