@@ -16,7 +16,8 @@ train: `benchmarks/train.py` on random texts: queries a second beside a plain to
 kernel: scoring of residuals by the fused kernel beside XLA's program: agreement and time.
 fused: search again, by the kernel; only if it agreed.
 
-Each stage writes OUT/STAGE.json. Weights, texts and embeddings are random: figures are of speed.
+Each stage writes OUT/STAGE.json, one of many figures after each of them. Weights, texts and
+embeddings are random: figures are of speed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": dict(
         layers=12, hidden=768, heads=12, batch=512, length=180, product=8192,
         passages=100_000, tokens=80, dim=128, queries=1024, rows=32, nbits=4,
-        batches=(1, 64, 1024), seconds=3.0, bsize=32, nway=16, steps=8, kernel=(32, 512, 32),
+        batches=(64, 1024, 1), seconds=2.0, bsize=32, nway=16, steps=8, kernel=(32, 512, 32),
     ),
     "toy": dict(
         layers=1, hidden=32, heads=4, batch=4, length=32, product=64,
@@ -127,7 +128,7 @@ def search(size: dict[str, Any], out: Path) -> dict[str, Any]:
     index = Index.open(path)
     few = queries[:64]  # of exact search: it goes through all documents
     best = index.search(few, 10, mode="exact").positions
-    rows = []
+    rows: list[dict[str, Any]] = []
     for mode in ("fast", "accurate", "exact"):
         found = index.search(few, 10, mode=mode).positions
         row: dict[str, Any] = {"mode": mode, "overlap@10": overlap(found, best)}
@@ -137,6 +138,7 @@ def search(size: dict[str, Any], out: Path) -> dict[str, Any]:
             some = queries[:batch]
             seconds = timed(partial(index.search, some, 10, mode=mode), size["seconds"])
             row[f"queries_per_second, batch {batch}"] = len(some) / seconds
+            note(out, {"build_seconds": build, "rows": [*rows, row], "results": best.tolist()})
         rows.append(row)
     return {"build_seconds": build, "rows": rows, "results": best.tolist()}
 
@@ -154,7 +156,7 @@ def fast_plaid(size: dict[str, Any], out: Path) -> dict[str, Any]:
     peer.build(out / "fast_plaid", values, lengths, size["nbits"])
     build = time.perf_counter() - start
     opened, best = peer.open(out / "fast_plaid"), read(out, "search").get("results")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for settings in peer.settings(10)[:2]:
         few = peer.search(opened, peer.prepare(list(queries[:64])), 10, settings)
         row: dict[str, Any] = {"settings": settings}
@@ -164,6 +166,7 @@ def fast_plaid(size: dict[str, Any], out: Path) -> dict[str, Any]:
             some = peer.prepare(list(queries[:batch]))
             seconds = timed(partial(peer.search, opened, some, 10, settings), size["seconds"])
             row[f"queries_per_second, batch {batch}"] = len(queries[:batch]) / seconds
+            note(out, {"build_seconds": build, "rows": [*rows, row]})
         rows.append(row)
     return {"build_seconds": build, "rows": rows}
 
@@ -252,6 +255,7 @@ def kernel(size: dict[str, Any], out: Path) -> dict[str, Any]:
             except Exception as error:
                 row |= {"agrees": False, "error": f"{type(error).__name__}: {error}"[:500]}
             found.append(row)
+            note(out, {"rows": found})
     return {"simulated": simulated, "agrees": all(row["agrees"] for row in found), "rows": found}
 
 
@@ -279,6 +283,12 @@ def timed(function: Callable[[], Any], seconds: float) -> float:
         jax.block_until_ready(function())
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def note(out: Path, result: dict[str, Any]) -> None:
+    """Write what a stage has found so far, for when its time runs out."""
+    about: dict[str, Any] = {"unfinished": True}
+    (out / f"{sys.argv[1]}.json").write_text(json.dumps(about | result, indent=1) + "\n")
 
 
 def overlap(found: Any, best: Any) -> float:

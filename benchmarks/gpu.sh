@@ -17,8 +17,8 @@ while read -r stage limit; do
   timeout -k 5 "$limit" "${PYTHON:-python3}" "$here/gpu.py" "$stage" "$work" --size "$size" \
     2>"$out/$stage.log" </dev/null
   code=$?
+  [ -f "$work/$stage.json" ] && cp "$work/$stage.json" "$out/"
   if [ $code -eq 0 ]; then
-    cp "$work/$stage.json" "$out/"
     rm "$out/$stage.log"
   else
     echo "$stage: failed with $code; the last of $out/$stage.log:"
