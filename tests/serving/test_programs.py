@@ -118,10 +118,9 @@ def test_compilations_of_random_requests(shallow_folder, texts, tmp_path, monkey
 
     def ask(times):
         for _ in range(times):
+            settings = {"k": int(rng.integers(1, 11))}
             asked = [texts[i][:40] for i in rng.integers(0, 60, rng.integers(1, 5))]
-            for found in search_batch(
-                [Search(served, q, {"k": int(rng.integers(1, 11))}) for q in asked]
-            ):
+            for found in search_batch([Search(served, query, settings) for query in asked]):
                 assert not isinstance(found, Exception)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -133,5 +132,5 @@ def test_compilations_of_random_requests(shallow_folder, texts, tmp_path, monkey
         jax.monitoring.unregister_event_duration_listener(listen)
     # Batches of 1, 2 and 4 queries: each is encoded and searched; and what is no program of
     # either, such as placing the index.
-    assert 6 <= first <= 6 + 25
+    assert 6 <= first <= 10
     assert len(compiled) == first
