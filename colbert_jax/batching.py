@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from colbert_jax.runtime import check_process, num_threads
+from colbert_jax.runtime import apart, check_process, num_threads
 
 # Padding is a share of the work and every step a program to compile: steps of 16 where most
 # passages are, of about an eighth beyond.
@@ -134,6 +134,7 @@ class BatchRunner:
         size = WINDOW * len(self.devices)
         return (items[i : i + size] for i in range(0, len(items), size))
 
+    @apart()
     def put(self, params: dict) -> dict:
         """Put parameters on every device; on a CPU the arrays are used without a copy."""
         replicated = NamedSharding(self._mesh, PartitionSpec())
@@ -156,6 +157,7 @@ class BatchRunner:
             )
         )
 
+    @apart()
     def run(self, program: Callable[..., Any], params: dict, *batch: np.ndarray):
         """Run a program on one batch and fetch the result."""
         check_process()

@@ -670,6 +670,7 @@ def _best(scores: np.ndarray, k: int) -> Hits:
     return Hits(positions.astype(np.int32), best.astype(np.float32))
 
 
+@runtime.apart()
 def _exact_hits(encoded: DocumentEmbeddings, queries: np.ndarray, k: int) -> Hits:
     """The k best of encoded documents for queries float32[B, Lq, D]."""
     # Powers of two of tokens and documents, so that calls of any size share a few programs.

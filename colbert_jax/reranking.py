@@ -14,6 +14,7 @@ from colbert_jax.data.documents import Documents
 from colbert_jax.multimodal import Query
 from colbert_jax.progress import progress_bar
 from colbert_jax.retriever import Hit, Retriever
+from colbert_jax.runtime import apart
 from colbert_jax.scoring.maxsim import maxsim_ragged
 from colbert_jax.search.arrays import check_k
 
@@ -99,9 +100,11 @@ def _rerank(
         return
     # Powers of two of tokens and documents, so that blocks of any size share a few programs.
     tokens, count = len(encoded.values), len(encoded)
-    values = jnp.asarray(np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)]))
+    padded = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
     padding = (0, next_power_of_two(count) - count)
-    offsets = jnp.asarray(np.pad(encoded.offsets, padding, mode="edge"), jnp.int32)
+    with apart():
+        values = jnp.asarray(padded)
+        offsets = jnp.asarray(np.pad(encoded.offsets, padding, mode="edge"), jnp.int32)
     lengths = encoded.lengths
     most = next_power_of_two(max(map(len, candidates)))
     step = max(_PAIRS // most, 1)
@@ -113,9 +116,8 @@ def _rerank(
         length = ladder_length(int(lengths[positions[positions >= 0]].max(initial=1)))
         vectors = encoded_queries[start : start + step]
         vectors = np.pad(vectors, [(0, step - len(vectors)), (0, 0), (0, 0)])
-        scores = np.asarray(
-            maxsim_ragged(jnp.asarray(vectors), values, offsets, positions, length=length)
-        )
+        with apart():
+            scores = np.asarray(maxsim_ragged(vectors, values, offsets, positions, length=length))
         for pairs, row in zip(part, scores, strict=False):
             row = row[: len(pairs)]
             order = np.argsort(-row, kind="stable")[:k]

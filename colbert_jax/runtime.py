@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 
 def cache_folder() -> Path:
@@ -81,6 +84,20 @@ def compute_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if on_cpu() else jnp.bfloat16)
 
 
+_NO_MESH = Mesh(np.empty((), object), ())
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Run programs as if the caller had not set a mesh (`jax.set_mesh`).
+
+    Programs here name their own devices, and JAX refuses that under another mesh of Explicit axes.
+    Also a decorator.
+    """
+    with jax.set_mesh(_NO_MESH):
+        yield
+
+
 @functools.cache
 def multiplies_int8() -> bool:
     """Whether JAX runs on an x86 CPU with VNNI, instructions that add products of int8."""
@@ -103,6 +120,15 @@ def use_cpu_kernels() -> bool:
     `COLBERT_JAX_CPU_KERNELS=0` leaves all work to XLA.
     """
     return on_cpu() and os.environ.get("COLBERT_JAX_CPU_KERNELS", "1") != "0" and _has_numba()
+
+
+def use_gpu_kernels() -> bool:
+    """Whether search on a GPU scores by the fused kernel, which is for Hopper (H100, H200) only.
+
+    No, unless `COLBERT_JAX_GPU_KERNELS=1`: it has been compiled and simulated, but not run on a
+    GPU. A program keeps to what was set when it was first compiled.
+    """
+    return os.environ.get("COLBERT_JAX_GPU_KERNELS", "0") == "1"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import numpy as np
 from colbert_jax.batching import Batch, BatchRunner, pad_rows
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.models.colbert import TokenEncoder, unit_length
+from colbert_jax.runtime import apart
 from colbert_jax.text import TokenIds
 
 
@@ -47,6 +48,7 @@ def check_weights(weights: Sequence[float], sparse: Mapping[str, np.ndarray], wh
         )
 
 
+@apart()
 def three_way_program(
     runner: BatchRunner, make: Callable[[dict], TokenEncoder], sparse: Mapping[str, np.ndarray]
 ) -> Callable[..., Any]:

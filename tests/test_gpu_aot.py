@@ -7,6 +7,7 @@ environment of its own, runs these and prints the table. Nothing runs on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -38,6 +40,8 @@ device_description_str: "{DEVICE}"
 # CLIP's ("Couldn't find output tile sizes", jax 0.10.2), so cuBLAS' are taken.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_gpu_enable_triton_gemm=false"
 MIB = 1 << 20
+# Of the kernel that scores residuals: bits of a dimension, dimensions.
+KERNELS = [(nbits, dim) for nbits in (1, 2, 4, 8) for dim in (64, 96, 128)]
 # Of temporary memory, in MiB, about a quarter above what was measured (jax 0.10.2).
 LIMITS = {
     "all pairs": 6,
@@ -51,14 +55,25 @@ LIMITS = {
     "sharded plaid in some documents": 651,
     "sharded exact": 11,
     "merged shards": 1,
-    "k-means": 321,
-    "compress": 326,
-    "decompress": 1,
+    "k-means": 646,
+    "sharded k-means": 646,
+    "sharded means": 1,
+    "compress": 686,
+    "sharded compress": 686,
+    "decompress": 41,
+    "norms": 1,
+    "sharded norms": 1,
     "image query": 88,
     "training step": 2_149,
     "sharded training step": 11_625,
     "sharded training step of images": 36_656,
     "encoder": 1_241,
+    "plaid, fused": 651,
+    "sharded plaid, fused": 651,
+    "sharded encoder": 1_241,
+} | {
+    f"fused kernel, {nbits} x {dim}": 21 if (nbits, dim) == (2, 96) else 11
+    for nbits, dim in KERNELS
 }
 
 pytestmark = [
@@ -88,6 +103,7 @@ def test_program(compiled, name):
     found = compiled[name]
     assert "error" not in found, found["error"]
     assert found["code"] and found["temporary"] <= LIMITS[name] * MIB
+    assert found["kernel"] == ("fused" in name)
 
 
 def test_all_programs_are_held(compiled):
@@ -104,9 +120,11 @@ def shapes():
     from colbert_jax.checkpoints.flmr import VISION_DEFAULTS
     from colbert_jax.compression.codec import ResidualCodec
     from colbert_jax.models.bert import BertConfig
-    from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes
+    from colbert_jax.models.colbert import EncoderConfig
     from colbert_jax.models.flmr import ImageEncoderConfig
     from colbert_jax.models.vision import vision_config
+    from colbert_jax.scoring.residual import token_maxima
+    from colbert_jax.search import plaid
     from colbert_jax.search.arrays import IndexArrays
 
     documents, tokens, clusters, dim, nbits = 1 << 20, 80 << 20, 1 << 17, 128, 2
@@ -122,7 +140,9 @@ def shapes():
         inverse_norms=shaped(tokens),
     )
     codec = ResidualCodec(arrays.centroids, shaped((1 << nbits) - 1), arrays.bucket_weights)
-    found = test_lowering.programs(arrays, codec, batch=(32, 32), capacity=1 << 17, ndocs=1024)
+    found = test_lowering.programs(
+        arrays, codec, batch=(32, 32), capacity=1 << 17, ndocs=1024, block=1 << 16
+    )
     base = BertConfig(
         vocab_size=30522,
         hidden_size=768,
@@ -142,12 +162,41 @@ def shapes():
     found["sharded training step of images"] = test_lowering.image_training_step(
         mesh, encoder, images, bsize=64, nway=5, lengths=(32, 512)
     )
-    found["encoder"] = (
-        lambda params, *batch: make_encoder(encoder, params, jnp.bfloat16)(*batch),
-        test_lowering.params_of(param_shapes(encoder)),
-        *(integers(256, 180), integers(256), shaped(256, 180, dtype=bool)),
+    found["encoder"] = test_lowering.encoder(encoder, 256, 180)
+    found["sharded encoder"] = test_lowering.encoder(encoder, 256, 180, mesh)
+    static = 4, 1024, 10, 1 << 17, plaid._ACCELERATOR
+    found["plaid, fused"] = (
+        lambda a, q: by_the_kernel(plaid._search_batch, a, q, 0.5, *static),
+        *(arrays, shaped(32, 32, dim)),
     )
+    plain, *given = found["sharded plaid"]
+    found["sharded plaid, fused"] = partial(by_the_kernel, plain.func, **plain.keywords), *given
+    for nbits, width in KERNELS:
+        found[f"fused kernel, {nbits} x {width}"] = (
+            partial(token_maxima, kernel="mosaic_gpu"),
+            *(shaped(32, 32, width), shaped(32, 512, 32, 32)),
+            shaped(32, 512, 32, width * nbits // 8, dtype=jnp.uint8),
+            *(shaped(32, 512, 32), shaped(1 << nbits)),
+        )
     return found
+
+
+def by_the_kernel(function, *arguments, **settings):
+    """A jitted program as it is where COLBERT_JAX_GPU_KERNELS=1 is set, traced anew."""
+    # Not the environment itself: Pallas puts there, when imported, where its library is.
+    with mock.patch("colbert_jax.runtime.use_gpu_kernels", lambda: True):
+        return function.__wrapped__(*arguments, **settings)
+
+
+def abstract_gpu():
+    """Pallas asks for the device's kind from JAX 0.11 on, which there is no device to tell."""
+    import jax
+
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind=DEVICE, num_cores=132, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def compile_all() -> dict[str, dict]:
@@ -164,11 +213,14 @@ def compile_all() -> dict[str, dict]:
     for name, program in test_lowering.traced(chips, shapes, mesh).items():
         start = time.perf_counter()
         try:
-            executable = program.lower().compile().runtime_executable()
+            with abstract_gpu() if "fused" in name else contextlib.nullcontext():
+                made = program.lower().compile()
+            executable = made.runtime_executable()
             results[name] = {
                 "seconds": round(time.perf_counter() - start, 1),
                 "temporary": executable.get_compiled_memory_stats().temp_size_in_bytes,
                 "code": b"ELF" in executable.serialize(),
+                "kernel": "mosaic_gpu" in made.as_text(),
             }
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}

@@ -14,12 +14,12 @@ from colbert_jax.checkpoints.common import set_path
 from colbert_jax.compression import codec, kmeans
 from colbert_jax.config import SearchConfig, TrainingConfig
 from colbert_jax.models.backbones import config_from_huggingface
-from colbert_jax.models.colbert import EncoderConfig, param_shapes
+from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes
 from colbert_jax.models.flmr import ImageEncoderConfig, image_shapes, make_image_encoder
 from colbert_jax.models.vision import vision_config
 from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
-from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search.arrays import IndexArrays, token_inverse_norms
 from colbert_jax.search.backend import DeviceBackend
 from colbert_jax.training.batch import ExampleBatch, Images, Passages, TokenBatch
 from colbert_jax.training.flmr import _Loss
@@ -53,6 +53,22 @@ def params_of(shapes):
 
 
 TINY = EncoderConfig.projecting(config_from_huggingface(support.TINY | {"vocab_size": 100}), 16)
+
+
+def encoder(config, batch, length, mesh=None):
+    """Token embeddings of texts, in bfloat16; over a mesh each device has `batch` of them."""
+
+    def encode(params, *texts):
+        return make_encoder(config, params, jnp.bfloat16)(*texts)
+
+    params, rows = params_of(param_shapes(config)), rows_over(mesh)
+    if mesh is None:
+        return encode, params, *token_batch(batch, length)
+    spread = PartitionSpec("data")
+    over = jax.shard_map(
+        encode, mesh=mesh, in_specs=(PartitionSpec(), *[spread] * 3), out_specs=spread
+    )
+    return over, params, *token_batch(batch * mesh.size, length, rows)
 
 
 def training_step(mesh=None, encoder=TINY, bsize=8, nway=4, lengths=(16, 48)):
@@ -130,7 +146,7 @@ def shapes(tree):
     return jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), tree)
 
 
-def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None):
+def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, block=512):
     """Functions and their arguments, by name.
 
     Args:
@@ -138,6 +154,7 @@ def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None):
       batch: queries and their rows.
       capacity: room for candidates.
       ndocs: of PLAID.
+      block: tokens that k-means and compression take at a time, on each device.
     """
     dim = arrays.centroids.shape[1]
     count, rows = batch
@@ -219,15 +236,33 @@ def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None):
         "k-means": (
             kmeans._accumulate,
             *(arrays.centroids, shaped(clusters), arrays.centroids, shaped(clusters)),
-            shaped(512, dim),
+            shaped(block, dim, dtype=jnp.float16),
             shaped(dtype=I32),
         ),
-        "compress": (codec._compress_block, codec_shapes, shaped(512, dim)),
+        "sharded k-means": (
+            partial(kmeans._accumulate_sharded, mesh),
+            *(arrays.centroids, shaped(clusters), over(8, clusters, dim), over(8, clusters)),
+            over(8 * block, dim, dtype=jnp.float16),
+            shaped(dtype=I32),
+        ),
+        "sharded means": (
+            partial(kmeans._means, mesh),
+            *(over(8, clusters, dim), over(8, clusters)),
+        ),
+        "compress": (codec._compress_block, codec_shapes, shaped(block, dim, dtype=jnp.float16)),
+        "sharded compress": (
+            partial(codec._compress_sharded, mesh),
+            *(codec_shapes, over(8 * block, dim, dtype=jnp.float16)),
+        ),
         "decompress": (
             codec.decompress,
-            *(codec_shapes, shaped(512, dtype=I32), shaped(512, packed, dtype=jnp.uint8)),
+            *(codec_shapes, shaped(block, dtype=I32), shaped(block, packed, dtype=jnp.uint8)),
         ),
+        "norms": (token_inverse_norms, arrays._replace(inverse_norms=None)),
+        "sharded norms": (partial(sharded._norms, mesh=mesh), shards._replace(inverse_norms=None)),
         "image query": image_query(),
+        "encoder": encoder(TINY, 8, 48),
+        "sharded encoder": encoder(TINY, 8, 48, mesh),
         "training step": training_step(),
         "sharded training step": training_step(mesh),
         "sharded training step of images": image_training_step(mesh),
@@ -247,9 +282,16 @@ NAMES = [
     "sharded exact",
     "merged shards",
     "k-means",
+    "sharded k-means",
+    "sharded means",
     "compress",
+    "sharded compress",
     "decompress",
+    "norms",
+    "sharded norms",
     "image query",
+    "encoder",
+    "sharded encoder",
     "training step",
     "sharded training step",
     "sharded training step of images",

@@ -31,6 +31,7 @@ from colbert_jax.models.backbones import (
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.flmr import ImageEncoderConfig
+from colbert_jax.runtime import apart
 from colbert_jax.tensors.weights import Tensors, find_tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 
@@ -162,6 +163,7 @@ class Checkpoint:
         return tokenizer
 
 
+@apart()
 def fingerprint(known: list[Any], params: dict) -> str:
     """Hash settings (JSON values) and weights, to tell checkpoints apart.
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from colbert_jax import runtime
 from colbert_jax.compression import cpu
 from colbert_jax.compression.assign import block_size, nearest, nearest_blocks, pad_to
-from colbert_jax.compression.sharding import check_mesh, data_mesh, rows_spec, shard_rows
+from colbert_jax.compression.sharding import auto_mesh, data_mesh, rows_spec, shard_rows
 from colbert_jax.config import BUCKETS, NBITS
 
 _BLOCK = 1 << 14  # tokens that a device compresses in a step
@@ -107,6 +107,7 @@ def train_codec(
     return codec_from_nearest(centroids, near, heldout, nbits, buckets)
 
 
+@runtime.apart()
 def nearest_codes(centroids: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
     """Return the nearest centroid of each embedding, that with the largest dot product.
 
@@ -186,6 +187,7 @@ def _fit_to_scales(
     return cutoffs, weights
 
 
+@runtime.apart()
 def compress(
     codec: ResidualCodec, values: np.ndarray, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -207,8 +209,7 @@ def compress(
     if mesh is None and runtime.use_cpu_kernels():
         groups = cpu.groups_of(codec.centroids)
         return cpu.compress(groups, codec, reversed_bits(codec.nbits), values)
-    mesh = data_mesh() if mesh is None else mesh
-    check_mesh(mesh)
+    mesh = data_mesh() if mesh is None else auto_mesh(mesh)
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise ValueError("compress runs on devices of this process, the mesh has others")
     dim = codec.centroids.shape[1]

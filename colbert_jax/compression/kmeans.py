@@ -21,7 +21,7 @@ from colbert_jax.compression import cpu
 from colbert_jax.compression.assign import block_size, nearest, pad_to
 from colbert_jax.compression.refill import refill
 from colbert_jax.compression.sharding import (
-    check_mesh,
+    auto_mesh,
     data_mesh,
     replicate,
     rows_spec,
@@ -51,6 +51,7 @@ def most_centroids_for(num_tokens: float) -> float:
     return 16 * math.sqrt(max(num_tokens, 1))
 
 
+@runtime.apart()
 def train_kmeans(
     points: Any,
     num_centroids: int,
@@ -81,7 +82,7 @@ def train_kmeans(
         are more.
       seed: for the subset and the initial centroids.
       progress: whether to show a bar. If None, only on a terminal.
-      mesh: devices that share the work, of one or several processes, in one axis of type Auto. If
+      mesh: devices that share the work, of one or several processes, in one axis. If
         None, the default device. Several processes must make the same call, with the same points.
       group: the processes, if the mesh has devices of several.
 
@@ -89,14 +90,13 @@ def train_kmeans(
       float32[min(K, n), D]. The number of devices changes them only by the rounding of sums.
 
     Raises:
-      ValueError: no points, or another kind of mesh.
+      ValueError: no points, or a mesh of several axes.
     """
     rows = np.arange(len(points)) if rows is None else rows
     if len(rows) == 0:
         raise ValueError("k-means needs at least one point, got none")
     no_mesh = mesh is None
-    mesh = data_mesh() if mesh is None else mesh
-    check_mesh(mesh)
+    mesh = data_mesh() if mesh is None else auto_mesh(mesh)
     num_centroids = min(num_centroids, len(rows))
     rng = np.random.default_rng(seed)
     most = max_points_per_centroid * num_centroids

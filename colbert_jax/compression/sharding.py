@@ -17,13 +17,17 @@ def data_mesh(devices: Any = None) -> Mesh:
     return Mesh(np.array(list(devices)), ("data",), axis_types=(AxisType.Auto,))
 
 
-def check_mesh(mesh: Mesh) -> None:
-    """Raise ValueError unless the mesh has one axis, of type Auto."""
-    if len(mesh.axis_names) != 1 or mesh.axis_types != (AxisType.Auto,):
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """Return a mesh of one axis as one whose axis is of type Auto, which programs here are for.
+
+    Raises ValueError for a mesh of several axes.
+    """
+    if len(mesh.axis_names) != 1:
         raise ValueError(
-            f"expected a mesh of one axis of type Auto, got {mesh}; make it with "
-            'jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))'
+            f"expected a mesh of one axis, got {mesh}; make it with "
+            'jax.make_mesh((jax.device_count(),), ("data",))'
         )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
 
 
 def local_part(mesh: Mesh) -> Mesh:

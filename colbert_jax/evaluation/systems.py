@@ -18,6 +18,7 @@ import numpy as np
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.colbert import ColBERT
 from colbert_jax.index.index import Index
+from colbert_jax.runtime import apart
 from colbert_jax.search.arrays import Hits, RawArrays
 from colbert_jax.search.exact import exact_search
 
@@ -150,6 +151,7 @@ class Workbench:
         ranking, speed = self._searched(search)
         return Outcome(ranking, vectors.nbytes / len(self.ids), speed)
 
+    @apart()
     def _exact(self, depth: int) -> Outcome:
         documents = self.documents
         tokens, count = len(documents.values), len(documents)

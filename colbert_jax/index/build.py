@@ -31,7 +31,7 @@ from colbert_jax.compression.codec import (
     nearest_codes,
 )
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
-from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
+from colbert_jax.compression.sharding import auto_mesh, data_mesh, local_part
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
@@ -51,7 +51,7 @@ from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 from colbert_jax.index.sources import DocumentSource
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
-from colbert_jax.runtime import on_cpu
+from colbert_jax.runtime import apart, on_cpu
 
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
 OUTLIERS = 0.1  # of held-out embeddings are farther from their centroid than `outlier_distance`
@@ -123,7 +123,7 @@ def _choose_mesh(group: Group, mesh: Mesh | None) -> Mesh | None:
     if mesh is None:
         several = group.count > 1 or (len(jax.devices()) > 1 and not on_cpu())
         return data_mesh(jax.devices()) if several else None
-    check_mesh(mesh)
+    mesh = auto_mesh(mesh)
     if {device.process_index for device in mesh.devices.flat} != set(range(group.count)):
         raise ValueError(f"the mesh of a build needs devices of all {group.count} processes")
     return mesh
@@ -270,6 +270,7 @@ def _sample_ids(source: DocumentSource, config: IndexConfig, group: Group) -> np
     return ids[(ids >= start) & (ids < stop)]
 
 
+@apart()
 def _train(
     folder: Path,
     source: DocumentSource,

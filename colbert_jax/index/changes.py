@@ -59,6 +59,7 @@ from colbert_jax.index.inverted import join_inverted_lists, write_inverted_lists
 from colbert_jax.index.sources import DocumentSource
 from colbert_jax.processes import Group
 from colbert_jax.progress import progress_bar
+from colbert_jax.runtime import apart
 
 _UNLISTED = 1 << 18  # tokens that searchers invert themselves, or ...
 _UNLISTED_SHARE = 16  # ... this part of all: beyond both, the lists on disk are made again
@@ -251,6 +252,7 @@ def _check_columns(now: Opened, source: DocumentSource, given: Column | None) ->
     return keeps
 
 
+@apart()
 def _extended(
     folder: Path,
     now: Opened,

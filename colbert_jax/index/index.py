@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.compression.kmeans import num_centroids_for
-from colbert_jax.compression.sharding import check_mesh
+from colbert_jax.compression.sharding import auto_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.data.fields import Value
 from colbert_jax.embeddings import DocumentEmbeddings
@@ -35,7 +35,7 @@ from colbert_jax.index.sources import (
     EmbeddingSource,
     TextSource,
 )
-from colbert_jax.runtime import check_process
+from colbert_jax.runtime import apart, check_process
 from colbert_jax.search.arrays import (
     DamagedArrayError,
     Hits,
@@ -213,7 +213,7 @@ class Index:
           ValueError: damaged or half-copied, naming the file; or a mesh of several axes.
         """
         if mesh is not None:
-            check_mesh(mesh)
+            mesh = auto_mesh(mesh)
         return cls._open(resolved(path), mesh)
 
     @classmethod
@@ -262,6 +262,7 @@ class Index:
         return self.metadata.nbits
 
     @property
+    @apart()
     def codec(self) -> ResidualCodec:
         return ResidualCodec(
             *(jnp.asarray(self._files[field.name]) for field in dataclasses.fields(ResidualCodec))
@@ -405,6 +406,7 @@ class Index:
         """The fields that documents have, and what they hold: number, string, bool, list."""
         return {} if self._fields is None else self._fields.names()
 
+    @apart()
     def document_embeddings(self, i: int) -> np.ndarray:
         """float32[Ld, D], the decompressed token embeddings of document i."""
         check_process()

@@ -203,7 +203,11 @@ class LateInteraction:
         progress: bool | None = None,
     ) -> np.ndarray:
         """Score pairs, queries[i] with documents[i]: float32[N], as `BiEncoder.score`."""
-        (q, rows_q), (d, rows_d) = _encode_pairs(self._model, queries, documents, progress)
+        with runtime.apart():
+            return self._score(*_encode_pairs(self._model, queries, documents, progress))
+
+    def _score(self, queries: Any, documents: Any) -> np.ndarray:
+        (q, rows_q), (d, rows_d) = queries, documents
         values, offsets = jnp.asarray(d.values), jnp.asarray(d.offsets, jnp.int32)
         length = ladder_length(int(d.lengths.max(initial=1)))
 

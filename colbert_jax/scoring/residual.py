@@ -11,13 +11,16 @@ The centroids are not read again; only w, b bits a dimension, is decompressed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from colbert_jax import runtime
 from colbert_jax.compression.codec import unpack_weights
 from colbert_jax.scoring.slots import slot_weights
 
-KERNELS = ("xla", "pallas")
+KERNELS = ("xla", "pallas", "mosaic_gpu")
 
 
 def token_maxima(
@@ -37,8 +40,9 @@ def token_maxima(
       residuals: uint8[B, n, L, D * b / 8], packed (see `compression.codec`).
       scale: float32[B, n, L], see `inverse_norms`; 0 where there is no token.
       weights: float32[2^b], in the order of `slots.field_weights`.
-      kernel: "pallas" (the fused kernel for TPUs) or "xla". If None, the fused kernel where the
-        program is compiled for a TPU, XLA elsewhere.
+      kernel: "pallas" (the fused kernel for TPUs), "mosaic_gpu" (that for GPUs) or "xla". If None,
+        the fused kernel where the program is compiled for a TPU, or for a GPU if
+        `runtime.use_gpu_kernels`; XLA elsewhere.
 
     Returns:
       float32[B, n, Lq], -inf for a document without a token.
@@ -49,15 +53,22 @@ def token_maxima(
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {KERNELS} or None, got {kernel!r}")
     operands = (queries, similarity, residuals, scale, weights)
-    if kernel is None:
-        return jax.lax.platform_dependent(*operands, tpu=_by_pallas, default=_by_xla)
-    return (_by_pallas if kernel == "pallas" else _by_xla)(*operands)
+    if kernel is not None:
+        return _BY_NAME[kernel](*operands)
+    fused = {"tpu": _by_pallas} | ({"cuda": _by_mosaic_gpu} if runtime.use_gpu_kernels() else {})
+    return jax.lax.platform_dependent(*operands, **fused, default=_by_xla)
 
 
 def _by_pallas(*operands: jax.Array) -> jax.Array:
     from colbert_jax.scoring import residual_tpu  # Pallas takes a while to import
 
     return residual_tpu.token_maxima(*operands)
+
+
+def _by_mosaic_gpu(*operands: jax.Array) -> jax.Array:
+    from colbert_jax.scoring import residual_gpu
+
+    return residual_gpu.token_maxima(*operands)
 
 
 def _by_xla(
@@ -78,6 +89,13 @@ def _by_xla(
     scores = (similarity + products) * scale[..., None]
     scores = jnp.where(scale[..., None] > 0, scores, -jnp.inf)
     return scores.max(axis=2, initial=-jnp.inf)
+
+
+_BY_NAME: dict[str, Callable[..., jax.Array]] = {
+    "xla": _by_xla,
+    "pallas": _by_pallas,
+    "mosaic_gpu": _by_mosaic_gpu,
+}
 
 
 def inverse_norms(

@@ -41,6 +41,7 @@ _WIDER_FOR_ALLOWED = 2  # times that probes are widened where few documents are 
 _INT32 = np.iinfo(np.int32).max
 
 
+@runtime.apart()
 def choose_backend(arrays: IndexArrays, mesh: Mesh | None = None) -> Backend:
     """The backend for an index's arrays as they are on disk.
 
@@ -76,6 +77,7 @@ class Backend(ABC):
           arrays: on the host; documents and centroids have been added at the end, or none.
         """
 
+    @runtime.apart()
     def exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Hits:
         """The k best documents of each query by their scores on decompressed embeddings.
 
@@ -88,6 +90,7 @@ class Backend(ABC):
             return _nothing(len(queries))
         return self._exact(queries, k, self._selective(allowed))
 
+    @runtime.apart()
     def plaid(
         self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None = None
     ) -> Hits:

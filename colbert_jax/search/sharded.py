@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from colbert_jax.batching import ladder_length, next_power_of_two
-from colbert_jax.compression.sharding import check_mesh, replicate
+from colbert_jax.compression.sharding import auto_mesh, replicate
 from colbert_jax.config import SearchConfig
 from colbert_jax.embeddings import document_ranges
 from colbert_jax.progress import progress_bar
@@ -82,7 +82,7 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
       ValueError: the mesh has several axes, or a device would hold more than 2^31 - 1 tokens.
       DamagedArrayError: a value out of range.
     """
-    check_mesh(mesh)
+    mesh = auto_mesh(mesh)
     arrays = join_lists(arrays)
     shards = mesh.devices.size
     offsets = np.asarray(arrays.offsets, np.int64)

@@ -168,6 +168,7 @@ class Job:
     evaluate: Callable[[dict], dict[str, float]] | None = None
 
 
+@runtime.apart()
 def run_job(
     job: Job,
     folder: str | Path,

@@ -86,7 +86,7 @@ def test_more_devices_than_documents(tmp_path, eight_devices):
 
 def test_a_mesh_of_two_axes_is_refused(index, eight_devices):
     mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2, devices=eight_devices)
-    with pytest.raises(ValueError, match="a mesh of one axis of type Auto"):
+    with pytest.raises(ValueError, match=r"a mesh of one axis, got .*'a': 2, 'b': 4"):
         Index.open(index.path, mesh=mesh)
 
 
