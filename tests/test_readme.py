@@ -30,11 +30,15 @@ RUN_HERE = [
     for page in PAGES
     if page.name not in ("adapters.md", "distributed.md")
 ]
-NEEDS = {"serving": ("starlette", "uvicorn", "prometheus_client", "httpx")}
+NEEDS = {
+    "hybrid": ("bm25s", "Stemmer"),
+    "serving": ("starlette", "uvicorn", "prometheus_client", "httpx"),
+}
 # Commands that are not run here, because they install, download or measure for minutes.
 ELSEWHERE = [
     "pip install -e .",
     'pip install "colbert-jax[serve]"',
+    'pip install "colbert-jax[hybrid]"',
     "colbert-jax serve books.index",
     "make demo",
     "make test",
