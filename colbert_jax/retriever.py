@@ -369,7 +369,7 @@ class Retriever:
                 found: list[list[Hit]] = [[]] * len(listed)
                 for places, encoded in self._encoded(listed):
                     if hybrid is None:
-                        hits = _hits(index, index.search(encoded, k, **settings), texts)
+                        hits = hits_of(index, index.search(encoded, k, **settings), texts)
                     else:
                         part = [listed.texts[place] for place in places.tolist()]
                         hits = _hybrid_hits(index, part, encoded, k, settings, hybrid, texts)
@@ -540,8 +540,12 @@ class Retriever:
                 self.index = index
 
 
-def _hits(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
-    """Positions and scores of a batch, [B, k], as plain Python values."""
+def hits_of(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
+    """Positions and scores of a batch, [B, k], as plain Python values.
+
+    Args:
+      texts: whether to read the documents' texts.
+    """
     ids, kept = index.ids, index.texts if texts else None
     found = []
     for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
@@ -577,7 +581,7 @@ def _hybrid_hits(
         found.append(
             [
                 hit._replace(ranks=Ranks(*(of.get(hit.position) for of in ranks)))
-                for hit in _hits(index, top, texts)[0]
+                for hit in hits_of(index, top, texts)[0]
             ]
         )
     return found
