@@ -231,16 +231,16 @@ def _results(found: Found) -> list[dict[str, Any]]:
 async def _explain(
     service: Service, model: ColBERT, query: str, results: list[dict[str, Any]]
 ) -> None:
-    texts = [one["text"] for one in results]
+    # A state of the index that keeps no texts may have come between.
+    texts = [one["text"] for one in results if one["text"] is not None]
 
     def finish(queries: list[np.ndarray], documents: list[np.ndarray]) -> list[dict[str, Any]]:
         pairs = zip(texts, documents, strict=True)
         return [shading(model.tokenizer, query, text, queries[0], d) for text, d in pairs]
 
-    if texts:
-        found = await service.encode(Encoding(model, [query], texts, finish))
-        for one, explanation in zip(results, found, strict=True):
-            one["explanation"] = explanation
+    found = iter(await service.encode(Encoding(model, [query], texts, finish)) if texts else ())
+    for one in results:
+        one["explanation"] = None if one["text"] is None else next(found)
 
 
 async def _topk(service: Service, values: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from colbert_jax.retriever import rank_documents
 from colbert_jax.serving.indexes import ServedIndex
 from colbert_jax.serving.limits import Limits
 from colbert_jax.serving.schema import checked
+from colbert_jax.serving.service import Service
 
 SERVE = 'needs pip install "colbert-jax[serve]"'
 create_app = pytest.importorskip("colbert_jax.serving.app", reason=SERVE).create_app
@@ -149,6 +150,33 @@ def test_explanation_marks_words_of_both_texts(ask, model):
             columns = [j for j, w in enumerate(expected.document) if w == words[word["match"]]]
             best = expected.similarity[np.ix_(rows, columns)].max()
             assert word["similarity"] == pytest.approx(best, abs=1e-3)
+
+
+def test_hits_without_a_text_are_not_explained(ask, monkeypatch):
+    """The index may be replaced, after it was looked at, by one that keeps no texts."""
+    search = Service.search
+    lacking = {0}
+
+    async def replaced(self, *arguments):
+        found = await search(self, *arguments)
+        return [
+            one._replace(
+                hits=[h._replace(text=None) if n in lacking else h for n, h in enumerate(one.hits)]
+            )
+            for one in found
+        ]
+
+    expected = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    monkeypatch.setattr(Service, "search", replaced)
+    answer = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    first, *others = answer["results"]
+    assert first["text"] is None and first["explanation"] is None
+    assert [one["explanation"] for one in others] == [
+        one["explanation"] for one in expected["results"][1:]
+    ]
+    lacking |= {1, 2}
+    answer = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    assert [one["explanation"] for one in answer["results"]] == [None] * 3
 
 
 def test_rerank_in_three_shapes(ask, model, texts):
