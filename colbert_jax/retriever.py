@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -172,7 +173,9 @@ class Retriever:
             if isinstance(documents, str | os.PathLike):
                 raise DuplicateIdError(f"{documents}: {error}") from None
             raise
-        return cls(model, index.keep_bm25() if bm25 else index)
+        if bm25 and jax.process_index() == 0:  # of those that build together
+            index = index.keep_bm25()
+        return cls(model, index)
 
     @classmethod
     def open(

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,29 @@ def test_a_shard_is_built_once_and_keeps_numbers(folders, shallow_folder, tmp_pa
     assert [index.ids[0], index.ids[1]] == ["0", "3"] and index.text("3") == "four"
     with pytest.raises(SystemExit):
         build([str(collection), str(tmp_path), "--shard", "3", *of])
+
+
+def test_the_job_array_asks_for_its_shard(folders, shallow_folder, tmp_path):
+    """build.slurm under a bash whose srun only says what it would run."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nfor one in "$@"; do printf "%s\\n" "$one"; done\n')
+    srun.chmod(0o755)
+    names = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "COLLECTION": str(folders[0].parent.parent / "c.jsonl"),
+        "SHARDS": str(tmp_path / "wiki"),
+        "CHECKPOINT": str(shallow_folder),
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
+    script = str(EXAMPLES / "build.slurm")
+    done = subprocess.run(["bash", script], env=names, capture_output=True, text=True, check=True)
+    python, program, *arguments = done.stdout.splitlines()
+    assert (python, program) == ("python", "build_shard.py")
+    assert runpy.run_path(str(EXAMPLES / "build_shard.py"))["main"](arguments) == 0
+    index = Index.open(tmp_path / "wiki" / "shard-0003-of-0064.index")
+    assert list(index.ids[:]) == ["d3"]
 
 
 # --- Behind one server ---

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 from colbert_jax import Retriever
@@ -19,7 +20,7 @@ from colbert_jax.progress import log_to_stderr
 from colbert_jax.runtime import enable_compilation_cache
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Index one part of a collection.")
     parser.add_argument("collection", type=Path)
     parser.add_argument("folder", type=Path, help="where the shards go")
@@ -36,10 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     index = args.folder / f"shard-{args.shard:04}-of-{args.of:04}.index"
     if index.exists():
         print(f"{index}: is there")
-        return
+        return 0
     documents = itertools.islice(Documents(args.collection), args.shard, None, args.of)
     print(Retriever.build(index, args.checkpoint, documents, nbits=args.nbits))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

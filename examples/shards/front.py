@@ -2,7 +2,7 @@
 
     colbert-jax serve shard-0000-of-0002.index --port 8001     # on each machine its own
     colbert-jax serve shard-0001-of-0002.index --port 8002
-    python front.py http://127.0.0.1:8001 http://127.0.0.1:8002 --port 8000
+    python front.py http://127.0.0.1:8001 http://127.0.0.1:8002 --port 8000    # needs httpx
 
 `/search` takes and gives what a shard's does. An answer comes of all shards or is an error: one
 that is down never makes an answer that only looks whole.
@@ -48,7 +48,8 @@ def create_front(
       limits: of bodies and of time.
     """
     limits = limits or Limits()
-    asker = client or httpx.AsyncClient(timeout=limits.timeout)
+    room = httpx.Limits(max_connections=None)  # a shard bounds its own
+    asker = client or httpx.AsyncClient(timeout=limits.timeout, limits=room)
 
     async def ask(shard: str, method: str, path: str, **content: Any) -> Any:
         try:
