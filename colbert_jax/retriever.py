@@ -60,17 +60,34 @@ class Hit(NamedTuple):
     """A document that was found.
 
     id: the document's own id; its position, as a string, where the collection has no ids.
-    score: MaxSim, the higher the better; of a hybrid search, what the two make together.
+    score: MaxSim, the higher the better.
     text: the document; None where the index keeps no texts.
     position: of the document in the collection, from 0.
-    ranks: of a hybrid search, which of the two found it; else None.
     """
 
     id: str
     score: float
     text: str | None
     position: int
-    ranks: Ranks | None = None
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """None: those are a hybrid search's."""
+        return None
+
+
+class HybridHit(NamedTuple):
+    """A document that a hybrid search found: as `Hit`, but
+
+    score: what late interaction and BM25 make together.
+    ranks: which of the two found it.
+    """
+
+    id: str
+    score: float
+    text: str | None
+    position: int
+    ranks: Ranks
 
 
 class Retriever:
@@ -281,8 +298,8 @@ class Retriever:
           progress: True for a bar. If None, a bar on a terminal, else log lines.
 
         Returns:
-          hits, best first, equal scores by the smaller position; for a list of queries a list of
-          such lists, in the order of the queries.
+          hits, `HybridHit`s of a hybrid search, best first, equal scores by the smaller position;
+          for a list of queries a list of such lists, in the order of the queries.
 
         Raises:
           ValueError, TypeError: an empty or blank query, by its place in the list; images that
@@ -416,7 +433,7 @@ class Retriever:
         """Order documents that need not be in the index by their exact scores: `rank_documents`."""
         return rank_documents(self.model, queries, documents, k)
 
-    def explain(self, query: Query, document: Query | Hit) -> Explanation:
+    def explain(self, query: Query, document: Query | Hit | HybridHit) -> Explanation:
         """Show which query words, and patches of its image, matched which words of a document.
 
         Args:
@@ -434,10 +451,10 @@ class Retriever:
         """
         return self.model.explain(query, self._text(document))
 
-    def _text(self, document: Query | Hit) -> Query:
+    def _text(self, document: Query | Hit | HybridHit) -> Query:
         """The text of a hit or an id; anything else is a text itself, or a pair."""
         index = self.index
-        if isinstance(document, Hit):
+        if isinstance(document, Hit | HybridHit):
             return document.text if document.text is not None else index.text(document.id)
         if not isinstance(document, str):
             return document
@@ -565,8 +582,8 @@ def _hybrid_hits(
     settings: dict[str, Any],
     hybrid: Hybrid,
     texts: bool,
-) -> list[list[Hit]]:
-    """The k best documents of queries by late interaction and BM25 together."""
+) -> Any:
+    """`HybridHit`s of each query: the k best documents by late interaction and BM25 together."""
     depth = max(k, hybrid.depth)
     late = index.search(encoded, depth, **settings)
     allowed = settings["where"].allowed
@@ -583,7 +600,7 @@ def _hybrid_hits(
         top = Hits(fused[0][None, :k], fused[1][None, :k])
         found.append(
             [
-                hit._replace(ranks=Ranks(*(of.get(hit.position) for of in ranks)))
+                HybridHit(*hit, Ranks(*(of.get(hit.position) for of in ranks)))
                 for hit in hits_of(index, top, texts)[0]
             ]
         )

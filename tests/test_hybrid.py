@@ -130,6 +130,11 @@ def test_a_hybrid_search_is_the_fusion_of_two_searches(retriever):
             in_words = hit.position in places
             assert hit.ranks.bm25 == (1 + places.index(hit.position) if in_words else None)
     assert late[0].ranks is None
+    explained = retriever.explain(query, hits[0]._replace(text=None))
+    assert explained.score == retriever.explain(query, hits[0].id).score
+    assert json.loads(json.dumps(hits[0]._asdict())) == hits[0]._asdict() | {
+        "ranks": list(hits[0].ranks)
+    }
     alone = retriever.search(query, 3, hybrid=Hybrid(bm25_weight=1.0))
     assert [hit.position for hit in alone] == [5, 1, 0]
     several = retriever.search([query, "cats"], 4, hybrid=True)
