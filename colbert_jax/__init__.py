@@ -4,6 +4,7 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.explanation import Explanation
+from colbert_jax.fusion import Hybrid
 from colbert_jax.index import Index
 from colbert_jax.retriever import Hit, Retriever
 from colbert_jax.scoring import maxsim, maxsim_all_pairs, maxsim_nway, maxsim_ragged
@@ -18,6 +19,7 @@ __all__ = [
     "Explanation",
     "Hit",
     "Hits",
+    "Hybrid",
     "Index",
     "Retriever",
     "TextConfig",

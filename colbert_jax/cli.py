@@ -142,6 +142,7 @@ def index(args: argparse.Namespace) -> None:
         kmeans_niters=args.kmeans_niters,
         num_centroids=args.num_centroids,
         store_texts=not args.no_texts,
+        bm25=args.bm25,
         overwrite=args.overwrite,
         dim=args.dim,
         **settings,
@@ -187,6 +188,11 @@ def compact(args: argparse.Namespace) -> None:
         opened = retriever.index
     else:
         opened = opened.compact()
+    print(_summary(opened))
+
+
+def bm25(args: argparse.Namespace) -> None:
+    opened = Index.open(args.index).keep_bm25()
     print(_summary(opened))
 
 
@@ -362,7 +368,7 @@ def _print_hits(hits: Sequence[Hit]) -> None:
 
 def _summary(opened: Index) -> str:
     m = opened.metadata
-    size = sum(file.stat().st_size for file in opened.path.iterdir())
+    size = sum(file.stat().st_size for file in opened.path.rglob("*") if file.is_file())
     return (
         f"{opened.path}\n"
         f"documents    {len(opened)} ({m.num_empty_documents} without a token)\n"
@@ -370,7 +376,8 @@ def _summary(opened: Index) -> str:
         + f"tokens       {m.num_tokens}\n"
         f"dimensions   {m.dim} at {m.nbits} bits\n"
         f"centroids    {m.num_centroids}\n"
-        f"size         {size / 1e6:.1f} MB"
+        + ("BM25         kept\n" if opened.keeps_bm25 else "")
+        + f"size         {size / 1e6:.1f} MB"
     )
 
 
@@ -411,6 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
     sub.add_argument("--images", help=_IMAGES)
     sub.add_argument("--no-texts", action="store_true", help="do not keep the documents' texts")
+    sub.add_argument("--bm25", action="store_true", help="keep BM25 too, for searches --hybrid")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
 
     for run, summary in (
@@ -435,6 +443,9 @@ def _parser() -> argparse.ArgumentParser:
         "--retrain", action="store_true", help="encode all texts and train the centroids again"
     )
     sub.add_argument("--checkpoint", help="for --retrain; default: the one it was built with")
+
+    sub = command(bm25, "keep BM25 of an index's texts with it, for searches --hybrid")
+    sub.add_argument("index")
 
     sub = command(search, "search an index")
     sub.add_argument("index")

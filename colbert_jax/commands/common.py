@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from colbert_jax.config import MODES
+from colbert_jax.fusion import FUSIONS, Hybrid
 from colbert_jax.index.filters import parse_json_filter
 from colbert_jax.multimodal import Query
 from colbert_jax.progress import tqdm
@@ -33,12 +34,22 @@ def search_queries(
         ncells=args.ncells,
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
+        hybrid=_hybrid(args),
         where=None if args.where is None else parse_json_filter(args.where),
         texts=texts,
         # A bar among results on the same terminal would hide them.
         progress=False if texts and sys.stdout.isatty() else None,
     )
     return zip(queries, hits, strict=True)
+
+
+def _hybrid(args: argparse.Namespace) -> Hybrid | None:
+    if args.hybrid is None:
+        if args.bm25_weight is not None:
+            raise ValueError("--bm25-weight belongs to --hybrid")
+        return None
+    weight = {} if args.bm25_weight is None else {"bm25_weight": args.bm25_weight}
+    return Hybrid(args.hybrid, **weight)
 
 
 def add_search_settings(sub: argparse.ArgumentParser) -> None:
@@ -54,3 +65,9 @@ def add_search_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--centroid-score-threshold", type=float)
     sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")
     sub.add_argument("--where", help='condition on fields, in JSON: \'{"year": {"gte": 2020}}\'')
+    sub.add_argument(
+        "--hybrid",
+        choices=FUSIONS,
+        help="look for the query's words too, with BM25, and join both by ranks or scores",
+    )
+    sub.add_argument("--bm25-weight", type=float, help="BM25's part, 0 to 1 (default: 0.5)")

@@ -96,7 +96,14 @@ def _evaluate_collections(args: argparse.Namespace) -> None:
             raise ValueError(f"{place}: an index, which needs --queries and --qrels")
     odd = [
         name
-        for name in ("where", "ncells", "centroid_score_threshold", "ndocs")
+        for name in (
+            "where",
+            "ncells",
+            "centroid_score_threshold",
+            "ndocs",
+            "hybrid",
+            "bm25_weight",
+        )
         if getattr(args, name) is not None
     ]
     if odd:
@@ -214,8 +221,10 @@ def _evaluate_index(args: argparse.Namespace) -> None:
         )
     if args.json:
         about = {"index": str(args.index), "queries": len(queries), "mode": args.mode}
+        about |= {} if args.hybrid is None else {"hybrid": args.hybrid}
         print(json.dumps(about | values))
     else:
-        print(f"{len(queries)} queries, mode: {args.mode}")
+        both = "" if args.hybrid is None else f", hybrid: {args.hybrid}"
+        print(f"{len(queries)} queries, mode: {args.mode}{both}")
         for name, value in values.items():
             print(f"{name:<12}{value:.4f}")

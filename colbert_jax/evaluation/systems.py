@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax.batching import next_power_of_two
+from colbert_jax.bm25 import Bm25, best, check_bm25
 from colbert_jax.colbert import ColBERT
 from colbert_jax.index.index import Index
 from colbert_jax.runtime import apart
@@ -51,17 +52,10 @@ def check_systems(names: Sequence[str]) -> None:
                 f"system {name!r:.40}: expected bm25, single, exact, or plaid-N of 1, 2, 4, 8 bits"
             )
     if "bm25" in names:
-        _bm25s()
-
-
-def _bm25s():
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError(
-            'the system bm25 needs bm25s: pip install "colbert-jax[bm25]", or choose others'
-        ) from error
-    return bm25s
+        try:
+            check_bm25()
+        except ImportError as error:
+            raise ImportError(f"the system bm25: {error}; or choose other systems") from None
 
 
 class Workbench:
@@ -113,30 +107,21 @@ class Workbench:
         return self._plaid(int(match[1]), depth)
 
     def _bm25(self, depth: int) -> Outcome:
-        bm25s = _bm25s()
-        try:
-            import Stemmer
-
-            stemmer = Stemmer.Stemmer("english")
-        except ImportError:
-            stemmer = None
-
-        def tokens(texts: Sequence[str]) -> list[list[str]]:
-            return bm25s.tokenize(
-                list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
-            )
-
-        index = bm25s.BM25(k1=0.9, b=0.4)
-        index.index(tokens(self.texts), show_progress=False)
-        asked = tokens(list(self.queries.values()))
+        made = Bm25.of(self.texts)
+        asked = list(self.queries.values())
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            found = index.retrieve(asked[part], k=depth, show_progress=False)
-            return np.asarray(found[0]), np.asarray(found[1])
+            count = len(asked[part])
+            positions, scores = np.zeros((count, depth), int), np.zeros((count, depth), np.float32)
+            for row, query in enumerate(asked[part]):
+                all_scores = made.scores(query)
+                found = best(all_scores, depth)
+                positions[row, : len(found)] = found
+                scores[row, : len(found)] = all_scores[found]
+            return positions, scores
 
         ranking, speed = self._searched(search, positive=True)
-        size = sum(array.nbytes for array in index.scores.values() if hasattr(array, "nbytes"))
-        return Outcome(ranking, size / len(self.ids), speed)
+        return Outcome(ranking, made.num_bytes / len(self.ids), speed)
 
     def _single(self, depth: int) -> Outcome:
         documents = self.documents

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pickle
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from colbert_jax.bm25 import Bm25
 from colbert_jax.compression.codec import ResidualCodec, decompress
 from colbert_jax.compression.kmeans import num_centroids_for
 from colbert_jax.compression.sharding import auto_mesh
@@ -21,13 +25,13 @@ from colbert_jax.config import MODES, IndexConfig, SearchConfig
 from colbert_jax.data.fields import Value
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.files import resolved
-from colbert_jax.index import changes
+from colbert_jax.index import changes, lexical
 from colbert_jax.index import format as fmt
 from colbert_jax.index.build import build_index
 from colbert_jax.index.columns import ID, TEXT, Column, Positions, UnknownIdError, open_column
 from colbert_jax.index.fields import FieldStore, verify_fields
 from colbert_jax.index.filters import FilterError, parse_filter
-from colbert_jax.index.folder import METADATA, locate
+from colbert_jax.index.folder import METADATA, changing, locate
 from colbert_jax.index.inverted import check_inverted_lists, recent_lists
 from colbert_jax.index.sources import (
     DocumentEncoder,
@@ -45,6 +49,7 @@ from colbert_jax.search.arrays import (
 )
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 
+LOGGER = logging.getLogger("colbert_jax")
 _MANY_DELETED = 0.2  # of the documents: worth compacting
 _MANY_OUTLIERS = 0.25  # of the tokens added: worth new centroids; a build has a tenth
 _COMPARED = 1024  # texts in memory at a time
@@ -90,6 +95,8 @@ class Index:
         former = former if former is not None and former._is_continued(metadata) else None
         self.path, self.metadata, self._files = path, metadata, files
         self._mesh = mesh
+        self._bm25: Bm25 | None = None
+        self._making_bm25 = threading.Lock()
         self.lengths = np.diff(files["offsets"])
         self.deleted = self._read_deleted()
         self._num_results = int(((self.lengths > 0) & ~self.deleted).sum())
@@ -418,6 +425,93 @@ class Index:
             check_codes(((codes >= 0) & (codes < count)).all(), count)
         return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
 
+    # --- Words ---
+
+    @property
+    def keeps_bm25(self) -> bool:
+        """Whether BM25 of the texts is in the folder, and is made again with every change."""
+        return lexical.is_kept(self.path)
+
+    def bm25(self) -> Bm25:
+        """BM25 of the documents that are not deleted, by their order; for this state of the index.
+
+        What `keep_bm25` has stored for this state; else it is made from the texts, which takes
+        seconds for each hundred thousand documents, and held in memory.
+
+        Raises:
+          ValueError: the index keeps no texts; or what is stored is damaged.
+          ImportError: bm25s or PyStemmer are not installed.
+        """
+        with self._making_bm25:
+            if self._bm25 is None:
+                self._bm25 = lexical.read(self.path, self.metadata.state)
+            if self._bm25 is None:
+                start = time.monotonic()
+                self._bm25 = self._new_bm25()
+                LOGGER.info(
+                    "%s: BM25 of %d documents made in %.1f s",
+                    self.path,
+                    len(self),
+                    time.monotonic() - start,
+                )
+            return self._bm25
+
+    def bm25_scores(self, query: str) -> np.ndarray:
+        """BM25 of a query with every document, by position.
+
+        Returns:
+          float32[N], 0 where a document has no word of the query, or is deleted.
+
+        Raises:
+          as `bm25`.
+        """
+        found = self.bm25().scores(query)
+        if not self.metadata.num_deleted:
+            return found
+        scores = np.zeros(len(self.lengths), np.float32)
+        scores[~self.deleted] = found
+        return scores
+
+    def keep_bm25(self) -> Index:
+        """Make BM25 of the texts, store it with the index, and return the index as it is now.
+
+        Every later change makes it again, also one of another process that has bm25s. Where that
+        was not possible, `bm25` makes it in memory: it is never that of another state.
+
+        Raises:
+          ValueError: the index keeps no texts.
+          ImportError: bm25s or PyStemmer are not installed.
+          RuntimeError: somebody else builds or changes the index.
+        """
+        with changing(self.path, "bm25") as folder:
+            now = self.refresh()
+            made = now._new_bm25()
+            lexical.publish(folder, now.path, now.metadata.state, made)
+        now._bm25 = made
+        return now
+
+    def _new_bm25(self) -> Bm25:
+        if self.texts is None:
+            raise ValueError(
+                f"{self.path}: keeps no texts, of which BM25 is made (store_texts=False): build it "
+                "again"
+            )
+        changes.check_whole(self.path, self.metadata, fmt.string_arrays(TEXT))
+        texts = self.texts
+        return Bm25.of(texts.one(i) for i in np.flatnonzero(~self.deleted).tolist())
+
+    def _changed(self, kept: bool) -> Index:
+        """The index after a change, with BM25 if it was kept."""
+        now = self.refresh()
+        if not kept or lexical.is_there(now.path, now.metadata.state):
+            return now
+        try:
+            return now.keep_bm25()
+        except (ImportError, RuntimeError, OSError) as error:
+            # The change is made. Who searches makes its own, or the next change does.
+            LOGGER.warning("%s: BM25 is not up to date: %s", self.path, error)
+            return now
+
     # --- Changes ---
 
     def refresh(self) -> Index:
@@ -498,8 +592,9 @@ class Index:
           UnknownIdError (a KeyError): naming ids that no document has; nothing is deleted.
           RuntimeError: somebody else builds or changes the index.
         """
+        kept = self.keeps_bm25
         changes.delete_documents(self.path, self._opened_now, ids)
-        return self.refresh()
+        return self._changed(kept)
 
     def compact(self, progress: bool | None = None) -> Index:
         """Free the room of deleted documents; positions change, ids stay.
@@ -507,8 +602,9 @@ class Index:
         Raises:
           RuntimeError: somebody else builds or changes the index.
         """
+        kept = self.keeps_bm25
         changes.compact(self.path, self._opened_now, progress)
-        return self.refresh()
+        return self._changed(kept)
 
     def retrain(self, model: DocumentEncoder, progress: bool | None = None) -> Index:
         """Build the index again from the texts that it keeps, and return that.
@@ -536,6 +632,7 @@ class Index:
                 fields = {} if now._fields is None else now._fields.fields(i)
                 yield now.ids.one(i), now.texts.one(i), fields
 
+        keeps_bm25 = self.keeps_bm25
         build_index(
             self.path,
             lambda: TextSource(model, documents()),
@@ -545,7 +642,7 @@ class Index:
             progress=progress,
             mesh=self._mesh,
         )
-        return self.refresh()
+        return self._changed(keeps_bm25)
 
     def _grown(
         self,
@@ -560,6 +657,7 @@ class Index:
     ) -> Index:
         kept = _source(kind, model, documents, embeddings, lengths, ids, fields)
         now = self.refresh()
+        keeps_bm25 = now.keeps_bm25
         if model is not None:
             now._check_model(model)
             with_images = getattr(documents, "images", None) is not None
@@ -582,7 +680,7 @@ class Index:
             )
         else:
             changes.add_documents(self.path, self._opened_now, kept, kind, progress)
-        return self.refresh()
+        return self._changed(keeps_bm25)
 
     def _check_model(self, model: DocumentEncoder) -> None:
         """Raises ValueError for another model than the one whose embeddings are indexed."""
@@ -683,6 +781,7 @@ class Index:
         Raises ValueError naming a file that is damaged or missing.
         """
         fmt.verify(self.path, _verify_contents)
+        lexical.verify(self.path, _state_of(self.path))
 
     def _naming_the_file(self) -> contextlib.AbstractContextManager[None]:
         return _naming_the_file(self.path, self.metadata)

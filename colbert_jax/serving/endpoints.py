@@ -13,6 +13,8 @@ import numpy as np
 
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import MODES
+from colbert_jax.fusion import FUSIONS, Hybrid
+from colbert_jax.serving.indexes import ServedIndex
 from colbert_jax.serving.limits import Limits
 from colbert_jax.serving.schema import Schema
 from colbert_jax.serving.service import RequestError, Service
@@ -96,6 +98,18 @@ def _search_operations(limits: Limits) -> list[Operation]:
         "ncells": _integer("Centroids probed for a query token.", 1 << 14),
         "centroid_score_threshold": {"type": "number", "minimum": -1, "maximum": 1},
         "ndocs": _integer("Candidates kept by the first ranking.", 1 << 17),
+        "hybrid": {
+            "type": "string",
+            "enum": list(FUSIONS),
+            "description": "Look for the query's words too, with BM25, and join both results by "
+            "ranks (rrf) or by scores (relative).",
+        },
+        "bm25_weight": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "description": "BM25's part of a hybrid search; if left out, 0.5.",
+        },
         "explain": {
             "type": "boolean",
             "default": False,
@@ -168,6 +182,7 @@ async def _search(service: Service, values: dict[str, Any]) -> Any:
         raise RequestError(400, "give query or queries, one of the two")
     queries = as_queries(values["queries"] if several else [values["query"]])
     settings = {name: values[name] for name in _SETTINGS if name in values}
+    settings |= _hybrid(served, values)
     if values["explain"] and served.now.index.texts is None:
         raise RequestError(400, "this index keeps no texts, so nothing can be explained")
     found = await service.search(served, queries, settings)
@@ -186,12 +201,29 @@ async def _search(service: Service, values: dict[str, Any]) -> Any:
     return reply | {"results": answers[0]}
 
 
+def _hybrid(served: ServedIndex, values: Mapping[str, Any]) -> dict[str, Hybrid]:
+    if "hybrid" not in values:
+        if "bm25_weight" in values:
+            raise RequestError(400, "bm25_weight belongs to a hybrid search: give hybrid too")
+        return {}
+    if not served.has_bm25:
+        raise RequestError(
+            400,
+            "no hybrid searches of this index here: it keeps no BM25 (colbert-jax bm25 INDEX), or "
+            'the server lacks pip install "colbert-jax[hybrid]"',
+        )
+    given = {"bm25_weight": values["bm25_weight"]} if "bm25_weight" in values else {}
+    return {"hybrid": Hybrid(values["hybrid"], **given)}
+
+
 def _results(found: Found) -> list[dict[str, Any]]:
     results = []
     for hit, fields in zip(found.hits, found.fields, strict=True):
         one = {"id": hit.id, "score": hit.score, "text": hit.text}
         if fields:
             one["fields"] = fields
+        if hit.ranks is not None:
+            one["ranks"] = hit.ranks._asdict()
         results.append(one)
     return results
 
@@ -199,16 +231,16 @@ def _results(found: Found) -> list[dict[str, Any]]:
 async def _explain(
     service: Service, model: ColBERT, query: str, results: list[dict[str, Any]]
 ) -> None:
-    texts = [one["text"] for one in results]
+    # A state of the index that keeps no texts may have come between.
+    texts = [one["text"] for one in results if one["text"] is not None]
 
     def finish(queries: list[np.ndarray], documents: list[np.ndarray]) -> list[dict[str, Any]]:
         pairs = zip(texts, documents, strict=True)
         return [shading(model.tokenizer, query, text, queries[0], d) for text, d in pairs]
 
-    if texts:
-        found = await service.encode(Encoding(model, [query], texts, finish))
-        for one, explanation in zip(results, found, strict=True):
-            one["explanation"] = explanation
+    found = iter(await service.encode(Encoding(model, [query], texts, finish)) if texts else ())
+    for one in results:
+        one["explanation"] = None if one["text"] is None else next(found)
 
 
 async def _topk(service: Service, values: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
@@ -14,6 +15,7 @@ from colbert_jax.colbert import ColBERT
 from colbert_jax.index.index import Index
 from colbert_jax.retriever import Retriever, remembered_model
 
+LOGGER = logging.getLogger("colbert_jax")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -24,6 +26,7 @@ class ServedIndex:
       name: what requests call it.
       now: a model and one state of the index. What has begun with one ends with it.
       problem: why the state on disk is not searched; None where it is.
+      has_bm25: whether hybrid searches are answered.
     """
 
     def __init__(self, name: str, retriever: Retriever):
@@ -33,7 +36,15 @@ class ServedIndex:
         self._advance()
 
     def _advance(self) -> None:
-        self.now = Retriever(self._living.model, self._living.index)
+        index = self._living.index
+        try:
+            self._keeps_bm25 = self.has_bm25 = index.keeps_bm25
+            if self.has_bm25:
+                index.bm25()  # before requests ask for it
+        except (ImportError, ValueError) as error:
+            self.has_bm25 = False
+            LOGGER.warning("%s: no hybrid searches: %s", self.name, error)
+        self.now = Retriever(self._living.model, index)
 
     @property
     def generation(self) -> int:
@@ -49,7 +60,7 @@ class ServedIndex:
         with self._changing:
             try:
                 changed = self._living.refresh()
-                if changed:
+                if changed or self._living.index.keeps_bm25 != self._keeps_bm25:
                     self._advance()
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
@@ -76,6 +87,7 @@ class ServedIndex:
             "model": str(self.now.model.load["name_or_path"]),
             "texts": index.texts is not None,
             "fields": index.field_names(),
+            "bm25": self.has_bm25,
         }
 
 

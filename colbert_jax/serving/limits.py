@@ -13,7 +13,8 @@ class Limits:
     wait_ms: how long a request waits, in milliseconds, for others to be computed with it.
     batch: queries that one call computes.
     queue: requests that may wait; one more is answered 429.
-    timeout: seconds from a request's last byte to its answer, and for its bytes to arrive.
+    timeout: seconds from a request's last byte to its answer, and for its bytes to arrive; a client
+      that takes nothing of its answer for so long loses the connection, on Linux.
     body: bytes of a request.
     k: results of one query.
     queries: of one request.

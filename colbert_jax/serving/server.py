@@ -17,6 +17,7 @@ from colbert_jax.serving.app import create_app
 
 LOGGER = logging.getLogger("colbert_jax")
 _IDLE = 30  # seconds that a connection may be open without a request
+_LONGEST = 2**31 - 1  # milliseconds that fit
 
 
 def serve(
@@ -42,7 +43,7 @@ def serve(
       KeyboardInterrupt: after Ctrl-C.
     """
     app = create_app(indexes, cors=cors, **settings)
-    listening = _listen(host, port)
+    listening = _listen(host, port, app.state.service.limits.timeout)
     try:
         if warm_up:
             app.state.service.warm_up()
@@ -75,12 +76,22 @@ def _configured(app: Starlette) -> uvicorn.Config:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, unread: float = 30.0) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+      unread: seconds after which a connection is given up whose client takes nothing of what is
+        sent to it: uvicorn itself would hold the answer for as long as the client likes.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        milliseconds = max(1, min(round(unread * 1000), _LONGEST))
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listening
 
 
 @contextlib.contextmanager

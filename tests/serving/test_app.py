@@ -9,10 +9,12 @@ import threading
 import numpy as np
 import pytest
 
-from colbert_jax import Retriever
+from colbert_jax import Hybrid, Index, Retriever
 from colbert_jax.retriever import rank_documents
+from colbert_jax.serving.indexes import ServedIndex
 from colbert_jax.serving.limits import Limits
 from colbert_jax.serving.schema import checked
+from colbert_jax.serving.service import Service
 
 SERVE = 'needs pip install "colbert-jax[serve]"'
 create_app = pytest.importorskip("colbert_jax.serving.app", reason=SERVE).create_app
@@ -101,6 +103,37 @@ def test_search_settings(ask, retriever):
     assert [len(one["results"]) for one in answer["answers"]] == [2, 2]
 
 
+def test_hybrid_searches(ask, model, texts, tmp_path):
+    pytest.importorskip("bm25s", reason='needs pip install "colbert-jax[hybrid]"')
+    both = Retriever.build(tmp_path / "both", model, records(texts[:40]), bm25=True)
+    own = asker({"both": both}, write_key="w")
+    expected = both.search(QUERY, 4, hybrid=Hybrid("relative", 0.8))
+    given = {"query": QUERY, "k": 4, "hybrid": "relative", "bm25_weight": 0.8}
+    for answer in (own("POST", "/search", json=given), own("GET", "/search", params=given)):
+        found = answer.json()["results"]
+        assert [(one["id"], one["ranks"]) for one in found] == [
+            (hit.id, hit.ranks._asdict()) for hit in expected
+        ]
+    given = {"documents": [{"id": "z", "text": "a zebra"}]}
+    assert own("PUT", "/documents", json=given, headers={"x-api-key": "w"}).status_code == 200
+    given = {"query": "zebra", "k": 1, "hybrid": "rrf", "bm25_weight": 1}
+    (one,) = own("POST", "/search", json=given).json()["results"]
+    assert one["id"] == "z" and one["ranks"]["bm25"] == 1
+    assert "keeps no BM25" in message(ask("POST", "/search", json=given), 400)
+    alone = {"query": QUERY, "bm25_weight": 0.5}
+    assert "give hybrid too" in message(ask("POST", "/search", json=alone), 400)
+    wrong = {"query": QUERY, "hybrid": "both"}
+    assert "must be one of" in message(ask("POST", "/search", json=wrong), 400)
+
+
+def test_bm25_that_is_kept_later_is_served(model, texts, tmp_path):
+    pytest.importorskip("bm25s", reason='needs pip install "colbert-jax[hybrid]"')
+    served = ServedIndex("i", Retriever.build(tmp_path / "i", model, records(texts[:5])))
+    assert not served.has_bm25
+    Index.open(tmp_path / "i").keep_bm25()
+    assert not served.refresh() and served.has_bm25 and served.about()["bm25"]
+
+
 def test_explanation_marks_words_of_both_texts(ask, model):
     answer = ask("POST", "/search", json={"query": QUERY, "k": 2, "explain": True}).json()
     for one in answer["results"]:
@@ -117,6 +150,33 @@ def test_explanation_marks_words_of_both_texts(ask, model):
             columns = [j for j, w in enumerate(expected.document) if w == words[word["match"]]]
             best = expected.similarity[np.ix_(rows, columns)].max()
             assert word["similarity"] == pytest.approx(best, abs=1e-3)
+
+
+def test_hits_without_a_text_are_not_explained(ask, monkeypatch):
+    """The index may be replaced, after it was looked at, by one that keeps no texts."""
+    search = Service.search
+    lacking = {0}
+
+    async def replaced(self, *arguments):
+        found = await search(self, *arguments)
+        return [
+            one._replace(
+                hits=[h._replace(text=None) if n in lacking else h for n, h in enumerate(one.hits)]
+            )
+            for one in found
+        ]
+
+    expected = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    monkeypatch.setattr(Service, "search", replaced)
+    answer = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    first, *others = answer["results"]
+    assert first["text"] is None and first["explanation"] is None
+    assert [one["explanation"] for one in others] == [
+        one["explanation"] for one in expected["results"][1:]
+    ]
+    lacking |= {1, 2}
+    answer = ask("POST", "/search", json={"query": QUERY, "k": 3, "explain": True}).json()
+    assert [one["explanation"] for one in answer["results"]] == [None] * 3
 
 
 def test_rerank_in_three_shapes(ask, model, texts):

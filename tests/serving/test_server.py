@@ -37,13 +37,20 @@ def built(model, texts, tmp_path_factory) -> Retriever:
 @contextlib.contextmanager
 def running(retriever, **limits):
     """The port of a server in a thread of its own."""
+    with running_server(retriever, **limits) as (_, listening):
+        yield listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_server(retriever, **limits):
+    """A server in a thread of its own, and the socket where it listens."""
     app = create_app(retriever, limits=Limits(**limits), refresh_seconds=0)
     one = uvicorn.Server(server._configured(app))
-    listening = server._listen("127.0.0.1", 0)
+    listening = server._listen("127.0.0.1", 0, app.state.service.limits.timeout)
     thread = threading.Thread(target=one.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        yield listening.getsockname()[1]
+        yield one, listening
     finally:
         one.should_exit = True
         thread.join(30)
@@ -102,6 +109,31 @@ def test_clients_that_hang_up_disturb_nobody(port):
                 raw.sendall(sent)
     status, answer = ask(port, b'{"query": "heat", "k": 2}')
     assert status == 200 and len(answer["results"]) == 2
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only on Linux")
+def test_slow_readers_hold_up_nobody_and_lose_their_connections(built, texts):
+    """Clients that ask for much and read none of it."""
+    body = json.dumps({"queries": texts[:40], "k": 40}).encode()
+    request = b"POST /search HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with contextlib.ExitStack() as stack:
+        one, listening = stack.enter_context(running_server(built, timeout=1.5))
+        # Little room on the way, so that the answer waits in the server.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        port = listening.getsockname()[1]
+        for _ in range(3):
+            raw = stack.enter_context(socket.socket())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect(("127.0.0.1", port))
+            raw.sendall(request + body)
+            assert raw.recv(12) == b"HTTP/1.1 200"
+        status, answer = ask(port, b'{"query": "heat", "k": 2}')
+        assert status == 200 and len(answer["results"]) == 2
+        assert len(one.server_state.connections) >= 3
+        end = time.monotonic() + 20
+        while one.server_state.connections:
+            assert time.monotonic() < end, "they hold their connections"
+            time.sleep(0.05)
 
 
 def test_concurrent_clients_get_their_own_answers(port, built, texts):
