@@ -25,7 +25,7 @@ from colbert_jax.evaluation.metrics import (
     require_ir_measures,
 )
 from colbert_jax.evaluation.presets import queries_are_documents
-from colbert_jax.progress import progress_bar
+from colbert_jax.progress import LOGGER, progress_bar
 from colbert_jax.retriever import rank_documents
 
 _HELD_OUT = 200  # queries of training examples, at most
@@ -86,6 +86,8 @@ class DevCollection:
         What `ignore_self` says is decided by the collection's name, as in `colbert-jax evaluate`.
         """
         found = read_test_collection(place, split=split)
+        for line in (found.describe(), *found.notes):
+            LOGGER.info("%s: %s", found.name, line)
         passages = {pid: text for pid, text, _ in found.documents()}
         return cls(passages, found.queries, found.qrels, queries_are_documents(found))
 

@@ -28,7 +28,7 @@ from colbert_jax.data.m2kr import read_m2kr
 from colbert_jax.data.streams import unpacked_suffix
 from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation.dev import DevCollection, hold_out
-from colbert_jax.files import replacing
+from colbert_jax.files import present, read_object, replacing
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import load_teacher
@@ -36,6 +36,7 @@ from colbert_jax.progress import LOGGER
 from colbert_jax.settings import to_json
 from colbert_jax.training.callbacks import Callback, WandB
 from colbert_jax.training.flmr import FLMR_TRAINING, train_flmr
+from colbert_jax.training.run import earlier_settings
 from colbert_jax.training.trainer import Trained, train
 
 Dev = DevCollection | Mapping[str, DevCollection]
@@ -309,7 +310,9 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
 
 def contrastive(recipe: Contrastive, *, overwrite: bool = False) -> Trained:
     """Train on pairs, with the other documents of the batch as negatives."""
-    recipe = dataclasses.replace(recipe, checkpoint=recipe.checkpoint or _start())
+    if recipe.checkpoint is None:
+        start = None if overwrite else _earlier_start(Path(recipe.folder))
+        recipe = dataclasses.replace(recipe, checkpoint=start or _start())
     dev = _dev(recipe)
     fields: Any = {
         "query": recipe.query,
@@ -488,6 +491,13 @@ def _dev(recipe: Recipe) -> Dev | None:
             raise ValueError(f"two dev collections have the name {name!r}: rename a folder")
         found[name] = DevCollection.published(place)
     return next(iter(found.values())) if len(found) == 1 else found or None
+
+
+def _earlier_start(folder: Path) -> str | None:
+    """What the run in a folder started from; None where there is none."""
+    if not earlier_settings(folder) or not present(folder / SETTINGS):
+        return None
+    return read_object(folder / SETTINGS).get("checkpoint")
 
 
 def _start() -> str:

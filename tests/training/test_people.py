@@ -16,7 +16,8 @@ from colbert_jax.cli import main
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import pair_examples
 from colbert_jax.evaluation.dev import DevCollection
-from colbert_jax.training import memory
+from colbert_jax.settings import make
+from colbert_jax.training import memory, recipes
 from colbert_jax.training.callbacks import Callback, WandB
 from colbert_jax.training.trainer import train
 
@@ -71,7 +72,8 @@ def test_two_flags_are_enough(pairs, shallow_folder, tmp_path, capsys, monkeypat
     assert kept["checkpoint"] == str(shallow_folder)
     steps = [line["step"] for line in lines(folder) if "dev/nDCG@10" in line]
     assert steps == [0, 2]
-    # Again: nothing is done twice, and the same is said.
+    # Again: nothing is done twice, and the same is said, whatever would be the start by now.
+    monkeypatch.setattr(hub, "packaged_model", lambda: None)
     assert main(["train", "contrastive", "--pairs", str(pairs), "--folder", str(folder)]) == 0
     assert capsys.readouterr().out == said.out
 
@@ -221,3 +223,32 @@ def test_a_batch_that_fits_is_found(start, pairs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a step of bsize 2 takes about .* not even bsize 1 fits"):
         learn("little", 1 << 10)
     assert learn("some", 1 << 40) == some
+
+
+def test_published_dev_collections(tmp_path, caplog):
+    places = []
+    for name in ("one", "two"):
+        place = tmp_path / name
+        (place / "qrels").mkdir(parents=True)
+        rows = [{"_id": str(i), "title": "", "text": TEXTS[i]} for i in range(5)]
+        for file in ("corpus.jsonl", "queries.jsonl"):
+            (place / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        judged = "query-id\tcorpus-id\tscore\n1\t1\t1\n2\t9\t1\n2\t3\t1\n"
+        (place / "qrels" / "test.tsv").write_text(judged)
+        places.append(str(place))
+
+    def read(*dev):
+        needed = {"pairs": "p", "folder": "f", "dev": dev}
+        return recipes._dev(make(recipes.Contrastive, needed))
+
+    with caplog.at_level("INFO", "colbert_jax"), pytest.warns(UserWarning, match="'9'"):
+        both = read(*places)
+    assert list(both) == ["one", "two"] and "one: BEIR folder, 5 documents, 2 test" in caplog.text
+    assert both["two"].qrels == {"1": {"1": 1}, "2": {"9": 1, "3": 1}}
+    with pytest.warns(UserWarning, match="'9'"):
+        assert isinstance(read(places[0]), DevCollection)
+    with (
+        pytest.warns(UserWarning, match="'9'"),
+        pytest.raises(ValueError, match="two dev collections have the name 'one'"),
+    ):
+        read(places[0], places[0])
