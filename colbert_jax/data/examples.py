@@ -498,16 +498,15 @@ class _Wanted(NamedTuple):
         positive = None if documents else self.positive
         if positive is None and not documents:
             positive = next((low[n] for n in POSITIVES if n in low and low[n] != query), None)
-        for what, name, known in (
-            ("the query", "query", query),
-            ("the document that answers it", "positive", positive or documents),
-        ):
-            if not known:
-                raise ValueError(
-                    f"{where}: no field {name!r}, it has "
-                    f"{', '.join(map(repr, there))[:200] or 'none'}: name the one with {what} "
-                    f"({name}=)"
-                )
+        unknown = {} if query else {"query": "the query"}
+        if not (positive or documents):
+            unknown["positive"] = "the document that answers it"
+        if unknown:
+            raise ValueError(
+                f"{where}: no field {' and no field '.join(map(repr, unknown))}, it has "
+                f"{', '.join(map(repr, there))[:200] or 'none'}: name the one with "
+                + " and the one with ".join(f"{what} ({name}=)" for name, what in unknown.items())
+            )
         assert query is not None
         columns = _Columns(query, positive, self.negatives + documents, self.scores)
         left = [name for name in there if name not in columns.all()]

@@ -321,6 +321,10 @@ def _plan(
     if config.maxsteps is None:
         passes = config.epochs * len(examples) / shares[0]
         config = dataclasses.replace(config, maxsteps=max(1, math.ceil(passes / config.batch_size)))
+        LOGGER.info(
+            "%d steps: %g times through %d examples, %d a step; maxsteps makes it fewer",
+            *(config.steps, config.epochs, len(examples), config.batch_size),
+        )
     configs = [_check(model, examples, config, local)]
     for task in tasks:
         try:

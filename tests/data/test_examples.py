@@ -423,8 +423,11 @@ def test_lists_in_parquet(tmp_path):
 
 def test_fields_that_are_not_found(tmp_path):
     for name, text, known, message in [
-        ("a.jsonl", '{"src": "x", "title": "y"}', {}, r"a\.jsonl, line 1: no field 'query', it has "
-         r"'src', 'title': name the one with the query \(query=\)"),
+        ("a.jsonl", '{"src": "x", "title": "y"}', {}, r"a\.jsonl, line 1: no field 'query' and no "
+         r"field 'positive', it has 'src', 'title': name the one with the query \(query=\) and the "
+         r"one with the document that answers it \(positive=\)"),
+        ("a2.jsonl", '{"text": "x", "title": "y"}', {}, r"no field 'query', it has 'text', 'title': "
+         r"name the one with the query \(query=\)$"),
         ("b.jsonl", '{"query": "x", "abs": "y"}', {}, "no field 'positive'.*answers it"),
         ("c.csv", "title,abs\nx,y\n", {"query": "title"}, "no field 'positive', it has 'title', '"),
         ("d.csv", "q,p\na,b\nc,\n", {"query": "q", "positive": "p"}, "d.csv, line 3: field 'p'"),

@@ -63,6 +63,7 @@ def test_two_flags_are_enough(pairs, shallow_folder, tmp_path, capsys, monkeypat
     said = capsys.readouterr()
     assert "the query is 'question', the document 'answer'; not read: src" in said.err
     assert "36 pairs to train on; evaluated on 4 queries that are kept, among 40 doc" in said.err
+    assert "2 steps: 1 times through 36 examples, 32 a step" in said.err
     assert "a step of bsize 32 takes about" in said.err
     assert said.out.splitlines()[0].endswith(": 2 steps")  # once through 36 pairs
     assert said.out.splitlines()[1].split() == ["before", "best"]
@@ -91,7 +92,8 @@ def test_errors_name_flags(pairs, tmp_path, capsys, monkeypatch):
     (tmp_path / "odd.jsonl").write_text('{"title": "a", "body": "b"}\n')
     there = ("--checkpoint", "x", "--pairs")
     message = fails(*there, tmp_path / "odd.jsonl")
-    assert "it has 'title', 'body': name the one with the query (--query)" in message
+    assert "it has 'title', 'body': name the one with the query (--query) and" in message
+    assert "answers it (--positive)" in message
     message = fails(*there, pairs, "--held-out", "9", "--dev", tmp_path)
     assert "queries" in message and not (tmp_path / "run").exists()
 
