@@ -426,7 +426,7 @@ def test_fields_that_are_not_found(tmp_path):
         ("a.jsonl", '{"src": "x", "title": "y"}', {}, r"a\.jsonl, line 1: no field 'query' and no "
          r"field 'positive', it has 'src', 'title': name the one with the query \(query=\) and the "
          r"one with the document that answers it \(positive=\)"),
-        ("a2.jsonl", '{"text": "x", "title": "y"}', {}, r"no field 'query', it has 'text', 'title': "
+        ("a2.jsonl", '{"text": "x", "t": "y"}', {}, r"no field 'query', it has 'text', 't': "
          r"name the one with the query \(query=\)$"),
         ("b.jsonl", '{"query": "x", "abs": "y"}', {}, "no field 'positive'.*answers it"),
         ("c.csv", "title,abs\nx,y\n", {"query": "title"}, "no field 'positive', it has 'title', '"),
