@@ -61,7 +61,9 @@ def main() -> None:
         normalize_teacher=True, dtype=None if args.device == "gpu" else "float32",
     )  # fmt: skip
     ours, theirs = Ours(model, source, config), Torch(args.checkpoint, model, config, args.device)
-    loader = Loader(source, model.tokenizer, bsize=config.bsize, seed=config.seed, length_groups=1)
+    loader = Loader(
+        source, model.tokenizer, bsize=config.batch_size, seed=config.seed, length_groups=1
+    )
     seconds: dict[str, list[float]] = {"colbert_jax": [], "torch": []}
     with loader:
         for number, step in zip(range(args.steps + 1), loader, strict=False):
@@ -111,7 +113,7 @@ class Ours:
         """The batch of a step, and the program for its lengths: a long run has them all."""
         config = self._config
         with Loader(
-            self._source, self._tokenizer, bsize=config.bsize, seed=config.seed, start=number,
+            self._source, self._tokenizer, bsize=config.batch_size, seed=config.seed, start=number,
             length_groups=config.length_groups, devices=jax.device_count(),
         ) as loader:  # fmt: skip
             self._batch = jax.device_put(next(iter(loader)).batches[0], self._rows)

@@ -256,17 +256,17 @@ def wide_batches(long: Encoded, short: Encoded, pool: Encoded, draws: Path) -> I
     while True:
         chance = rng.random()
         if chance < WIDE_SHARES["pool"]:
-            lines = rng.sample(scored, WIDE_POOL.bsize)
+            lines = rng.sample(scored, WIDE_POOL.batch_size)
             pairs = [pair for _, *pairs in lines for pair in pairs]
             scores = np.array([score for _, score in pairs]).reshape(len(lines), -1)
             pids = [str(pid) for pid, _ in pairs]
             yield made(WIDE_POOL, pool, [str(qid) for qid, *_ in lines], pids, scores)
         elif chance < WIDE_SHARES["pool"] + WIDE_SHARES["neighbours"]:
-            count = WIDE_NEIGHBOURS.bsize
+            count = WIDE_NEIGHBOURS.batch_size
             qids, pids = rng.sample(asked, count), rng.sample(passages, count * WAYS)
             yield made(WIDE_NEIGHBOURS, short, qids, pids)
         else:
-            keys = rng.sample(rng.choice(sources), WIDE.bsize)
+            keys = rng.sample(rng.choice(sources), WIDE.batch_size)
             yield made(WIDE, long, keys, keys)
 
 

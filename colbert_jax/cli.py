@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import os
@@ -42,7 +43,15 @@ from colbert_jax.retriever import Hit, Retriever, rank_documents, remembered_mod
 from colbert_jax.runtime import cache_folder, enable_compilation_cache
 from colbert_jax.serving.indexes import open_indexes
 from colbert_jax.serving.limits import Limits
-from colbert_jax.settings import add_arguments, given, make, merge, read_settings
+from colbert_jax.settings import (
+    add_arguments,
+    flag_names,
+    given,
+    make,
+    merge,
+    read_settings,
+    required_flags,
+)
 from colbert_jax.training.recipes import RECIPES
 
 
@@ -104,12 +113,15 @@ def _message(error: Exception, args: argparse.Namespace) -> str:
 
 def _as_typed(message: str, args: argparse.Namespace) -> str:
     """A message that names arguments of Python, with the flags to type in their place."""
+    flags = set(vars(args))
+    if "recipe" in flags:
+        flags |= flag_names(RECIPES[args.recipe][0])
 
     def flag(match: re.Match[str]) -> str:
         name, value = match.groups()
         if (name, value) == ("store_texts", "False"):
             return "--no-texts"
-        if name not in vars(args) or value == "False":
+        if name not in flags or value == "False":
             return match.group()
         value = "" if value == "True" else value.strip("\"'")
         return f"--{name.replace('_', '-')} {value}".strip()
@@ -325,8 +337,14 @@ def train(args: argparse.Namespace) -> None:
     recipe = make(kind, merge(settings, given(args)), args.settings or "colbert-jax train")
     trained = run(recipe, overwrite=args.overwrite)
     print(f"{trained.model}: {trained.step} steps")
-    for name, value in (trained.dev or {}).items():
-        print(f"{name:<12}{value:.4f}")
+    measured = trained.dev or {}
+    width = max((len(name) + 2 for name in measured), default=0)
+    width = max(width, 12)
+    if trained.before is not None:
+        print(f"{'':<{width}}before    best")
+    for name, value in measured.items():
+        before = "" if trained.before is None else f"{trained.before[name]:.4f}  "
+        print(f"{name:<{width}}{before}{value:.4f}")
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -520,7 +538,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipes = sub.add_subparsers(title="recipes", required=True, metavar="RECIPE", dest="recipe")
     for name, (kind, run) in RECIPES.items():
-        one = recipes.add_parser(name, help=run.__doc__, description=kind.__doc__)
+        about = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0]
+        needed = " ".join(required_flags(kind))
+        usage = f"colbert-jax train {name} {needed} [settings]"
+        one = recipes.add_parser(name, help=run.__doc__, description=about, usage=usage)
         one.add_argument("--settings", help="JSON file with settings; flags override single ones")
         one.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
         _general(one)

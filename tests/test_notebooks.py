@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -60,6 +62,11 @@ def execute(path: Path, folder: Path, **environment: str) -> dict:
 
 def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+def said(cell) -> str:
+    """What the library logged, or drew as a bar."""
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +130,42 @@ def test_convert_writes_every_layout_and_changes_nothing(stanford_folder, tmp_pa
     assert printed(cells["flmr"]).split() == ["(1,", "16,", "16)", "(1,", "48,", "16)"]
 
 
+def gains(cell) -> dict[str, tuple[float, float]]:
+    """The table of a cell: measure -> before, after."""
+    rows = re.findall(r"^(\S+) +(\d\.\d{4}) +(\d\.\d{4})$", printed(cell), re.M)
+    return {name: (float(before), float(after)) for name, before, after in rows}
+
+
 @pytest.mark.slow
-def test_train_fine_tunes_twice(tmp_path):
+def test_train_fine_tunes_on_pairs_in_one_call(tmp_path):
+    checkpoint = support.write_stanford(tmp_path / "checkpoint", {"num_hidden_layers": 1})
+    cells = execute(
+        NOTEBOOKS / "train.ipynb",
+        tmp_path,
+        COLBERT_CHECKPOINT=str(checkpoint),
+        COLBERT_DOCUMENTS=str(DOCUMENTS),
+        COLBERT_STEPS="2",
+        COLBERT_BATCH="4",
+    )
+    assert cells["install"].outputs == []
+    assert printed(cells["data"]).startswith("60 pairs, for example:")
+    assert "2 steps; the model is in runs/pairs/best" in printed(cells["pairs"])
+    assert "pairs to train on; evaluated on 6 queries that are kept, among 60 documents" in said(
+        cells["pairs"]
+    )
+    found = gains(cells["pairs"])
+    assert list(found) == ["nDCG@10", "MRR@10", "Recall@100", "Success@5"]
+    assert found["nDCG@10"][0] <= found["nDCG@10"][1]
+    assert any("image/png" in output.get("data", {}) for output in cells["curve"].outputs)
+
+
+@pytest.mark.slow
+def test_distil_learns_from_a_cross_encoder(tmp_path):
     one_layer = {"num_hidden_layers": 1}
     checkpoint = support.write_stanford(tmp_path / "checkpoint", one_layer)
     teacher = support.write_cross_encoder(tmp_path / "teacher", one_layer)
     cells = execute(
-        NOTEBOOKS / "train.ipynb",
+        NOTEBOOKS / "distil.ipynb",
         tmp_path,
         COLBERT_CHECKPOINT=str(checkpoint),
         COLBERT_TEACHER=str(teacher),
@@ -138,11 +174,34 @@ def test_train_fine_tunes_twice(tmp_path):
         COLBERT_BATCH="4",
     )
     assert cells["install"].outputs == []
-    assert "54 pairs to train on, 6 queries to measure with" in printed(cells["data"])
-    for name in ("pairs", "distil"):
-        assert re.search(r"after 2 steps: nDCG@10 at best [01]\.\d{3}\n", printed(cells[name]))
+    assert "54 queries to train on, 6 queries to measure with" in printed(cells["data"])
     assert printed(cells["mine"]).startswith("54 examples in mined/examples.jsonl")
-    assert any("image/png" in output.get("data", {}) for output in cells["curve"].outputs)
+    assert re.search(r"after 2 steps: nDCG@10 at best [01]\.\d{3}\n", printed(cells["distil"]))
+    before = float(re.search(r"nDCG@10 (\S+)", printed(cells["before"]))[1])
+    assert gains(cells["table"])["nDCG@10"][0] == pytest.approx(before, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_evaluate_makes_a_table_and_a_page(stanford_folder, tmp_path):
+    for package in ("bm25s", "Stemmer", "ir_measures"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    cells = execute(
+        NOTEBOOKS / "evaluate.ipynb",
+        tmp_path,
+        COLBERT_CHECKPOINT=str(stanford_folder),
+        COLBERT_DOCUMENTS=str(DOCUMENTS),
+    )
+    assert cells["install"].outputs == []
+    assert printed(cells["open"]) == "BEIR folder, 60 documents, 12 test queries\n"
+    table = printed(cells["measure"]).splitlines()
+    assert [line.split()[0] for line in table[2:7]] == [
+        *("bm25", "single", "exact", "plaid-2", "plaid-4")
+    ]
+    assert printed(cells["queries"]).count("exact ") == 5
+    shown = [output.get("data", {}).get("text/html", "") for output in cells["page"].outputs]
+    assert any("<svg" in page for page in shown)
+    assert (tmp_path / "work" / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -207,3 +266,42 @@ def test_install_cell_names_the_checkout(path):
     assert project["name"] == "colbert-jax"
     wanted = (extras or "[]")[1:-1].split(",")
     assert set(filter(None, wanted)) <= project["optional-dependencies"].keys()
+
+
+def test_one_address(tmp_path, capsys):
+    """Every badge and install cell has the same; one command changes them all."""
+    place = NOTEBOOKS / "address.py"
+    setting = runpy.run_path(str(place))
+    found = {}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        found[path.name] = setting["addresses"](path.read_text("utf-8"))
+        assert len(found[path.name]) == 2, path.name
+        title = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+        assert f"/blob/main/notebooks/{path.name})" in title
+        shutil.copyfile(path, tmp_path / path.name)
+    assert len({address for both in found.values() for address in both}) == 1
+    setting["main"](["some-body/my.colbert"], tmp_path)
+    for path in tmp_path.glob("*.ipynb"):
+        text = path.read_text("utf-8")
+        assert setting["addresses"](text) == ["some-body/my.colbert"] * 2
+        back = setting["with_address"](text, found[path.name][0])
+        assert back == (NOTEBOOKS / path.name).read_text("utf-8")
+    with pytest.raises(SystemExit, match=r"address\.py OWNER/NAME"):
+        setting["main"](["https://github.com/a/b"], tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_install_cell_takes_a_checkout_an_address_or_a_name(path, tmp_path, monkeypatch):
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
+    code = re.sub(r'^    %pip install -q "\{place\}" ipywidgets$', "    places.append(place)",
+                  cells["install"], flags=re.M)  # fmt: skip
+    code = re.sub(r"^    %pip install .*$", "    pass", code, flags=re.M)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for folder, wanted in (
+        (path.parent, r"\.\.(\[.*\])?"),
+        (tmp_path, r"colbert-jax.* @ git\+https.*"),
+    ):
+        monkeypatch.chdir(folder)
+        places: list[str] = []
+        exec(code, {"places": places})
+        assert len(places) == 1 and re.fullmatch(wanted, places[0])

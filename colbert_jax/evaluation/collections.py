@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,14 @@ def evaluate_collections(
         own = queries_are_documents(one) if ignore_self is None else ignore_self
         if own:
             notes.append("the document whose id is the query's is left out")
-        found = _outcomes(one, encoder, systems, chosen.depth + own, mode, folder)
-        for name, ranking in (runs or {}).items():
-            found[name] = Outcome(ranking, None, None)
         asked = tuple(measures or chosen.measures)
-        rows = [_measured(name, outcome, one, asked, own) for name, outcome in found.items()]
-        against = baseline or ("exact" if "exact" in found else names[0])
+        rows = []
+        given = ((name, Outcome(ranking, None, None)) for name, ranking in (runs or {}).items())
+        found = _outcomes(one, encoder, systems, chosen.depth + own, mode, folder)
+        for name, outcome in chain(found, given):
+            rows.append(_measured(name, outcome, one, asked, own))
+            LOGGER.info("%s: %s", one.name, rows[-1].line(asked))
+        against = baseline or ("exact" if "exact" in names else names[0])
         tests = compare({row.name: row.values[asked[0]] for row in rows}, against)
         settings: dict[str, Any] = {"depth": chosen.depth, "mode": mode, "ignore_self": own}
         if encoder is not None:
@@ -117,9 +120,10 @@ def _outcomes(
     depth: int,
     mode: str,
     folder: str | Path | None,
-) -> dict[str, Outcome]:
+) -> Iterator[tuple[str, Outcome]]:
+    """Names of systems and what they found, each as soon as it is done."""
     if not systems:
-        return {}
+        return
     ids, texts = zip(*((pid, text) for pid, text, _ in one.documents()), strict=True)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary if folder is None else folder)
@@ -127,11 +131,9 @@ def _outcomes(
             place = place / f"{one.name}-{model.fingerprint()}"
             place.mkdir(parents=True, exist_ok=True)
         bench = Workbench(ids, texts, one.queries, model, place, mode=mode)
-        found = {}
         for name in systems:
             LOGGER.info("%s: %s", one.name, name)
-            found[name] = bench.run(name, depth)
-        return found
+            yield name, bench.run(name, depth)
 
 
 def _measured(

@@ -72,14 +72,16 @@ def check_judged(
 def evaluate_ranking(
     ranking: Mapping[str, Sequence[str]],
     qrels: Mapping[str, Mapping[str, int]],
+    names: Iterable[str] = tuple(MEASURES),
     *,
     ignore_self: bool = False,
 ) -> dict[str, float]:
-    """The measures of `MEASURES`, averaged over all judged queries.
+    """Measures averaged over all judged queries.
 
     Args:
       ranking: qid -> pids, best first. A judged query that is not in it counts as 0.
       qrels: qid -> pid -> gain.
+      names: see `parse_measures`.
       ignore_self: leave out the document whose id is the query's, from ranking and judgements: of
         collections whose queries are documents themselves (BEIR's ArguAna, Quora, SciDocs).
 
@@ -87,7 +89,7 @@ def evaluate_ranking(
       ImportError: ir-measures is not installed.
       ValueError: no judged query is in the ranking.
     """
-    measures = parse_measures(MEASURES)
+    measures = parse_measures(names)
     run, judged = _as_read_by_tools(ranking, qrels, ignore_self)
     values = require_ir_measures().calc_aggregate(list(measures.values()), judged, run)
     return {name: float(values[measure]) for name, measure in measures.items()}

@@ -33,6 +33,23 @@ class SystemResult:
         """Over all judged queries."""
         return statistics.fmean(self.values[measure].values())
 
+    def line(self, measures: Sequence[str]) -> str:
+        """What it reached, for the log: "plaid-2: nDCG@10 0.6512, 36 bytes/doc, 812 queries/s"."""
+        parts = [f"{measure} {self.mean(measure):.4f}" for measure in measures]
+        size, speed = _costs(self)
+        parts += [f"{size} bytes/doc"] if size else []
+        parts += [f"{speed} queries/s"] if speed else []
+        return f"{self.name}: {', '.join(parts)}"
+
+
+def _costs(system: SystemResult) -> tuple[str, str]:
+    """Bytes a document and queries a second, empty where they are not known."""
+    size, speed = system.bytes_per_document, system.queries_per_second
+    return (
+        "" if size is None else f"{size:,.0f}",
+        "" if speed is None else f"{speed:,.{int(speed < 10)}f}",
+    )
+
 
 @dataclass(frozen=True)
 class CollectionResult:
@@ -61,10 +78,7 @@ class CollectionResult:
         for system in self.systems:
             cells = [f"{system.mean(measure):.4f}" for measure in self.measures]
             cells[0] += MARK * self.differs(system.name)
-            size, speed = system.bytes_per_document, system.queries_per_second
-            cells.append("" if size is None else f"{size:,.0f}")
-            cells.append("" if speed is None else f"{speed:,.{int(speed < 10)}f}")
-            rows.append([system.name, *cells])
+            rows.append([system.name, *cells, *_costs(system)])
         return rows
 
     def remark(self) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -36,6 +37,7 @@ from colbert_jax.models.flmr import ImageEncoderConfig, make_image_encoder
 from colbert_jax.models.layers import TrainMode
 from colbert_jax.text import TokenIds
 from colbert_jax.training.batch import ExampleBatch, Images, Passages, TokenBatch
+from colbert_jax.training.callbacks import Callback
 from colbert_jax.training.loader import Loader, Mixture, check_divides
 from colbert_jax.training.step import (
     Logged,
@@ -77,6 +79,7 @@ def train_flmr(
     *,
     freeze_vision: bool = True,
     image_config: ImageConfig | None = None,
+    callbacks: Sequence[Callback] = (),
     devices: Sequence[jax.Device] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -95,6 +98,7 @@ def train_flmr(
         of all that is trained.
       freeze_vision: whether the vision encoder stays as it is.
       image_config: how images become pixel values. If None, the model's own.
+      callbacks: told what the run measures, see `training.callbacks`.
       devices: if None, all of the job.
 
     Raises:
@@ -113,6 +117,9 @@ def train_flmr(
     source = _Source(data, config)
     frozen = ["vision"] if freeze_vision else []
     params, fixed = _split(model.params, None if images is None else frozen)
+    if config.maxsteps is None:
+        passes = config.epochs * len(source)
+        config = dataclasses.replace(config, maxsteps=max(1, math.ceil(passes / config.batch_size)))
     config = dataclasses.replace(
         config, use_ib_negatives=config.in_batch, warmup=config.warmup_steps
     )
@@ -155,7 +162,9 @@ def train_flmr(
         take=take,
         save=save,
     )
-    return run_job(job, folder, devices, overwrite=overwrite, progress=progress)
+    return run_job(
+        job, folder, devices, callbacks=callbacks, overwrite=overwrite, progress=progress
+    )
 
 
 def _local(devices: Sequence[jax.Device]) -> int:
@@ -170,7 +179,7 @@ def _check(
 ) -> ImageEncoderConfig | None:
     """Raise ValueError for what does not fit together; give the image encoder that questions need,
     or None."""
-    check_divides(config.bsize, config.accumsteps, jax.process_count(), _local(devices))
+    check_divides(config.batch_size, config.accumsteps, jax.process_count(), _local(devices))
     if config.loss not in _LOSSES:
         raise ValueError(
             f"the loss of questions about images is one of {_LOSSES}, got {config.loss!r}: others "
@@ -441,7 +450,7 @@ def _mixture(
             source,
             model.text_tokenizer,
             pixels=pixels,
-            bsize=config.bsize,
+            bsize=config.batch_size,
             nway=config.nway,
             accumsteps=config.accumsteps,
             seed=config.seed,

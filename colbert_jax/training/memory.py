@@ -8,6 +8,7 @@ against memory too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 import jax
 
 from colbert_jax.config import TrainingConfig
+from colbert_jax.progress import LOGGER
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
 
 # Gives the compiled gradients of a batch, of arrays or `jax.ShapeDtypeStruct`, under settings.
 Compile = Callable[[TrainingConfig, ExampleBatch], Any]
+LARGEST = 256  # queries that "auto" takes at most
 _TRIES = 4  # sizes that are compiled to find one that fits
 _SHARE = 0.9  # of what is free: so much may take what a message names
 
@@ -68,6 +71,10 @@ def check_memory(
         return taken(program(queries))
 
     now = taken(compiled(config, batch))
+    LOGGER.info(
+        "a step of bsize %s takes about %s, and %s of memory are free",
+        *(config.bsize, _size(now), _size(free)),
+    )
     if now <= free:
         # No part of what a step takes grows faster than the square of a length, so most batches
         # are through without a program that may never be run.
@@ -102,6 +109,53 @@ def check_memory(
         f"a step of bsize {config.bsize} takes about {_size(now)}, and "
         f"{_size(free)} of memory are free: {smaller}{also}"
     )
+
+
+def fitting_batch(
+    config: TrainingConfig,
+    batch: ExampleBatch,
+    state: Any,
+    most: int,
+    devices: Sequence[jax.Device],
+    room: Room,
+    compiled: Callable[[ExampleBatch], Any],
+) -> int:
+    """The largest `bsize` that leaves a tenth of what is free with the longest texts, of those that
+    are that of `config` times a power of two, up to `LARGEST` and `most`.
+
+    Where none fits it is the one of `config`, which `check_memory` then refuses.
+
+    Args:
+      config: with the smallest `bsize`.
+      batch: a micro-batch of that, of all processes, on the devices.
+      state: shapes of all that is on the devices during a step, with their shardings.
+      compiled: gives the compiled gradients of a micro-batch of `jax.ShapeDtypeStruct`.
+    """
+    if room.free is None:
+        LOGGER.info("bsize auto: nobody says how much memory is free, so it is 32 or near it")
+    count = len(_local(devices)) if devices[0].platform == "cpu" else 1
+    kept = count * sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
+    free = math.inf if room.free is None else _SHARE * (room.free - kept)
+    least, size = config.batch_size, config.batch_size
+    largest = 32 if room.free is None else LARGEST
+    while 2 * size <= min(largest, most):
+        size *= 2
+    taken = 0
+    while room.free is not None:
+        program = compiled(resized(batch, size // config.accumsteps, room.lengths))
+        taken = step_memory(program, devices, accumulating=config.accumsteps > 1)
+        if taken <= free or size == least:
+            break
+        # Almost linear, so that this is nearly always the next guess.
+        wanted = size * free / taken
+        size //= 2
+        while size > max(wanted, least):
+            size //= 2
+    LOGGER.info("bsize auto: %d queries a step", size)
+    return size
 
 
 def _grown(batch: ExampleBatch, lengths: tuple[int, int]) -> float:

@@ -7,6 +7,7 @@ runs it. `train/` holds a script for each, `colbert-jax train` runs the same.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,23 @@ from colbert_jax.data.examples import (
     stanford_examples,
 )
 from colbert_jax.data.m2kr import read_m2kr
+from colbert_jax.data.streams import unpacked_suffix
 from colbert_jax.data.texts import Texts
-from colbert_jax.evaluation.dev import DevCollection
-from colbert_jax.files import replacing
+from colbert_jax.evaluation.dev import DevCollection, hold_out
+from colbert_jax.files import present, read_object, replacing
 from colbert_jax.flmr.modeling import FLMRModelForRetrieval
 from colbert_jax.mining.stages import mine
 from colbert_jax.mining.teacher import load_teacher
+from colbert_jax.progress import LOGGER
 from colbert_jax.settings import to_json
+from colbert_jax.training.callbacks import Callback, WandB
 from colbert_jax.training.flmr import FLMR_TRAINING, train_flmr
+from colbert_jax.training.run import earlier_settings
 from colbert_jax.training.trainer import Trained, train
 
+Dev = DevCollection | Mapping[str, DevCollection]
 SETTINGS = "settings.json"
+_FILES = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 TEACHER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 # ColBERTv1's, and those of ColBERTv2's first and last distillation.
 PAIRWISE = TrainingConfig(
@@ -45,17 +52,18 @@ PAIRWISE = TrainingConfig(
     warmup=None,
     maxsteps=200_000,
 )
-# PyLate's example of contrastive training (its documentation, "Contrastive Training"): once through
-# MS MARCO's 500,000 triplets.
+# Once through the pairs, with the loss of PyLate's example of contrastive training (its
+# documentation, "Contrastive Training").
 CONTRASTIVE = TrainingConfig(
     loss="contrastive",
     nway=None,
     use_ib_negatives=False,
     temperature=1.0,
     bsize=32,
-    lr=3e-6,
+    lr=2e-5,
     warmup=0,
-    maxsteps=15_600,
+    maxsteps=None,
+    eval_first=True,
 )
 FIRST = TrainingConfig(nway=32, use_ib_negatives=True, warmup=20_000, maxsteps=150_000)
 LAST = TrainingConfig(nway=64, use_ib_negatives=True, warmup=20_000, maxsteps=400_000)
@@ -67,6 +75,12 @@ class TextChanges:
 
     A plain encoder, which has no such settings, gets Stanford's: markers, [MASK] expansion of
     queries, documents of 180 tokens without punctuation.
+
+    query_maxlen, doc_maxlen: longest input in tokens, of queries or of documents.
+    markers: false: no [Q] and [D] before the texts.
+    query_expansion: whether to fill short queries with [MASK].
+    attend_to_mask_tokens: whether the other tokens attend to this filling.
+    mask_punctuation: whether to drop the token embeddings of a document's punctuation.
     """
 
     query_maxlen: int | None = None
@@ -94,21 +108,25 @@ class Recipe:
     dim: width of a plain encoder's new projection. If None, 128.
     coupled_teacher: folder or hub id of a late-interaction model, or of a plain encoder, whose
       scores of all pairs of a batch are learned with `coupled_weight`.
-    dev_collection, dev_queries, dev_qrels: a small collection to evaluate on while training, and
-      to choose the best model by; all three or none.
-    ignore_self: leave the passage whose id is the query's out of that evaluation: of queries that
-      are passages themselves.
+    dev: small published collections to evaluate on while training, and to choose the best model
+      by: what `colbert-jax evaluate` takes, folders of BEIR and others.
+    dev_collection, dev_queries, dev_qrels: such a collection in three files; all of them or none.
+    ignore_self: leave the passage whose id is the query's out of the evaluation on these three: of
+      queries that are passages themselves.
+    wandb: project of Weights & Biases that is told the metrics, by the package wandb.
     """
 
-    checkpoint: str
+    checkpoint: str | None
     folder: str
     dim: int | None = None
     text: TextChanges = TextChanges()
     coupled_teacher: str | None = None
+    dev: tuple[str, ...] = ()
     dev_collection: str | None = None
     dev_queries: str | None = None
     dev_qrels: str | None = None
     ignore_self: bool = False
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         dev = (self.dev_collection, self.dev_queries, self.dev_qrels)
@@ -132,6 +150,7 @@ class ColBERTv1(Recipe):
     triples: with `queries` and `collection`: JSONL or TSV of ids (qid, pid+, pid-). Without these
       two: texts, a TSV (query, positive, negative) or JSONL with the fields `query`, `positive` and
       `negatives`.
+    queries, collection: texts of these ids: TSV or JSONL.
     """
 
     checkpoint: str = "bert-base-uncased"
@@ -147,27 +166,41 @@ class Contrastive(Recipe):
     documents of the batch (InfoNCE: van den Oord et al., 2018). It starts from a plain encoder or
     a late-interaction checkpoint.
 
-    pairs: JSONL, a TSV (query, positive, negatives), or a Hugging Face data set: hub id or folder.
-    query, positive: fields, or columns, of a text each.
+    checkpoint: folder or hub id of what training starts from. If None, the packaged
+      all-MiniLM-L6-v2 where it is installed, else bert-base-uncased.
+    pairs: JSONL, CSV, TSV or parquet, .gz or .zst or neither; or a Hugging Face data set: hub id or
+      folder. A TSV without a header is query, positive, negatives.
+    query: field, or column, of the queries. If None, the first that is there of query, question,
+      anchor, sentence1.
+    positive: that of the documents. If None, the first that is there of positive, answer, document,
+      passage, response, sentence2, text.
     negatives: fields, or columns, of further texts or lists of them, to tell the positive from
       beside the other queries' documents.
-    subset, split: of a data set on the hub.
+    subset: of a data set on the hub: the name of its configuration.
+    split: of a data set.
+    held_out: queries of the pairs that are kept for evaluation, with 1,000 documents of the pairs.
+      If None, a tenth of them and at most 200, where ir-measures is installed and no `dev`
+      collection is given; 0: none.
     """
 
-    checkpoint: str = "bert-base-uncased"
+    checkpoint: str | None = None
     pairs: str
-    query: str = "query"
-    positive: str = "positive"
+    query: str | None = None
+    positive: str | None = None
     negatives: tuple[str, ...] = ()
     subset: str | None = None
     split: str = "train"
+    held_out: int | None = None
     training: TrainingConfig = CONTRASTIVE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Recipe):
     """The last step of ColBERTv2 (Santhanam et al., 2022, 3.2): n-way examples with a teacher's
-    scores, JSONL of `[qid, [pid, score], ...]`, the positive first.
+    scores.
+
+    examples: JSONL of `[qid, [pid, score], ...]`, the positive first.
+    queries, collection: texts of these ids: TSV or JSONL.
     """
 
     checkpoint: str = "colbert-ir/colbertv1.9"
@@ -187,12 +220,17 @@ class DenoisedSupervision(Recipe):
     train with the settings `first`, the last one with `training`.
 
     queries, collection: what is mined.
-    teacher: what `load_teacher` takes, folder or hub id; it reads `teacher_maxlen` tokens.
+    teacher: what `load_teacher` takes, folder or hub id.
+    teacher_maxlen: tokens that it reads. If None, as many as it can.
     positives: judgements (`qid 0 pid gain`). If None, the teacher's best passage is the positive.
     examples: examples that have scores already, of the same queries and collection, to distil from
       beside the mined ones.
     warm_triples, warm_pairs: what the warm start learns from, ids or texts (see `ColBERTv1`). If
       both are None, the checkpoint is warm already.
+    rounds: of mining and distillation.
+    k: passages to retrieve for a query.
+    depth: the first so many of these are drawn from. If None, all.
+    nbits: of the index that is searched: 1, 2, 4 or 8.
     """
 
     checkpoint: str = "bert-base-uncased"
@@ -233,6 +271,7 @@ class PreFLMR:
     images: folder that `img_path` begins in. If None, the working folder.
     split: of both tables.
     freeze_vision: whether the vision encoder stays as it is.
+    wandb: project of Weights & Biases that is told the metrics, by the package wandb.
     """
 
     checkpoint: str = "LinWeizheDragon/PreFLMR_ViT-L"
@@ -242,6 +281,7 @@ class PreFLMR:
     images: str | None = None
     split: str = "train"
     freeze_vision: bool = True
+    wandb: str | None = None
     training: TrainingConfig = FLMR_TRAINING
 
 
@@ -249,6 +289,7 @@ def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
     """Load the recipe's starting model, or `checkpoint`, which an earlier stage made."""
     if checkpoint is not None:
         return ColBERT.from_pretrained(checkpoint, images=None, **recipe.text.over(None))
+    assert recipe.checkpoint is not None
     path, _ = hub.resolve_checkpoint(recipe.checkpoint)
     plain = detect_layout(path) in ("huggingface", "single-vector")
     text = recipe.text.over(TextConfig(doc_maxlen=180) if plain else None)
@@ -269,6 +310,9 @@ def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:
 
 def contrastive(recipe: Contrastive, *, overwrite: bool = False) -> Trained:
     """Train on pairs, with the other documents of the batch as negatives."""
+    if recipe.checkpoint is None:
+        start = None if overwrite else _earlier_start(Path(recipe.folder))
+        recipe = dataclasses.replace(recipe, checkpoint=start or _start())
     dev = _dev(recipe)
     fields: Any = {
         "query": recipe.query,
@@ -276,12 +320,20 @@ def contrastive(recipe: Contrastive, *, overwrite: bool = False) -> Trained:
         "negatives": recipe.negatives or None,
         "nway": recipe.training.nway,
     }
-    if {".jsonl", ".tsv"} & set(Path(recipe.pairs).suffixes):
-        examples = pair_examples(recipe.pairs, **fields)
+    place = Path(recipe.pairs)
+    if unpacked_suffix(place) in _FILES and not place.is_dir():
+        examples = pair_examples(place, **fields)
     else:
         if recipe.subset is not None:
             fields["name"] = recipe.subset
         examples = dataset_examples(recipe.pairs, split=recipe.split, **fields)
+    if _holds_out(recipe):
+        examples, dev = hold_out(examples, recipe.held_out)
+    if isinstance(dev, DevCollection) and not _has_dev(recipe):
+        LOGGER.info(
+            "%s: %d pairs to train on; evaluated on %d queries that are kept, among %d documents",
+            *(recipe.pairs, len(examples), len(dev.queries), len(dev.passages)),
+        )
     return _one_run(recipe, examples, dev, overwrite)
 
 
@@ -321,7 +373,16 @@ def denoised_supervision(recipe: DenoisedSupervision, *, overwrite: bool = False
         model: ColBERT, source: ExampleSource, folder: Path, config: TrainingConfig
     ) -> Trained:
         coupled = coupled_teacher if config.coupled_weight else None
-        return train(model, source, folder, config, teacher=coupled, dev=dev, overwrite=overwrite)
+        return train(
+            model,
+            source,
+            folder,
+            config,
+            teacher=coupled,
+            dev=dev,
+            callbacks=_callbacks(recipe),
+            overwrite=overwrite,
+        )
 
     trained = None
     if warm is not None:
@@ -364,6 +425,7 @@ def preflmr(recipe: PreFLMR, *, overwrite: bool = False) -> Trained:
         data,
         _folder(recipe),
         recipe.training,
+        callbacks=_callbacks(recipe),
         freeze_vision=recipe.freeze_vision,
         overwrite=overwrite,
     )
@@ -381,7 +443,7 @@ RECIPES: Mapping[str, tuple[type[Recipe] | type[PreFLMR], Any]] = {
 def _one_run(
     recipe: ColBERTv1 | Contrastive | Distillation,
     examples: ExampleSource,
-    dev: DevCollection | None,
+    dev: Dev | None,
     overwrite: bool,
 ) -> Trained:
     model = load_model(recipe)
@@ -392,6 +454,7 @@ def _one_run(
         recipe.training,
         teacher=_coupled_teacher(recipe, model),
         dev=dev,
+        callbacks=_callbacks(recipe),
         overwrite=overwrite,
     )
 
@@ -416,12 +479,64 @@ def _triples(
     return stanford_examples(file, queries, collection, nway=config.nway, scores=False)
 
 
-def _dev(recipe: Recipe) -> DevCollection | None:
-    if recipe.dev_collection is None:
+def _dev(recipe: Recipe) -> Dev | None:
+    found = {}
+    if recipe.dev_collection is not None:
+        assert recipe.dev_queries is not None and recipe.dev_qrels is not None
+        files = (recipe.dev_collection, recipe.dev_queries, recipe.dev_qrels)
+        found["dev"] = DevCollection.read(*files, ignore_self=recipe.ignore_self)
+    for place in recipe.dev:
+        name = Path(place).name
+        if name in found:
+            raise ValueError(f"two dev collections have the name {name!r}: rename a folder")
+        found[name] = DevCollection.published(place)
+    return next(iter(found.values())) if len(found) == 1 else found or None
+
+
+def _earlier_start(folder: Path) -> str | None:
+    """What the run in a folder started from; None where there is none."""
+    if not earlier_settings(folder) or not present(folder / SETTINGS):
         return None
-    assert recipe.dev_queries is not None and recipe.dev_qrels is not None
-    files = (recipe.dev_collection, recipe.dev_queries, recipe.dev_qrels)
-    return DevCollection.read(*files, ignore_self=recipe.ignore_self)
+    return read_object(folder / SETTINGS).get("checkpoint")
+
+
+def _start() -> str:
+    """What contrastive training starts from by default."""
+    place = hub.packaged_model()
+    if place is None:
+        name = "bert-base-uncased"
+        try:
+            hub.resolve_checkpoint(name)
+        except FileNotFoundError as error:
+            error.add_note(f"Or install all-MiniLM-L6-v2, to start from that: {hub.INSTALL_MODEL}")
+            raise
+        LOGGER.info("the checkpoint is %s, of the Hugging Face hub", name)
+        return name
+    LOGGER.info("the checkpoint is the packaged all-MiniLM-L6-v2, %s", place)
+    return str(place)
+
+
+def _has_dev(recipe: Recipe) -> bool:
+    return bool(recipe.dev or recipe.dev_collection)
+
+
+def _holds_out(recipe: Contrastive) -> bool:
+    """Whether queries of the pairs are kept for evaluation."""
+    if recipe.held_out and _has_dev(recipe):
+        raise ValueError(
+            f"held_out is {recipe.held_out}, and dev collections are given too: evaluate on these "
+            "or on queries of the pairs"
+        )
+    if recipe.held_out is not None or _has_dev(recipe):
+        return bool(recipe.held_out)
+    if importlib.util.find_spec("ir_measures") is None:
+        LOGGER.info('nothing is evaluated: that needs pip install "colbert-jax[eval]"')
+        return False
+    return True
+
+
+def _callbacks(recipe: Recipe | PreFLMR) -> list[Callback]:
+    return [] if recipe.wandb is None else [WandB(recipe.wandb)]
 
 
 def _folder(recipe: Recipe | PreFLMR) -> Path:

@@ -2,8 +2,8 @@
 
     run.json        what the run is: settings, architecture, data; a resumed run must be the same
     checkpoints/    parameters, moments and step, by orbax, written while training goes on
-    metrics.jsonl   a line of JSON each time, and tensorboard/ where tensorboardX is installed
-    last/, best/    the model at the end, and the one that did best on the dev collection
+    metrics.jsonl   a line of JSON each time, and what callbacks write: tensorboard/, wandb/
+    last/, best/    the model at the end, and the one that did best on the dev collections
 
 The position in the data and all random numbers are functions of the step and the settings, so a
 checkpoint is all that a resumed run needs to go on bit for bit.
@@ -12,11 +12,10 @@ checkpoint is all that a resumed run needs to go on bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,18 @@ from colbert_jax.files import (
     short_json,
     write_json,
 )
+from colbert_jax.training.callbacks import TENSORBOARD, WANDB, Callback, TensorBoard
 from colbert_jax.training.step import State, init_state, parameter_sharding
 
-RUN, CHECKPOINTS, METRICS, TENSORBOARD = "run.json", "checkpoints", "metrics.jsonl", "tensorboard"
+RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 LAST, BEST = "last", "best"
 DEV = "dev/"  # before the names of its measures
-MEASURE = "nDCG@10"  # of the dev collection; the best model has the highest
 # Settings that may change when a run goes on: they change what is learned by rounding at most.
-FREE = ("save_every", "save_minutes", "keep", "eval_every", "log_every", "remat", "chunk", "fsdp")
+FREE = (
+    *("save_every", "save_minutes", "keep", "eval_every", "eval_first", "log_every"),
+    *("remat", "chunk", "fsdp"),
+    "epochs",  # `maxsteps` is what they came to
+)
 _STATE, _PENDING = "state", "pending"  # of a checkpoint
 
 
@@ -79,7 +82,7 @@ def open_run(
     # Through JSON, so that both sides are what a file gives back.
     run = json.loads(json.dumps(run))
     if present(file):
-        before = read_object(file)
+        before = _with_new_settings(read_object(file), run)
         different = [
             f"{name} was {short_json(old, 60)}, is now {short_json(new, 60)}"
             for name, old, new in _differences(before, run)
@@ -100,9 +103,22 @@ def _has_run(folder: Path) -> bool:
     return present(file) and {"training", "encoder", "examples"} <= read_object(file).keys()
 
 
+def _with_new_settings(before: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was, with the settings that its version did not have: what it did is the default
+    of these."""
+    defaults = dataclasses.asdict(TrainingConfig())
+    new = {name: defaults[name] for name in run["training"] if name in defaults}
+    return {**before, "training": new | before["training"]}
+
+
+def earlier_settings(folder: Path) -> dict[str, Any]:
+    """The settings of training of the run that is in a folder; none if there is no run."""
+    return read_object(folder / RUN)["training"] if _has_run(folder) else {}
+
+
 def _refuse_foreign(folder: Path) -> None:
     """Raise FileExistsError for files that are no run's and that a new run would write over."""
-    for name in (RUN, CHECKPOINTS, METRICS, TENSORBOARD, LAST, BEST):
+    for name in (RUN, CHECKPOINTS, METRICS, TENSORBOARD, WANDB, LAST, BEST):
         if (folder / name).exists():
             raise FileExistsError(
                 f"{folder / name}: exists, and is not of a run: {RUN} is missing or says nothing "
@@ -119,7 +135,7 @@ def _remove_drafts(folder: Path) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in (CHECKPOINTS, TENSORBOARD, LAST, BEST):
+    for name in (CHECKPOINTS, TENSORBOARD, WANDB, LAST, BEST):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, RUN):  # what tells a run from other files goes last
         (folder / name).unlink(missing_ok=True)
@@ -261,16 +277,25 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 class Metrics:
-    """`metrics.jsonl` and `tensorboard/` of a run's folder, written by one process."""
+    """`metrics.jsonl` of a run's folder, and callbacks: written and told by one process."""
 
-    def __init__(self, folder: Path, start: int, *, write: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        run: Mapping[str, Any],
+        callbacks: Sequence[Callback] = (),
+        *,
+        write: bool = True,
+    ):
         """
         Args:
           start: the step that the run goes on from; what is logged of later ones is dropped.
+          run, callbacks: what the run is, and who is told beside.
           write: False in all processes but the first.
         """
         self._file = None
-        self._board = None
+        self._callbacks: list[Callback] = []
         path = folder / METRICS
         self._kept: list[str] = []
         if present(path):
@@ -281,10 +306,13 @@ class Metrics:
         with replacing(path) as stream:
             stream.writelines(f"{line}\n" for line in self._kept)
         self._file = path.open("a", encoding="utf-8")
-        if importlib.util.find_spec("tensorboardX") is not None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
+        try:
+            for one in [*([TensorBoard()] if TensorBoard.is_installed() else []), *callbacks]:
+                one.begin(folder, run, start)
+                self._callbacks.append(one)
+        except BaseException:
+            self._end(failed=True)
+            raise
 
     def evaluated(self, step: int) -> bool:
         """Whether the run measured itself on the dev collection at a step before it stopped."""
@@ -301,18 +329,21 @@ class Metrics:
             return
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for one in self._callbacks:
+            one.log(step, values)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._end(failed=error is not None)
+
+    def _end(self, failed: bool) -> None:
+        with ExitStack() as stack:  # all of them, whatever one raises
+            if self._file is not None:
+                stack.callback(self._file.close)
+            for one in self._callbacks:
+                stack.callback(one.end, failed)
 
 
 def _step(line: str) -> float:
@@ -332,25 +363,34 @@ def save_model(model: ColBERT, folder: Path, config: TrainingConfig, step: int) 
 
 
 class Best:
-    """The best measures on the dev collection so far.
+    """The best measures on the dev collections so far.
 
     Attributes:
       folder: of the best model.
       measured: by name; None before the first evaluation.
+      before: what was measured before the first step, if it was.
     """
 
-    def __init__(self, folder: Path, history: list[dict[str, Any]]):
-        """`history`: what the run logged before it stopped."""
-        self.folder = folder / BEST
+    def __init__(self, folder: Path, history: list[dict[str, Any]], measure: str):
+        """
+        Args:
+          history: what the run logged before it stopped.
+          measure: that is to be high.
+        """
+        self.folder, self._measure = folder / BEST, measure
         self.measured: dict[str, float] | None = None
+        self.before: dict[str, float] | None = None
         for values in history if self.folder.exists() else ():
             found = {k[len(DEV) :]: v for k, v in values.items() if k.startswith(DEV)}
             if found:
-                self.improves(found)
+                self.improves(found, values["step"])
 
-    def improves(self, measured: dict[str, float]) -> bool:
-        """Whether these are better than all before; remembers them if so."""
-        if self.measured is not None and measured[MEASURE] <= self.measured[MEASURE]:
+    def improves(self, measured: dict[str, float], step: int) -> bool:
+        """Whether these, of the model after `step` steps, are better than all before; remembers
+        them if so."""
+        if step == 0:
+            self.before = measured
+        if self.measured and measured[self._measure] <= self.measured[self._measure]:
             return False
         self.measured = measured
         return True

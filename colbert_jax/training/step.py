@@ -108,7 +108,7 @@ def make_step(
         for micro, batch in enumerate(batches):
             batch = put(batch)
             check(params, batch, task, trained)
-            if config.warmup_bert < config.maxsteps:  # what takes more, before days of the other
+            if config.warmup_bert < config.steps:  # what takes more, before days of the other
                 check(params, batch, task, parts)
             numbers = np.int32(number), np.int32(micro)
             part = gradients(configs[task])(params, batch, *numbers, trained=trained, fixed=fixed)
@@ -534,7 +534,7 @@ def schedule(config: TrainingConfig, peak: float) -> Callable[[jax.Array], jax.A
     if warmup is None:
         return optax.constant_schedule(peak)
     up = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    down = optax.linear_schedule(peak, 0.0, max(config.maxsteps - warmup, 1))
+    down = optax.linear_schedule(peak, 0.0, max(config.steps - warmup, 1))
     return optax.join_schedules([up, down], [warmup]) if warmup else down
 
 

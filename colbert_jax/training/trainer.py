@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from colbert_jax import processes, runtime
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import TrainingConfig
 from colbert_jax.data.examples import ExampleSource
 from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.evaluation.metrics import MEASURES, parse_measures
 from colbert_jax.progress import LOGGER, progress_bar
+from colbert_jax.training.callbacks import Callback
 from colbert_jax.training.loader import TASK_SETTINGS, Loader, Mixture, Step, Task, check_divides
-from colbert_jax.training.memory import Room, free_memory
+from colbert_jax.training.memory import Room, fitting_batch, free_memory
 from colbert_jax.training.run import (
     BEST,
     DEV,
@@ -37,6 +39,7 @@ from colbert_jax.training.run import (
     Best,
     Checkpoints,
     Metrics,
+    earlier_settings,
     open_run,
     save_model,
 )
@@ -44,9 +47,12 @@ from colbert_jax.training.step import (
     CoupledTeacher,
     Logged,
     Loss,
+    gradients_of,
+    init_state,
     make_gather,
     make_loss,
     make_step,
+    parameter_sharding,
     put_teacher,
 )
 
@@ -55,12 +61,15 @@ class Trained(NamedTuple):
     """What a run left behind.
 
     model: folder of the trained model; the best one where there is a dev collection.
-    step: steps done. dev: the best model's measures on the dev collection, if there is one.
+    step: steps done. dev: the best model's measures on the dev collections, if there are any: of
+      several, their means, and those of each with its name and a slash before.
+    before: the same of the model before the first step, where `eval_first` measured them.
     """
 
     model: Path
     step: int
     dev: dict[str, float] | None
+    before: dict[str, float] | None = None
 
 
 def train(
@@ -71,7 +80,8 @@ def train(
     *,
     tasks: Sequence[Task] = (),
     teacher: ColBERT | Sequence[ColBERT] | None = None,
-    dev: DevCollection | None = None,
+    dev: DevCollection | Mapping[str, DevCollection] | None = None,
+    callbacks: Sequence[Callback] = (),
     devices: Sequence[jax.Device] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -93,7 +103,9 @@ def train(
       teacher: the coupled teacher of `coupled_weight`, or several, which score as one whose
         similarity of two tokens is the mean of theirs. It reads the model's tokens, so it must have
         the model's word pieces, under whichever ids, and text settings.
-      dev: a small collection to evaluate on every `eval_every` steps.
+      dev: a small collection to evaluate on every `eval_every` steps, or several by name: the best
+        model has the highest mean.
+      callbacks: told what the run measures, see `training.callbacks`.
       devices: if None, all of the job.
       overwrite: remove a run that is in `folder` first.
       progress: whether to show a bar; if None, on a terminal.
@@ -108,33 +120,50 @@ def train(
     # --- What must fit together: checked before anything is written
     config = TrainingConfig() if config is None else config
     devices = list(jax.devices() if devices is None else devices)
-    plan = _plan(model, examples, config, tasks, devices)
-    teachers, translations = _check_teachers(teacher, model, plan.configs)
     text = model.config.text
+    collections = {"": dev} if isinstance(dev, DevCollection) else dict(dev or {})
+    measures = list(dict.fromkeys([*MEASURES, config.best_measure]))
+    if collections:
+        parse_measures(measures)
 
     def save(place: Path, params: dict, step: int) -> None:
         with _parameters(model, params):
-            save_model(model, place, plan.configs[0], step)
+            save_model(model, place, job.configs[0], step)
 
     def evaluate(params: dict) -> dict[str, float]:
-        assert dev is not None
         with _parameters(model, params):
-            return dev.evaluate(model)
+            found = {name: one.evaluate(model, measures) for name, one in collections.items()}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        means = {m: sum(one[m] for one in found.values()) / len(found) for m in measures}
+        each = {f"{name}/{m}": one[m] for name, one in found.items() for m in measures}
+        return means | each
 
-    job = Job(
-        configs=plan.configs,
-        prefixes=plan.prefixes,
-        about=_describe(model, plan, tasks, teachers),
-        params=model.params,
-        lengths=(text.query_maxlen, text.doc_maxlen),
-        fixed=partial(_fixed, plan.configs[0], teachers, translations),
-        make_loss=partial(_make_loss, model, teachers),
-        mixture=partial(_mixture, model, plan),
-        take=model.set_params,
-        save=save,
-        evaluate=None if dev is None else evaluate,
+    def job_of(config: TrainingConfig) -> Job:
+        plan = _plan(model, examples, config, tasks, devices)
+        teachers, translations = _check_teachers(teacher, model, plan.configs)
+        return Job(
+            configs=plan.configs,
+            prefixes=plan.prefixes,
+            about=_describe(model, plan, tasks, teachers),
+            params=model.params,
+            lengths=(text.query_maxlen, text.doc_maxlen),
+            fixed=partial(_fixed, plan.configs[0], teachers, translations),
+            make_loss=partial(_make_loss, model, teachers),
+            mixture=partial(_mixture, model, plan),
+            take=model.set_params,
+            save=save,
+            evaluate=evaluate if collections else None,
+        )
+
+    if config.bsize == "auto":
+        earlier = {} if overwrite else earlier_settings(Path(folder))
+        size = earlier.get("bsize") or _fitting_batch(job_of, config, len(examples), devices)
+        config = dataclasses.replace(config, bsize=size)
+    job = job_of(config)
+    return run_job(
+        job, folder, devices, callbacks=callbacks, overwrite=overwrite, progress=progress
     )
-    return run_job(job, folder, devices, overwrite=overwrite, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +203,7 @@ def run_job(
     folder: str | Path,
     devices: Sequence[jax.Device],
     *,
+    callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Trained:
@@ -196,16 +226,19 @@ def run_job(
         train_step = make_step(job.make_loss, job.configs, mesh, shardings, fixed, room)
 
         # --- Metrics and progress
-        metrics = stack.enter_context(Metrics(folder, done, write=group.is_first))
-        best = Best(folder, metrics.history())
+        metrics = stack.enter_context(
+            Metrics(folder, done, job.about, callbacks, write=group.is_first)
+        )
+        best = Best(folder, metrics.history(), config.best_measure)
         show = progress if group.is_first else False
-        bar = progress_bar(config.maxsteps, "training", "step", show, initial=done)
+        bar = progress_bar(config.steps, "training", "step", show, initial=done)
         window = _Window(job.prefixes, checkpoints, metrics, bar)
 
-        # --- Evaluation; once more where the run was stopped behind a checkpoint, before it was
-        # measured. All processes go by what the first one has read.
+        # --- Evaluation; before the first step if it is asked for, and once more where the run was
+        # stopped behind a checkpoint, before it was measured. All processes go by what the first
+        # one has read.
         evaluation = _Evaluation(job, best, metrics, write=group.is_first)
-        missed = done > 0 and evaluation.is_due(done) and not metrics.evaluated(done)
+        missed = evaluation.is_due(done) and not metrics.evaluated(done)
         if group.exchange("evaluation", missed)[0]:
             evaluation.run(done, to_host(state["params"]))
 
@@ -214,7 +247,7 @@ def run_job(
         with mixture, bar, _signals() as came:
             schedule = _Schedule(config, evaluation, mixture, came, group)
             stop, previous = False, None
-            while done < config.maxsteps and not stop:
+            while done < config.steps and not stop:
                 # --- Learn
                 task, step = next(mixture)
                 state, losses, rates = train_step(state, step.number, task, step.batches)
@@ -223,7 +256,7 @@ def run_job(
                 # would wait for all the steps that were begun before it.
                 jax.block_until_ready(previous)
                 previous = losses
-                window.add(task, losses, job.configs[task].bsize)
+                window.add(task, losses, job.configs[task].batch_size)
 
                 # --- Log, save, evaluate
                 log, save, evaluate, stop = schedule.due(step)
@@ -238,10 +271,10 @@ def run_job(
             checkpoints.wait()
 
         # --- The end
-        if done < config.maxsteps:
+        if done < config.steps:
             # Saved, in all processes; now end as the signal asks, with its exit status.
             came.end(
-                f"training stopped after step {done} of {config.maxsteps}, which is saved in "
+                f"training stopped after step {done} of {config.steps}, which is saved in "
                 f"{folder}: run the same again, and it goes on from there"
             )
         params = to_host(state["params"])
@@ -251,7 +284,8 @@ def run_job(
         group.exchange("saved")
         if came.stop:  # too late to stop this run
             came.end(f"training was done: the model is in {folder / LAST}")
-        return Trained(folder / (BEST if (folder / BEST).exists() else LAST), done, best.measured)
+        kept = folder / (BEST if (folder / BEST).exists() else LAST)
+        return Trained(kept, done, best.measured, best.before)
 
 
 # --- What must fit together -----------------------------------------------------------------
@@ -285,6 +319,13 @@ def _plan(
             f"{', '.join(f'{task.name} {task.share}' for task in tasks)}"
         )
     local = sum(device.process_index == jax.process_index() for device in devices)
+    if config.maxsteps is None:
+        passes = config.epochs * len(examples) / shares[0]
+        config = dataclasses.replace(config, maxsteps=max(1, math.ceil(passes / config.batch_size)))
+        LOGGER.info(
+            "%d steps: %g times through %d examples, %d a step; maxsteps makes it fewer",
+            *(config.steps, config.epochs, len(examples), config.batch_size),
+        )
     configs = [_check(model, examples, config, local)]
     for task in tasks:
         try:
@@ -300,7 +341,7 @@ def _check(
 ) -> TrainingConfig:
     """Raise ValueError for what does not fit together; give the settings with what the loss and the
     examples decide filled in."""
-    check_divides(config.bsize, config.accumsteps, jax.process_count(), devices)
+    check_divides(config.batch_size, config.accumsteps, jax.process_count(), devices)
     nway = examples.nway if config.nway is None else config.nway
     if nway > examples.nway:
         raise ValueError(f"nway is {nway}, but the examples have {examples.nway} documents a query")
@@ -444,6 +485,40 @@ def _room(job: Job, devices: Sequence[jax.Device], group: processes.Group) -> Ro
     return Room(min(free, default=None), job.lengths)
 
 
+def _fitting_batch(
+    job_of: Callable[[TrainingConfig], Job],
+    config: TrainingConfig,
+    examples: int,
+    devices: Sequence[jax.Device],
+) -> int:
+    """`bsize` for "auto"; the same in all processes."""
+    least = len(devices) * config.accumsteps * (2 if config.loss == "contrastive" else 1)
+    job = job_of(dataclasses.replace(config, bsize=least))
+    own = job.configs[0]
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    shapes = jax.eval_shape(lambda params: init_state(own, params), job.params)
+    shardings = parameter_sharding(mesh, shapes, fsdp=own.fsdp)
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+    gradients: Any = gradients_of(job.make_loss(own, mesh), own, shardings["params"])
+    trained = tuple(part for part, leaves in state["params"].items() if jax.tree.leaves(leaves))
+    fixed, zero = job.fixed(mesh), np.int32(0)
+
+    def compiled(batch: Any) -> Any:
+        return gradients.lower(
+            state["params"], batch, zero, zero, trained=trained, fixed=fixed
+        ).compile()
+
+    with processes.group("batch size") as group:
+        room = _room(job, devices, group)
+        with job.mixture(0, group) as mixture:
+            _, step = next(mixture)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), step.batches[0])
+    return fitting_batch(own, batch, state, examples // 8, devices, room, compiled)
+
+
 def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) -> Mixture:
     """The steps of the run, from step `start` on."""
 
@@ -451,7 +526,7 @@ def _mixture(model: ColBERT, plan: _Plan, start: int, group: processes.Group) ->
         return Loader(
             source,
             model.tokenizer,
-            bsize=config.bsize,
+            bsize=config.batch_size,
             nway=config.nway,
             accumsteps=config.accumsteps,
             seed=config.seed,
@@ -484,7 +559,9 @@ class _Evaluation:
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
         every = self._config.eval_every or self._config.save_every
-        due = step % every == 0 or step == self._config.maxsteps
+        due = step % every == 0 or step == self._config.steps
+        if step == 0:
+            due = self._config.eval_first
         return self._job.evaluate is not None and due
 
     def run(self, step: int, params: dict) -> None:
@@ -495,7 +572,7 @@ class _Evaluation:
         """
         assert self._job.evaluate is not None
         measured = self._job.evaluate(params)
-        if self._best.improves(measured) and self._write:
+        if self._best.improves(measured, step) and self._write:
             self._job.save(self._best.folder, params, step)
         self._metrics.write(step, {DEV + name: x for name, x in measured.items()})
 
@@ -532,8 +609,8 @@ class _Schedule:
         """What is due after a step."""
         config, done = self._config, step.number + 1
         stop, late = self._asked(step)
-        stop = stop and done < config.maxsteps
-        planned = done == config.maxsteps or done % config.save_every == 0
+        stop = stop and done < config.steps
+        planned = done == config.steps or done % config.save_every == 0
         evaluate = self._evaluation.is_due(done)
         return _Due(
             # The same steps, wherever a run was stopped.

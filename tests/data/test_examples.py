@@ -15,8 +15,11 @@ from colbert_jax.data.examples import (
     Example,
     concatenate,
     dataset_examples,
+    most_positives,
     pair_examples,
+    positives_of,
     stanford_examples,
+    subset,
 )
 from colbert_jax.data.texts import Texts
 from colbert_jax.evaluation import read_collection
@@ -375,6 +378,76 @@ def test_unreadable_pairs(tmp_path, change, message):
     file = write(tmp_path / "p.jsonl", jsonl(GOOD, GOOD | change))
     with pytest.raises(ValueError, match=message):
         pair_examples(file, negatives="n", scores="s")
+
+
+def parquet(file, rows):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def test_pairs_in_tables_and_their_fields(tmp_path, caplog):
+    """Fields are found by their names, whatever the case; the log says which."""
+    rows = [
+        {"id": "7", "Question": "a, b", "ANSWER": 'b "c"', "neg": "n"},
+        {"id": "8", "Question": "d", "ANSWER": "e", "neg": "m"},
+    ]
+    csv = 'id,Question,ANSWER,neg\r\n7,"a, b","b ""c""",n\r\n8,d,e,m\r\n'
+    tsv = "id\tQuestion\tANSWER\tneg\n" + "".join("\t".join(r.values()) + "\n" for r in rows)
+    files = [
+        write(tmp_path / "p.csv", csv),
+        write(tmp_path / "p.csv.gz", csv),
+        write(tmp_path / "p.tsv", tsv),
+        write(tmp_path / "p.jsonl.gz", jsonl(*rows)),
+        parquet(tmp_path / "p.parquet", rows),
+    ]
+    for file in files:
+        with caplog.at_level("INFO", "colbert_jax"):
+            source = pair_examples(file)
+        assert list(source) == [Example("a, b", ('b "c"',), None), Example("d", ("e",), None)]
+        assert "the query is 'Question', the document 'ANSWER'; not read: id, neg" in caplog.text
+        caplog.clear()
+        both = pair_examples(file, query="Question", negatives="neg")
+        assert both.nway == 2 and both[1].documents == ("e", "m")
+        assert both.fingerprint != source.fingerprint
+    assert pair_examples(files[0]).fingerprint == pair_examples(files[0]).fingerprint
+
+
+def test_lists_in_parquet(tmp_path):
+    rows = [{"query": "a", "positive": "b", "hard": ["c", "d"], "s": [3.0, 2.0, 1.0]}]
+    source = pair_examples(parquet(tmp_path / "p.parquet", rows), negatives="hard", scores="s")
+    assert source[0] == Example("a", ("b", "c", "d"), (3.0, 2.0, 1.0))
+
+
+def test_fields_that_are_not_found(tmp_path):
+    for name, text, known, message in [
+        ("a.jsonl", '{"src": "x", "title": "y"}', {}, r"a\.jsonl, line 1: no field 'query' and no "
+         r"field 'positive', it has 'src', 'title': name the one with the query \(query=\) and the "
+         r"one with the document that answers it \(positive=\)"),
+        ("a2.jsonl", '{"text": "x", "t": "y"}', {}, r"no field 'query', it has 'text', 't': "
+         r"name the one with the query \(query=\)$"),
+        ("b.jsonl", '{"query": "x", "abs": "y"}', {}, "no field 'positive'.*answers it"),
+        ("c.csv", "title,abs\nx,y\n", {"query": "title"}, "no field 'positive', it has 'title', '"),
+        ("d.csv", "q,p\na,b\nc,\n", {"query": "q", "positive": "p"}, "d.csv, line 3: field 'p'"),
+        ("e.tsv", "a\tb\n", {"query": "q"}, r"line 1: no header with 'q': there is 'a\\tb'"),
+        ("f.tsv", "query\tanswer\na\n", {}, "line 2: 1 fields with tabs between, and the h"),
+        ("g.csv", "", {}, "the file is empty"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pair_examples(write(tmp_path / name, text), **known)
+
+
+def test_subset(tmp_path):
+    rows = [{"query": f"{i // 2}", "positive": f"d{i}"} for i in range(6)]
+    whole = pair_examples(write(tmp_path / "p.jsonl", jsonl(*rows)))
+    part = subset(whole, np.array([4, 1]))
+    assert [x.documents[0] for x in part] == ["d4", "d1"]
+    assert most_positives(part) == 2 and positives_of(part, "0") == ("d0", "d1")
+    assert part.fingerprint != subset(whole, np.array([1, 4])).fingerprint
+    with pytest.raises(ValueError, match="no example is left"):
+        subset(whole, np.array([], int))
 
 
 def test_unreadable_lines_of_pairs(tmp_path):

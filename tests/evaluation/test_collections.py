@@ -214,3 +214,12 @@ def test_bm25(beir):
     assert all(next(iter(found)) == f"d{qid[1:]}" for qid, found in system.ranking.items())
     assert all(score > 0 for found in system.ranking.values() for score in found.values())
     assert system.bytes_per_document > 0 and system.mean("nDCG@10") > 0.7
+
+
+def test_each_row_is_said_when_it_is_done(beir, caplog):
+    """A table of days is not waited for."""
+    run = {f"q{n}": {f"d{n}": 1.0} for n in range(12)}
+    with caplog.at_level("INFO", "colbert_jax"):
+        evaluate_collections([read_test_collection(beir)], systems=[], runs={"mine": run})
+    (said,) = [r.message for r in caplog.records if "nDCG" in r.message]
+    assert said.startswith("NanoTiny: mine: nDCG@10 0.") and said.endswith(", Recall@100 0.5000")

@@ -1,13 +1,15 @@
 """Measures against hand-worked values."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from colbert_jax import Hit
+from colbert_jax.data.examples import pair_examples
 from colbert_jax.evaluation import evaluate_ranking, read_run, write_run
-from colbert_jax.evaluation.dev import DevCollection
+from colbert_jax.evaluation.dev import DevCollection, hold_out
 from colbert_jax.evaluation.metrics import check_judged
 from colbert_jax.evaluation.runs import check_run_ids
 from colbert_jax.index.columns import ID, Positions, Strings, StringWriter
@@ -217,3 +219,38 @@ def test_ids_of_an_index_are_searched_in_blocks(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=f"document id 'd {bad}'"):
                 check_run_ids(column, "document", "trec")
     check_run_ids(Positions(12), "document", "trec")
+
+
+def test_a_dev_collection_has_any_measure(model, texts):
+    passages = {str(i): text for i, text in enumerate(texts[:20])}
+    dev = DevCollection(passages, {"3": texts[3]}, {"3": {"3": 1, "7": 2}})
+    found = dev.evaluate(model, ["nDCG@10", "AP(rel=2)@1000", "MRR@3"])
+    assert list(found) == ["nDCG@10", "AP(rel=2)@1000", "MRR@3"]
+    assert found["nDCG@10"] == dev.evaluate(model)["nDCG@10"] and found["AP(rel=2)@1000"] > 0
+
+
+def test_held_out_queries_depend_on_their_texts_alone(tmp_path):
+    rows = [{"query": f"q{i // 2}", "positive": f"document {i}"} for i in range(40)]
+    rows.append({"query": "q0", "positive": "document 39"})  # the positive of another query too
+
+    def opened(rows):
+        file = tmp_path / "p.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return pair_examples(file)
+
+    source, dev = hold_out(opened(rows), 4, passages=15)
+    asked = set(dev.queries.values())
+    assert len(asked) == 4 and len(dev.passages) == 15
+    assert not asked & {example.query for example in source}
+    assert len(source) == sum(row["query"] not in asked for row in rows)
+    for qid, text in dev.queries.items():
+        found = {dev.passages[pid] for pid in dev.qrels[qid]}
+        assert found == {row["positive"] for row in rows if row["query"] == text}
+    again, other = hold_out(opened(rows[::-1]), 4, passages=15)
+    assert set(other.queries.values()) == asked and len(again) == len(source)
+    _, some = hold_out(opened(rows))
+    assert some is not None and len(some.queries) == 2
+    assert hold_out(opened(rows[:12]))[1] is None
+    for count in (0, 20, 21):
+        with pytest.raises(ValueError, match=f"{count} queries cannot be kept .* have 20"):
+            hold_out(opened(rows), count)
