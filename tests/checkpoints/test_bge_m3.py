@@ -11,6 +11,7 @@ from support import passages
 
 from colbert_jax import ColBERT
 from colbert_jax.checkpoints import convert_checkpoint, detect_layout, read_checkpoint
+from colbert_jax.cli import main
 from colbert_jax.tensors.torch_file import write_torch_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "transformers_xlm-roberta"
@@ -105,6 +106,14 @@ def test_three_way_scores(model, original, weights):
     first = model.rank(QUERIES[0], DOCUMENTS, 2, weights=weights)
     np.testing.assert_array_equal(first.positions, hits.positions[0, :2])
     assert model.rank(QUERIES, [], weights=weights).scores.shape == (len(QUERIES), 0)
+
+
+def test_weights_on_the_command_line(folder, model, tmp_path, capsys):
+    (tmp_path / "passages.txt").write_text("".join(f"{text}\n" for text in DOCUMENTS))
+    arguments = ["rank", "fish", str(tmp_path / "passages.txt"), "--checkpoint", str(folder)]
+    assert main([*arguments, "--weights", "1,0.3,1", "-k", "1"]) == 0
+    (score,) = model.rank("fish", DOCUMENTS, 1, weights=(1, 0.3, 1)).scores
+    assert capsys.readouterr().out.split()[1] == f"{score:.4f}"
 
 
 def test_long_documents_and_short_queries(folder, tmp_path):
