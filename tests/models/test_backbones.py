@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import os
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
@@ -271,11 +273,20 @@ def test_parity_with_torch(name):
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
 
-LONG = ["xlm-roberta", "jina", "lfm2", "qwen3", "eurobert", "gte", "nomic", "xmod", "modernbert"]
+def with_time(*names):
+    skip = pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG)
+    return [pytest.param(name, marks=skip) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gte",
+        "modernbert",
+        *with_time("xlm-roberta", "jina", "lfm2", "qwen3", "eurobert", "nomic", "xmod"),
+    ],
+)
 def test_parity_beyond_4096_tokens(name):
     """Embeddings of one text of 4,300 tokens, which is attended in blocks."""
     case = CASES[name] | {"max_position_embeddings": 4400}
