@@ -4,26 +4,36 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from colbert_jax.checkpoints.common import set_path
+from colbert_jax.models.colbert import make_encoder, param_shapes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark_module(monkeypatch):
+def published(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(
         "backbones_benchmark", BENCHMARKS / "backbones.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    narrow = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    gte = module.PUBLISHED["gte-multilingual-base"] | narrow
-    monkeypatch.setattr(module, "PUBLISHED", {"gte": gte})
-    monkeypatch.setattr(module, "TEXTS", 2)
-    monkeypatch.setattr(module, "TOKENS", 20)
     yield module
     sys.modules.pop("encode", None)  # another benchmark's module, found beside this one
+
+
+@pytest.fixture
+def benchmark_module(published, monkeypatch):
+    narrow = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    gte = published.PUBLISHED["gte-multilingual-base"] | narrow
+    monkeypatch.setattr(published, "PUBLISHED", {"gte": gte})
+    monkeypatch.setattr(published, "TEXTS", 2)
+    monkeypatch.setattr(published, "TOKENS", 20)
+    return published
 
 
 def test_speed(benchmark_module):
@@ -42,3 +52,21 @@ def test_memory(benchmark_module):
     assert 0 <= row["rise_mb"] < 1000 and row["tokens"] == 40
     table = benchmark_module.report({"gte": row}, of_memory=True)
     assert table.count("\n") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GTE-ModernColBERT-v1", "bge-m3", "LFM2-ColBERT-350M"])
+def test_memory_of_8192_tokens(published, name):
+    """What the compiled program takes beside weights and text, at published widths: attention that
+    is local and rotary, full, causal."""
+    encoder, params = published.encoder_of(published.fields_of(name, 2)), {}
+    for path, shape in param_shapes(encoder).items():
+        set_path(params, path, jax.ShapeDtypeStruct(shape, jnp.float32))
+    shapes = [((1, 8192), jnp.int32), ((1,), jnp.int32), ((1, 8192), jnp.bool)]
+
+    def encode(params, *batch):
+        return make_encoder(encoder, params, dtype=jnp.float32)(*batch)
+
+    batch = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    compiled = jax.jit(encode).lower(params, *batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.8e9
