@@ -17,7 +17,14 @@ from typing import Any
 from colbert_jax import __version__
 from colbert_jax.checkpoints import LAYOUTS, convert_checkpoint
 from colbert_jax.colbert import ColBERT
-from colbert_jax.commands.common import add_search_settings, search_queries, warn
+from colbert_jax.commands.common import (
+    add_checkpoint_settings,
+    add_search_settings,
+    checkpoint_settings,
+    refuse_checkpoint_settings,
+    search_queries,
+    warn,
+)
 from colbert_jax.commands.evaluate import add_evaluate, evaluate
 from colbert_jax.commands.rerank import add_rerank, rerank
 from colbert_jax.data.documents import Documents
@@ -144,7 +151,9 @@ def _print_anything() -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    settings = {} if args.doc_maxlen is None else {"doc_maxlen": args.doc_maxlen}
+    settings = checkpoint_settings(args)
+    if args.doc_maxlen is not None:
+        settings["doc_maxlen"] = args.doc_maxlen
     retriever = Retriever.build(
         args.index,
         args.checkpoint,
@@ -245,8 +254,8 @@ def search(args: argparse.Namespace) -> None:
 
 def rank(args: argparse.Namespace) -> None:
     documents = Documents(args.file, fields=False)  # a bad file is named before the model is loaded
-    model = ColBERT.from_pretrained(args.checkpoint)
-    _print_hits(rank_documents(model, args.query, documents, args.k))
+    model = ColBERT.from_pretrained(args.checkpoint, **checkpoint_settings(args))
+    _print_hits(rank_documents(model, args.query, documents, args.k, weights=args.weights))
 
 
 def evaluate_m2kr(args: argparse.Namespace) -> None:
@@ -300,7 +309,12 @@ def info(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     found, checkpoint = convert_checkpoint(
-        args.source, args.folder, args.to, base=args.base, revision=args.revision
+        args.source,
+        args.folder,
+        args.to,
+        base=args.base,
+        revision=args.revision,
+        **checkpoint_settings(args),
     )
     encoder = checkpoint.encoder
     print(
@@ -312,7 +326,11 @@ def convert(args: argparse.Namespace) -> None:
 def convert_index_(args: argparse.Namespace) -> None:
     if Path(args.folder).exists() and not args.overwrite:
         raise FileExistsError(f"{args.folder}: exists; pass --overwrite to replace an index there")
-    model = None if args.checkpoint is None else ColBERT.from_pretrained(args.checkpoint)
+    if args.checkpoint is None:
+        refuse_checkpoint_settings(args, "an index without --checkpoint")
+        model = None
+    else:
+        model = ColBERT.from_pretrained(args.checkpoint, **checkpoint_settings(args))
     read = convert_index(
         args.source,
         args.folder,
@@ -379,6 +397,13 @@ def demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.folder or cache_folder() / "demo"), args.checkpoint)
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+_numbers.__name__ = "list of numbers"  # argparse says "invalid list of numbers value"
+
+
 def _print_hits(hits: Sequence[Hit]) -> None:
     for place, hit in enumerate(hits, 1):
         print(f"{place:4}  {hit.score:8.4f}  {hit.id}  {_shortened(hit.text or '')}")
@@ -432,6 +457,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dim", type=int, help="width of a new, untrained projection for a plain encoder"
     )
     sub.add_argument("--doc-maxlen", type=int, help="tokens kept of a document")
+    add_checkpoint_settings(sub)
     sub.add_argument("--kmeans-niters", type=int, help="k-means iterations")
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
     sub.add_argument("--images", help=_IMAGES)
@@ -486,6 +512,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", help="TSV (pid, text[, title]), JSONL, or one document per line")
     sub.add_argument("--checkpoint", required=True, help="folder or Hugging Face hub id")
     sub.add_argument("-k", type=int, help="results (default: all)")
+    sub.add_argument(
+        "--weights",
+        type=_numbers,
+        metavar="DENSE,LEXICAL,MULTI",
+        help="mix bge-m3's three scores, 1,0.3,1 for example (default: MaxSim alone)",
+    )
+    add_checkpoint_settings(sub)
 
     add_evaluate(command(evaluate, "measure an index, or systems on published collections"))
     add_rerank(command(rerank, "order the candidates of a run file by their exact scores"))
@@ -522,12 +555,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", required=True, choices=list(LAYOUTS), help="layout to write")
     sub.add_argument("--revision", help="revision of the hub repository")
     sub.add_argument("--base", help="the model that a .dnn file was trained from")
+    add_checkpoint_settings(sub)
 
     sub = command(convert_index_, "write an index in another layout")
     sub.add_argument("source", help="index of this library, of Stanford ColBERT or of fast-plaid")
     sub.add_argument("folder", help="the folder to make")
     sub.add_argument("--to", required=True, choices=list(TARGETS), help="layout to write")
     sub.add_argument("--checkpoint", help="the model that made it, for the index to remember")
+    add_checkpoint_settings(sub)
     sub.add_argument("--collection", help="its documents in order, to be kept with --to native")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing index")
 

@@ -231,6 +231,15 @@ class ColBERT:
         """The architecture: backbone, pooling of words, head."""
         return self._checkpoint.encoder
 
+    @property
+    def best_tokens(self) -> int | None:
+        """How many of a query's best matches a score sums, for `Index.search`; None for all.
+
+        Baleen's flipr sums the better half of `query_maxlen`.
+        """
+        flipr = self.config.interaction == "flipr"
+        return max(self.config.text.query_maxlen // 2, 1) if flipr else None
+
     def module(self) -> nnx.Module:
         """The encoder as a Flax NNX module with the parameters of documents, in `dtype`.
 
@@ -491,10 +500,20 @@ class ColBERT:
             if self.config.interaction == "maxsim":
                 hits = _exact_hits(encoded, asked, k)
             else:
-                half = self.config.text.query_maxlen // 2
-                scores = interact(asked, encoded, self.config.interaction, half=half)
-                hits = _best(scores, k)
+                hits = _best(self.scores(asked, encoded), k)
         return Hits(hits.positions[0], hits.scores[0]) if isinstance(queries, str) else hits
+
+    def scores(self, queries: np.ndarray, documents: DocumentEmbeddings) -> np.ndarray:
+        """Score all documents for each query on the host, as the model's `interaction` says.
+
+        Args:
+          queries: float32[B, Lq, D]; rows of zeros are padding.
+
+        Returns:
+          float32[B, N]; minus infinity for a document without a token.
+        """
+        half = self.best_tokens or max(queries.shape[1], 1)
+        return interact(queries, documents, self.config.interaction, half=half)
 
     def _rank_three_ways(
         self,

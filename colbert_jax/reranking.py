@@ -11,6 +11,7 @@ import numpy as np
 from colbert_jax.batching import ladder_length, next_power_of_two
 from colbert_jax.colbert import ColBERT
 from colbert_jax.data.documents import Documents
+from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.multimodal import Query
 from colbert_jax.progress import progress_bar
 from colbert_jax.retriever import Hit, Retriever
@@ -98,6 +99,9 @@ def _rerank(
     if encoded is None or not len(encoded.values):
         yield from ([] for _ in queries)
         return
+    if model.config.interaction != "maxsim":
+        yield from _rerank_on_host(model, encoded_queries, candidates, rows, encoded, k)
+        return
     # Powers of two of tokens and documents, so that blocks of any size share a few programs.
     tokens, count = len(encoded.values), len(encoded)
     padded = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
@@ -119,13 +123,31 @@ def _rerank(
         with apart():
             scores = np.asarray(maxsim_ragged(vectors, values, offsets, positions, length=length))
         for pairs, row in zip(part, scores, strict=False):
-            row = row[: len(pairs)]
-            order = np.argsort(-row, kind="stable")[:k]
-            yield [
-                Hit(pairs[i][0], float(row[i]), pairs[i][1], i)
-                for i in order.tolist()
-                if row[i] > -np.inf
-            ]
+            yield _best(pairs, row[: len(pairs)], k)
+
+
+def _rerank_on_host(
+    model: ColBERT,
+    queries: np.ndarray,
+    candidates: list[Pairs],
+    rows: Mapping[str, int],
+    encoded: DocumentEmbeddings,
+    k: int | None,
+) -> Iterator[list[Hit]]:
+    """For models that score by another sum than MaxSim's."""
+    for query, pairs in zip(queries, candidates, strict=True):
+        own = DocumentEmbeddings.from_list([encoded[rows[text]] for _, text in pairs], model.dim)
+        yield _best(pairs, model.scores(query[None], own)[0], k)
+
+
+def _best(pairs: Pairs, scores: np.ndarray, k: int | None) -> list[Hit]:
+    """Hits of the k best candidates that have a token."""
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [
+        Hit(pairs[i][0], float(scores[i]), pairs[i][1], i)
+        for i in order.tolist()
+        if scores[i] > -np.inf
+    ]
 
 
 def rerank_indexed(

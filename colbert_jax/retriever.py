@@ -365,6 +365,7 @@ class Retriever:
         )
         index = self.index  # the same for all of it, whoever changes it meanwhile
         settings["where"] = index.select(where, ids)
+        settings["best_tokens"] = self.model.best_tokens
         index.search(np.zeros((0, 1, index.dim), np.float32), k, **settings)
         both = as_hybrid(hybrid)
         if both is not None:

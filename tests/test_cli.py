@@ -14,10 +14,12 @@ import pytest
 import support
 from safetensors import SafetensorError
 
-from colbert_jax import Index, Retriever
+from colbert_jax import ColBERT, Index, Retriever
+from colbert_jax.checkpoints import read_checkpoint
 from colbert_jax.cli import main
 from colbert_jax.index.index import UnknownIdError
 from colbert_jax.progress import LOGGER
+from colbert_jax.retriever import rank_documents
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,44 @@ def test_rank(capsys, files, stanford_folder, texts):
         capsys, "rank", "--checkpoint", stanford_folder, texts[9], files / "passages.tsv", "-k", 3
     )
     assert len(out.splitlines()) == 3 and "d9" in out.splitlines()[0]
+
+
+def test_settings_of_a_checkpoint(capsys, built, files, tmp_path, stanford_folder):
+    """Features cut off, token embeddings pooled; refused where an index has its own."""
+    passages, load = files / "passages.tsv", ["--checkpoint", stanford_folder]
+    settings = ["--truncate-dim", 8, "--pool-factor", 2]
+    run(capsys, "index", passages, tmp_path / "i", *load, *settings)
+    index = Index.open(tmp_path / "i")
+    assert index.dim == 8 and index.metadata.num_tokens < Index.open(built).metadata.num_tokens
+    known = index.metadata.model["load"]
+    assert (known["truncate_dim"], known["pool_factor"]) == (8, 2)
+    assert len(run(capsys, "search", tmp_path / "i", "a", "-k", 2).splitlines()) == 3
+    texts = [line.split("\t")[1] for line in passages.read_text().splitlines()]
+    ours = run(capsys, "rank", *load, *settings, texts[9], passages, "-k", 1)
+    model = ColBERT.from_pretrained(stanford_folder, truncate_dim=8, pool_factor=2)
+    (hit,) = rank_documents(model, texts[9], texts, 1)
+    assert ours.split()[1] == f"{hit.score:.4f}"
+    run(capsys, "convert", stanford_folder, tmp_path / "out", "--to", "native", *settings)
+    assert read_checkpoint(tmp_path / "out").encoder.dim == 8
+    (tmp_path / "run").write_text("q1 Q0 d1 1 9.5 x\n")
+    queries, qrels = files / "queries.tsv", files / "qrels.tsv"
+    for command in (
+        ["rerank", tmp_path / "run", "--index", built, "--output", tmp_path / "o"],
+        ["evaluate", built, "--qrels", qrels],
+    ):
+        said = fails(capsys, *command, "--queries", queries, "--pool-factor", 2)
+        assert "--pool-factor is for a checkpoint to load, not for an index" in said
+    said = fails(capsys, "rank", *load, "--truncate-dim", 99, "a", passages)
+    assert "truncate_dim must be between 1" in said
+
+
+def test_weights_of_other_models(capsys, files, stanford_folder):
+    arguments = ["rank", "a", str(files / "passages.tsv"), "--checkpoint", str(stanford_folder)]
+    assert "the three heads of bge-m3" in fails(capsys, *arguments, "--weights", "1,0.3,1")
+    assert "three numbers of at least 0" in fails(capsys, *arguments, "--weights", "1,1")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--weights", "1,a,1"])
+    assert "--weights: invalid list of numbers value: '1,a,1'" in capsys.readouterr().err
 
 
 def test_errors(capsys, built, files, tmp_path, stanford_folder):

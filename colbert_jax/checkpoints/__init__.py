@@ -91,10 +91,14 @@ def read_checkpoint(
     """
     path = Path(path)
     layout = detect_layout(path)
-    if language is not None and layout not in _WITH_LANGUAGE:
-        raise ValueError(f"{path}: language= is for X-MOD in {' or '.join(_WITH_LANGUAGE)} folders")
+    _check_language(path, layout, language)
     arguments = dict(dim=dim, seed=seed, base=base, images=images, language=language)
     return _read(path, layout, **arguments)
+
+
+def _check_language(path: Path, layout: str, language: str | None) -> None:
+    if language is not None and layout not in _WITH_LANGUAGE:
+        raise ValueError(f"{path}: language= is for X-MOD in {' or '.join(_WITH_LANGUAGE)} folders")
 
 
 def _read(path: Path, layout: str, **arguments: Any) -> Checkpoint:
@@ -208,6 +212,9 @@ def convert_checkpoint(
     base: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    language: str | None = None,
+    truncate_dim: int | None = None,
+    pool_factor: float | None = None,
 ) -> tuple[str, Checkpoint]:
     """Read a checkpoint of any layout and write it in another one.
 
@@ -215,7 +222,7 @@ def convert_checkpoint(
       source: folder, hub id, or ColBERTv1 `.dnn` file.
       folder: the folder to make.
       layout: a name of `LAYOUTS`.
-      base, revision, token: as for `ColBERT.from_pretrained`.
+      base, revision, token, language, truncate_dim, pool_factor: as for `ColBERT.from_pretrained`.
 
     Returns:
       the source's layout, and the checkpoint.
@@ -230,7 +237,12 @@ def convert_checkpoint(
     found = detect_layout(path)
     # An image encoder has a place in one layout; where it has none, a warning says so.
     images = True if layout == "flmr" else None
-    checkpoint = _read(path, found, base=base, images=images)
+    _check_language(path, found, language)
+    checkpoint = _read(path, found, base=base, images=images, language=language)
+    if truncate_dim is not None:
+        checkpoint = checkpoint.truncated(truncate_dim)
+    if pool_factor is not None:
+        checkpoint = checkpoint.with_text(pool_factor=pool_factor)
     checkpoint.text_tokenizer()  # for its checks
     write_checkpoint(checkpoint, Path(folder), layout)
     return found, checkpoint

@@ -425,9 +425,17 @@ def write_base(checkpoint: Checkpoint, folder: Path, architectures: list[str]) -
 
     Args:
       architectures: the classes that `config.json` names.
+
+    Raises ValueError for an architecture that transformers does not have.
     """
     backbone = checkpoint.encoder.backbone
     fields = to_huggingface(backbone) | {"architectures": architectures, "torch_dtype": "float32"}
+    if fields.get("rope_scaling"):
+        raise ValueError(
+            f"transformers has no {backbone.model_type} with rope_scaling "
+            f"{fields['rope_scaling']!r}, and would compute other embeddings; write the native "
+            "layout"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     types = ("token_type_ids",) if architecture(backbone).token_types else ()

@@ -53,11 +53,9 @@ _INSTEAD = "Stanford's default settings are used"
 _INTERACTIONS = {"colbert": "maxsim", "flipr": "flipr"}
 # Settings that would change the embeddings or scores and are not implemented, with the value that
 # means "not used".
-_UNSUPPORTED = {
-    "pool_factor": 1,
-    "protected_tokens": 0,
-    "reranker": False,
-}
+_UNSUPPORTED = {"clustering_mode": "hierarchical", "reranker": False}
+# Stanford's pooled embeddings keep their length. An index normalises what it decompresses.
+_POOLING = {"pool_factor": "pool_factor", "protected_tokens": "pool_protected"}
 
 
 def detect(folder: Path) -> bool:
@@ -176,11 +174,16 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
         "search": (SearchConfig, _fields(SearchConfig)),
     }
     fields = {"nbits": 1} | fields  # Stanford's default; ours is 2
+    check_types(file, fields, dict.fromkeys(_POOLING, int))
+    pooling = {ours: fields.pop(name) for name, ours in _POOLING.items() if name in fields}
     try:
         settings = {
             part: cls(**{name: fields[name] for name in names if name in fields})
             for part, (cls, names) in parts.items()
         }
+        if pooling.get("pool_factor", 1) != 1:
+            unpooled = {"pool_protected": 0, "pool_normalize": False}
+            settings["text"] = dataclasses.replace(settings["text"], **unpooled | pooling)
         similarity = fields.pop("similarity", "cosine")
         interaction = _INTERACTIONS.get(str(fields.get("interaction", "colbert")))
         if interaction is None:
@@ -223,7 +226,10 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     text = config.text
     # Stripping changes nothing for WordPiece and SentencePiece, so Stanford's layout need not store
     # it. A query_minlen equal to query_maxlen is fixed expansion.
-    supported = (*TEXT_FIELDS, "skiplist_words", "strip", "query_minlen")
+    pooled = text.pool_factor != 1 and text.pool_factor % 1 == 0 and not text.pool_normalize
+    supported = [*TEXT_FIELDS, "skiplist_words", "strip", "query_minlen"]
+    if pooled or text.pool_factor == 1:
+        supported += ["pool_factor", "pool_protected", "pool_normalize"]
     refuse_text(text, supported, layout)
     fixed_expansion(text, layout)
     for name in ("query_token_id", "doc_token_id"):
@@ -235,6 +241,8 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         )
     fields = {name: getattr(text, name) for name in TEXT_FIELDS}
     fields["mask_punctuation"] = masks_punctuation(checkpoint, layout)
+    if pooled:
+        fields |= {name: int(getattr(text, ours)) for name, ours in _POOLING.items()}
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
     known = {*_INDEX_FIELDS, *_fields(SearchConfig)}
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from colbert_jax.config import MODES
 from colbert_jax.fusion import FUSIONS, Hybrid
@@ -17,6 +18,31 @@ from colbert_jax.retriever import Hit, Retriever
 def warn(message: str) -> None:
     """One line, above the bars."""
     tqdm.write(f"colbert-jax: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+_CHECKPOINT_SETTINGS = {
+    "truncate_dim": (int, "features kept of each token embedding, of models trained for it"),
+    "language": (str, "which adapters of an X-MOD model to read, such as de_DE"),
+    "pool_factor": (float, "keep one token embedding for so many of a document"),
+}
+
+
+def add_checkpoint_settings(sub: argparse._ActionsContainer) -> None:
+    """Flags of how a checkpoint is loaded, for commands that load one as they are told."""
+    for name, (kind, about) in _CHECKPOINT_SETTINGS.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
+
+
+def checkpoint_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, as arguments of `ColBERT.from_pretrained`."""
+    given = {name: getattr(args, name) for name in _CHECKPOINT_SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_checkpoint_settings(args: argparse.Namespace, where: str) -> None:
+    """Raise ValueError if one was given where no checkpoint is loaded by them."""
+    for name in checkpoint_settings(args):
+        raise ValueError(f"--{name.replace('_', '-')} is for a checkpoint to load, not for {where}")
 
 
 def search_queries(

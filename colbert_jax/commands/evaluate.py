@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 from colbert_jax.colbert import ColBERT
-from colbert_jax.commands.common import add_search_settings, search_queries, warn
+from colbert_jax.commands.common import (
+    add_checkpoint_settings,
+    add_search_settings,
+    checkpoint_settings,
+    refuse_checkpoint_settings,
+    search_queries,
+    warn,
+)
 from colbert_jax.data.collections import read_qrels, read_queries
 from colbert_jax.data.published import read_test_collection
 from colbert_jax.data.tables import parse_columns
@@ -63,6 +70,7 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     more.add_argument("--split", help="which queries (default: test, or the only ones)")
     more.add_argument("--query-maxlen", type=int, help="tokens (default: the preset's)")
     more.add_argument("--doc-maxlen", type=int, help="tokens (default: the preset's)")
+    add_checkpoint_settings(more)
     more.add_argument("--columns", help="of the documents: id=COLUMN,text=COLUMN, or places from 0")
     more.add_argument("--query-columns", help="of the queries, likewise")
     more.add_argument("--qrel-columns", help="query=COLUMN,document=COLUMN,gain=COLUMN")
@@ -78,6 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
     require_ir_measures()
     if args.collection is None and args.queries and args.qrels and len(args.index) == 1:
         args.index = args.index[0]
+        refuse_checkpoint_settings(args, "an index, which has its own")
         _evaluate_index(args)
         return
     if bool(args.queries) != bool(args.qrels) or bool(args.queries) != bool(args.collection):
@@ -145,7 +154,9 @@ def _evaluate_collections(args: argparse.Namespace) -> None:
             check_run_ids((pid for pid, _, _ in one.documents()), "document", args.format)
     report = evaluate_collections(
         opened,
-        ColBERT.from_pretrained(args.checkpoint) if needs_model else None,
+        ColBERT.from_pretrained(args.checkpoint, **checkpoint_settings(args))
+        if needs_model
+        else None,
         systems,
         runs=runs,
         measures=None if args.measures is None else args.measures.split(","),

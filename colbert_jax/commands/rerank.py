@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from colbert_jax.colbert import ColBERT
-from colbert_jax.commands.common import warn
+from colbert_jax.commands.common import (
+    add_checkpoint_settings,
+    checkpoint_settings,
+    refuse_checkpoint_settings,
+    warn,
+)
 from colbert_jax.data.collections import read_collection, read_queries
 from colbert_jax.data.streams import unpacked_suffix
 from colbert_jax.data.tables import read_records
@@ -33,6 +38,7 @@ def add_rerank(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--collection", help="texts of the candidates, encoded with --checkpoint")
     sub.add_argument("--index", help="in place of --collection: an index that has the candidates")
     sub.add_argument("--checkpoint", help="folder or hub id; with --index by default its own")
+    add_checkpoint_settings(sub)
     sub.add_argument("-k", type=int, help="results per query (default: all candidates)")
     sub.add_argument("--format", choices=FORMATS, default="trec", help="of the output")
 
@@ -74,13 +80,15 @@ def _lists(args: argparse.Namespace) -> tuple[list[str], Iterator[list[Hit]]]:
         batch[qid] = (query, candidates)
     if not batch:
         raise ValueError(f"{args.run_file}: no queries")
-    model = ColBERT.from_pretrained(args.checkpoint)
+    model = ColBERT.from_pretrained(args.checkpoint, **checkpoint_settings(args))
     hits = rerank_texts(model, batch.values(), args.k, total=len(batch), progress=None)
     return list(batch), hits
 
 
 def _run(args: argparse.Namespace) -> tuple[list[str], Iterator[list[Hit]]]:
     """Query ids and hits of a run file."""
+    if args.index:
+        refuse_checkpoint_settings(args, "an index, which has its own")
     run = {qid: list(pids) for qid, pids in read_run(args.run_file).items()}
     queries = read_queries(args.queries)
     asked = [qid for qid in run if qid in queries]
@@ -100,7 +108,7 @@ def _run(args: argparse.Namespace) -> tuple[list[str], Iterator[list[Hit]]]:
     empty = sum(not texts[pid].strip() for pid in texts)
     if empty:
         warn(f"{empty} candidates have an empty text: they may be left out")
-    model = ColBERT.from_pretrained(args.checkpoint)
+    model = ColBERT.from_pretrained(args.checkpoint, **checkpoint_settings(args))
     pairs = ((queries[qid], _pairs(run[qid], texts)) for qid in asked)
     return asked, rerank_texts(model, pairs, args.k, total=len(asked), progress=None)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,23 +129,24 @@ class Workbench:
         queries = _unit(self.encoded.sum(1))
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            scores = queries[part] @ vectors.T
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-            return best, np.take_along_axis(scores, best, 1)
+            return _best(queries[part] @ vectors.T, depth)
 
         ranking, speed = self._searched(search)
         return Outcome(ranking, vectors.nbytes / len(self.ids), speed)
 
     @apart()
     def _exact(self, depth: int) -> Outcome:
-        documents = self.documents
+        documents, model = self.documents, self.model
+        assert model is not None
         tokens, count = len(documents.values), len(documents)
         values = np.pad(documents.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
         offsets = np.pad(documents.offsets, (0, next_power_of_two(count) - count), mode="edge")
         arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
         depth = min(depth, int((documents.lengths > 0).sum()))
 
-        def search(part: slice) -> Hits:
+        def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            if model.best_tokens is not None:
+                return _best(model.scores(self.encoded[part], documents), depth)
             return exact_search(arrays, documents.lengths, self.encoded[part], depth)
 
         ranking, speed = self._searched(search)
@@ -163,9 +164,10 @@ class Workbench:
                 progress=None,
             )
         index = Index.open(path)
-        mode = self.mode
+        assert self.model is not None
+        settings: dict[str, Any] = {"mode": self.mode, "best_tokens": self.model.best_tokens}
         ranking, speed = self._searched(
-            lambda part: index.search(self.encoded[part], depth, mode=mode)
+            lambda part: index.search(self.encoded[part], depth, **settings)
         )
         size = sum(file.stat().st_size for file in path.iterdir())
         return Outcome(ranking, size / len(self.ids), speed)
@@ -200,6 +202,12 @@ class Workbench:
 def _parts(count: int) -> Iterator[slice]:
     for start in range(0, count, _BATCH):
         yield slice(start, min(start + _BATCH, count))
+
+
+def _best(scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores [B, depth] of the best of [B, N], equal ones by position."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    return best, np.take_along_axis(scores, best, 1)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import operator
 import os
 import pickle
 import threading
@@ -48,6 +49,7 @@ from colbert_jax.search.arrays import (
     check_k,
 )
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
+from colbert_jax.search.best_tokens import rescore, search_all
 
 LOGGER = logging.getLogger("colbert_jax")
 _MANY_DELETED = 0.2  # of the documents: worth compacting
@@ -286,6 +288,7 @@ class Index:
         ndocs: int | None = None,
         where: Mapping[str, Any] | Selection | None = None,
         ids: Iterable[str] | None = None,
+        best_tokens: int | None = None,
     ) -> Hits:
         """The k best documents of each query.
 
@@ -308,6 +311,9 @@ class Index:
             its centroid scores at least this for some query token.
           ndocs: candidates kept by that ranking; a quarter of them are scored on their residuals.
           where, ids: find only these documents, see `select`; or `where` is what it returned.
+          best_tokens: sum this many of a query's best matches, for models of Baleen's flipr
+            (`ColBERT.best_tokens`): the documents that PLAID scores on their residuals, or with
+            mode="exact" all, are scored so on the host. If None, MaxSim sums all.
 
         Returns:
           positions int32[B, min(k, N)] and scores float32 of that shape; here N counts documents
@@ -333,6 +339,8 @@ class Index:
             raise ValueError(
                 f'mode="exact" scores every document: {", ".join(given)} means nothing'
             )
+        if best_tokens is not None and operator.index(best_tokens) < 1:
+            raise ValueError(f"best_tokens must be at least 1, got {best_tokens}")
         defaults = SearchConfig() if mode == "fast" else self._search_defaults
         settings = dataclasses.replace(defaults, **given)
         selection = where if isinstance(where, Selection) else self.select(where, ids)
@@ -341,9 +349,17 @@ class Index:
             shape = len(queries), k
             return Hits(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         with self._naming_the_file():
+            allowed = selection.allowed
             if mode == "exact":
-                return self.backend.exact(queries, k, selection.allowed)
-            return self.backend.plaid(queries, k, settings.resolve(k, mode), selection.allowed)
+                if best_tokens is not None:
+                    return search_all(self.arrays, queries, k, best_tokens, allowed)
+                return self.backend.exact(queries, k, allowed)
+            settings = settings.resolve(k, mode)
+            if best_tokens is None:
+                return self.backend.plaid(queries, k, settings, allowed)
+            last = min(max(int(settings.ndocs or 1) // 4, k), selection.num_results)
+            found = self.backend.plaid(queries, last, settings, allowed)
+            return rescore(self.arrays, queries, found.positions, k, best_tokens)
 
     def select(
         self, where: Mapping[str, Any] | None = None, ids: Iterable[str] | None = None

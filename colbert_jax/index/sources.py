@@ -218,10 +218,6 @@ class TextSource:
                 "the model does not normalise token embeddings, and an index holds directions "
                 "only: rank() scores with their lengths"
             )
-        if model.config.interaction == "flipr":
-            raise ValueError(
-                "the model scores by flipr, and an index by MaxSim: rank() scores as the model asks"
-            )
         self._model, self._documents, self._ids, self._fields = model, documents, ids, fields
         self._first = first
         self.dim = model.dim

@@ -81,9 +81,12 @@ def config_from_huggingface(fields: Mapping[str, Any]) -> BackboneConfig:
         model_type in MODEL_TYPES,
         f"model_type {model_type!r} is not supported; supported: {supported}",
     )
-    for name in _NOT_IMPLEMENTED:
-        require(not fields.get(name), f"{name} {fields.get(name)!r} is not supported; leave it out")
     kind = _REGISTER[str(model_type)].config
+    for name in _NOT_IMPLEMENTED:
+        read = name == "rope_scaling" and kind.scales_rotation
+        known = read or not fields.get(name)
+        require(known, f"{name} {fields.get(name)!r} is not supported; leave it out")
+    fields = kind.usual_fields(fields)
     theirs = _field_names(kind)
     required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     missing = sorted(theirs[name] for name in required if fields.get(theirs[name]) is None)

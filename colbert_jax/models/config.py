@@ -58,6 +58,7 @@ class BackboneConfig:
     renamed: ClassVar[Mapping[str, str]] = {}
     layers_alike: ClassVar[bool] = True  # from the second on
     fixed: ClassVar[frozenset[str]] = frozenset()  # fields that no config.json has
+    scales_rotation: ClassVar[bool] = False  # whether `read_fields` reads `rope_scaling`
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -126,6 +127,14 @@ class BackboneConfig:
     def has_bias(self, path: str) -> bool:
         """Whether the dense layer or layer normalisation at this path has a bias."""
         return True
+
+    @classmethod
+    def usual_fields(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a `config.json` in transformers' words, from one of the model's own repository.
+
+        Raises ValueError for settings that would change the numbers and are not implemented.
+        """
+        return fields
 
     @classmethod
     def read_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:

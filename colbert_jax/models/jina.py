@@ -24,6 +24,7 @@ from colbert_jax.models.layers import (
     run_post_norm_layers,
 )
 from colbert_jax.models.rotary import check_rotary, read_theta, rotary_tables, written_theta
+from colbert_jax.models.rotary_bert import QKV, ROTARY_TENSORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,12 @@ class JinaConfig(BackboneConfig):
 
     @classmethod
     def read_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        tasks = fields.get("lora_adaptations")
+        require(
+            not tasks,
+            f"lora_adaptations {tasks!r:.120}: adapters of tasks, which this library does not "
+            "merge; jina-colbert-v2 has the same trunk without them",
+        )
         theta = read_theta(fields.get("rope_parameters"))
         for name in ("rope_theta", "rotary_emb_base"):
             theta = fields.get(name) if theta is None else theta
@@ -89,18 +96,10 @@ ARCHITECTURES = (
         "jina_embeddings_v3",
         JinaConfig,
         Jina,
-        {
-            "embeddings.word": "embeddings.word_embeddings",
-            "embeddings.token_type": "embeddings.token_type_embeddings",
-            "embeddings.norm": "embeddings.LayerNorm",
-            "layers.*.attention.query": "layers.*.self_attn.q_proj",
-            "layers.*.attention.key": "layers.*.self_attn.k_proj",
-            "layers.*.attention.value": "layers.*.self_attn.v_proj",
-            "layers.*.attention.output": "layers.*.self_attn.o_proj",
-            "layers.*.attention_norm": "layers.*.post_attention_layernorm",
+        ROTARY_TENSORS
+        | {
             "layers.*.intermediate": "layers.*.mlp.fc1",
             "layers.*.output": "layers.*.mlp.fc2",
-            "layers.*.output_norm": "layers.*.post_mlp_layernorm",
         },
         prefix="roberta.",
         model_class="JinaEmbeddingsV3Model",
@@ -109,7 +108,7 @@ ARCHITECTURES = (
         other_names={
             "emb_ln": "embeddings.LayerNorm",
             "encoder.layers": "layers",
-            "mixer.Wqkv": "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj",
+            "mixer.Wqkv": QKV,
             "mixer.out_proj": "self_attn.o_proj",
             "norm1": "post_attention_layernorm",
             "norm2": "post_mlp_layernorm",

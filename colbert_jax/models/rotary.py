@@ -14,8 +14,12 @@ from colbert_jax.config import require
 Rotation = tuple[np.ndarray, np.ndarray]
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> Rotation:
+def rotary_tables(length: int, head_dim: int, theta: float, ntk_factor: float = 1.0) -> Rotation:
     """Return cosines and sines of the angles of Su et al. (2021), eq. 15.
+
+    Args:
+      ntk_factor: for positions so many times beyond those of the first training, frequencies are
+        those of a base so much larger, divided by the factor to the power of 2 / head_dim.
 
     Returns:
       two float32[L, head_dim / 2].
@@ -23,7 +27,10 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> Rotation:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # The models were trained with frequencies rounded to float32, which at position 8,000 changes
     # angles by about 1e-4 radians.
-    frequencies = np.float32(1) / (np.float64(theta) ** exponents).astype(np.float32)
+    base = np.float64(theta) * ntk_factor
+    frequencies = np.float32(1) / (base**exponents).astype(np.float32)
+    if ntk_factor != 1:
+        frequencies = frequencies / np.float32(ntk_factor ** (2 / head_dim))
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.cos(angles), np.sin(angles)
 

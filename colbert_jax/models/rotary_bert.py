@@ -3,6 +3,7 @@ rotary positions and gated units."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,20 +70,62 @@ class RotaryBertConfig(BackboneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GteConfig(RotaryBertConfig):
-    """GTE's configuration. Its own repositories call it "new", and some scale rotary frequencies
-    there (`rope_scaling`), which is refused; transformers' copies have a base of their own."""
+    """GTE's configuration. Its own repositories call it "new"; transformers' copies have a base of
+    their own.
+
+    ntk_factor: see `rotary.rotary_tables`; `rope_scaling` of its own repositories.
+    """
 
     model_type: str = "gte"
     max_position_embeddings: int = 8192
     pad_token_id: int = 1
+    ntk_factor: float = 1.0
 
     model_types: ClassVar[tuple[str, ...]] = ("gte",)
     biased: ClassVar[frozenset[str]] = frozenset({"query", "key", "value", "output", "down"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"ntk_factor"})
+    scales_rotation: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.ntk_factor
+        require(1 <= factor < math.inf, f"rope_scaling: factor must be at least 1, got {factor}")
+
+    @classmethod
+    def usual_fields(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        if fields.get("model_type") != "new":
+            return fields
+        _only(fields, _ONLY_NEW)
+        defaults = {"rope_theta": 10_000.0, "max_position_embeddings": 2048, "pad_token_id": 0}
+        return {**defaults, **fields}
+
+    @classmethod
+    def read_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        scaling = fields.get("rope_scaling") or {}
+        known = isinstance(scaling, Mapping) and scaling.get("type") in (None, "ntk")
+        known = known and set(_given(scaling)) <= {"type", "factor"}
+        require(
+            known, f"rope_scaling {scaling!r:.80} is not supported; supported: ntk, by a factor"
+        )
+        factor = scaling.get("factor", 1.0)
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        require(number, f"rope_scaling: factor must be a number, got {factor!r:.80}")
+        return super().read_fields(fields) | {"ntk_factor": float(factor)}
+
+    def written_fields(self) -> dict[str, Any]:
+        scaling = {"type": "ntk", "factor": self.ntk_factor}
+        return super().written_fields() | (
+            {} if self.ntk_factor == 1 else {"rope_scaling": scaling}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NomicConfig(RotaryBertConfig):
-    """The configuration of nomic-bert, in transformers' words."""
+    """The configuration of nomic-bert. Its own repositories have GPT-2's names.
+
+    There, `rotary_scaling_factor` changes the frequencies of texts that are longer than
+    `max_trained_positions`, by their length: here these are the longest.
+    """
 
     model_type: str = "nomic_bert"
     hidden_act: str = "silu"
@@ -91,6 +134,69 @@ class NomicConfig(RotaryBertConfig):
     rope_theta: float = 1_000.0
 
     model_types: ClassVar[tuple[str, ...]] = ("nomic_bert",)
+
+    @classmethod
+    def usual_fields(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "n_embd" not in fields:
+            return fields
+        _only(fields, _ONLY_NOMIC)
+        gate = fields.get("activation_function", "swiglu")
+        require(
+            gate in _GATES, f"activation_function {gate!r:.80} is not one of {', '.join(_GATES)}"
+        )
+        usual = {name: fields[own] for own, name in _OWN_NAMES.items() if own in fields}
+        if usual.get("intermediate_size") is None and isinstance(fields["n_embd"], int):
+            usual["intermediate_size"] = 4 * fields["n_embd"]
+        if fields.get("rotary_scaling_factor"):
+            known = _given(fields)
+            longest = [known.get(name, 2048) for name in ("max_trained_positions", "n_positions")]
+            numbers = all(type(length) is int for length in longest)
+            require(numbers, f"max_trained_positions, n_positions: {longest!r:.80} are no integers")
+            usual["max_position_embeddings"] = min(longest)
+        return {**fields, **usual, "hidden_act": _GATES[gate]}
+
+
+# What nomic-bert's own repositories call the sizes.
+_OWN_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "rotary_emb_base": "rope_theta",
+}
+_GATES = {"swiglu": "silu", "geglu": "gelu"}
+# The value that means "not used", and that an absent field has.
+_ONLY_NOMIC = {
+    "prenorm": False,
+    "causal": False,
+    "use_rms_norm": False,
+    "parallel_block": False,
+    "qkv_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "moe_every_n_layers": 0,
+}
+_ONLY_NEW = {
+    "position_embedding_type": "rope",
+    "layer_norm_type": "layer_norm",
+    "logn_attention_scale": False,
+}
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _only(fields: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field with another value than that in a table."""
+    for name, value in values.items():
+        given = fields.get(name)
+        require(given in (None, value), f"{name} {given!r:.80} is not supported; only {value!r}")
 
 
 class RotaryBertLayer(nnx.Module):
@@ -135,7 +241,8 @@ class RotaryBert(nnx.Module):
         """Compute the last layer's output, arguments as for `bert.Bert`."""
         config = self.config
         check_length(ids, config.max_length)
-        rotation = rotary_tables(ids.shape[1], config.head_dim, config.rope_theta)
+        factor = getattr(config, "ntk_factor", 1.0)
+        rotation = rotary_tables(ids.shape[1], config.head_dim, config.rope_theta, factor)
 
         def call(i: int, layer: Any, x: jax.Array, train: TrainMode | None) -> jax.Array:
             return layer(x, attended, rotation, train)
@@ -143,7 +250,8 @@ class RotaryBert(nnx.Module):
         return run_layers(self.layers, call, dropped(self.embeddings(ids), train, 0), train)
 
 
-_TENSORS = {
+# transformers' names for what post-layer-norm models with rotary positions share.
+ROTARY_TENSORS = {
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.token_type": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -152,12 +260,14 @@ _TENSORS = {
     "layers.*.attention.value": "layers.*.self_attn.v_proj",
     "layers.*.attention.output": "layers.*.self_attn.o_proj",
     "layers.*.attention_norm": "layers.*.post_attention_layernorm",
+    "layers.*.output_norm": "layers.*.post_mlp_layernorm",
+}
+_TENSORS = ROTARY_TENSORS | {
     "layers.*.gate": "layers.*.mlp.gate_proj",
     "layers.*.up": "layers.*.mlp.up_proj",
     "layers.*.down": "layers.*.mlp.down_proj",
-    "layers.*.output_norm": "layers.*.post_mlp_layernorm",
 }
-_QKV = "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"
+QKV = "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"
 
 ARCHITECTURES = (
     Architecture(
@@ -172,7 +282,7 @@ ARCHITECTURES = (
         other_names={
             "new": "gte",
             "encoder.layer": "layers",
-            "attention.qkv_proj": _QKV,
+            "attention.qkv_proj": QKV,
             "attention.o_proj": "self_attn.o_proj",
             "attn_ln": "post_attention_layernorm",
             "mlp_ln": "post_mlp_layernorm",
@@ -192,7 +302,7 @@ ARCHITECTURES = (
         other_names={
             "encoder.layers": "layers",
             "emb_ln": "embeddings.LayerNorm",
-            "attn.Wqkv": _QKV,
+            "attn.Wqkv": QKV,
             "attn.out_proj": "self_attn.o_proj",
             "fc11": "up_proj",
             "fc12": "gate_proj",

@@ -1,4 +1,4 @@
-"""Other sums of a query's best matches than MaxSim's, on the host."""
+"""Sums of a query's best matches, on the host: MaxSim, and what some models have in its place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def interact(
 
     Args:
       queries: float32[B, Lq, D]; rows of zeros fill up and do not count.
-      interaction: "meanmaxsim", the mean of the best matches over a query's tokens; "flipr", the
-        sum of the `half` best of them (Khattab et al., 2021; colbert-ai's `interaction="flipr"`,
-        where `half` is half of query_maxlen).
+      interaction: "maxsim", the sum of the best matches over a query's tokens; "meanmaxsim", their
+        mean; "flipr", the sum of the `half` best of them (Khattab et al., 2021; colbert-ai's
+        `interaction="flipr"`, where `half` is half of query_maxlen).
 
     Returns:
       float32[B, N]; minus infinity for a document without a token.

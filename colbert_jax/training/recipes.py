@@ -106,6 +106,7 @@ class Recipe:
     checkpoint: folder or hub id of what training starts from.
     folder: where the run is kept; the trained model is in it.
     dim: width of a plain encoder's new projection. If None, 128.
+    language: which adapters of an X-MOD model to train, such as "de_DE". If None, its default's.
     coupled_teacher: folder or hub id of a late-interaction model, or of a plain encoder, whose
       scores of all pairs of a batch are learned with `coupled_weight`.
     dev: small published collections to evaluate on while training, and to choose the best model
@@ -119,6 +120,7 @@ class Recipe:
     checkpoint: str | None
     folder: str
     dim: int | None = None
+    language: str | None = None
     text: TextChanges = TextChanges()
     coupled_teacher: str | None = None
     dev: tuple[str, ...] = ()
@@ -294,7 +296,9 @@ def load_model(recipe: Recipe, checkpoint: str | Path | None = None) -> ColBERT:
     plain = detect_layout(path) in ("huggingface", "single-vector")
     text = recipe.text.over(TextConfig(doc_maxlen=180) if plain else None)
     dim = recipe.dim or 128 if plain else recipe.dim
-    return ColBERT.from_pretrained(recipe.checkpoint, dim=dim, images=None, **text)
+    return ColBERT.from_pretrained(
+        recipe.checkpoint, dim=dim, images=None, language=recipe.language, **text
+    )
 
 
 def colbertv1(recipe: ColBERTv1, *, overwrite: bool = False) -> Trained:

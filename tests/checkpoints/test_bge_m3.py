@@ -1,5 +1,6 @@
 """BAAI/bge-m3's layout against a plain torch statement of FlagEmbedding's formulas."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from support import passages
 
 from colbert_jax import ColBERT
 from colbert_jax.checkpoints import convert_checkpoint, detect_layout, read_checkpoint
+from colbert_jax.cli import main
 from colbert_jax.tensors.torch_file import write_torch_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "transformers_xlm-roberta"
@@ -105,6 +107,38 @@ def test_three_way_scores(model, original, weights):
     first = model.rank(QUERIES[0], DOCUMENTS, 2, weights=weights)
     np.testing.assert_array_equal(first.positions, hits.positions[0, :2])
     assert model.rank(QUERIES, [], weights=weights).scores.shape == (len(QUERIES), 0)
+
+
+def test_weights_on_the_command_line(folder, model, tmp_path, capsys):
+    (tmp_path / "passages.txt").write_text("".join(f"{text}\n" for text in DOCUMENTS))
+    arguments = ["rank", "fish", str(tmp_path / "passages.txt"), "--checkpoint", str(folder)]
+    assert main([*arguments, "--weights", "1,0.3,1", "-k", "1"]) == 0
+    (score,) = model.rank("fish", DOCUMENTS, 1, weights=(1, 0.3, 1)).scores
+    assert capsys.readouterr().out.split()[1] == f"{score:.4f}"
+
+
+def test_published_scores_are_compared(folder, model, monkeypatch, capsys):
+    file = Path(__file__).parents[2] / "convert" / "verify.py"
+    spec = importlib.util.spec_from_file_location("verify", file)
+    verify = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(verify)
+    monkeypatch.setattr(verify, "PUBLISHED", {})
+    monkeypatch.setattr(verify, "load", lambda _: model)
+    printed = {}
+    for weights in ((1, 0, 0), (0.4, 0.2, 0.4)):
+        hits = model.rank(verify.THREE_WAY_QUERIES, verify.THREE_WAY_DOCUMENTS, weights=weights)
+        rows = [
+            score
+            for places, scores in zip(hits.positions, hits.scores, strict=True)
+            for _, score in sorted(zip(places, scores, strict=True))
+        ]
+        printed[weights] = " ".join(f"{score:.5f}" for score in rows)
+    monkeypatch.setattr(verify, "PUBLISHED_THREE_WAYS", {"BAAI/bge-m3": printed})
+    assert verify.main(["--published", f"BAAI/bge-m3={folder}"]) == 0
+    assert capsys.readouterr().out.count("PASS") == 8
+    printed[0.4, 0.2, 0.4] = "9 9 9 9"
+    assert verify.main(["--published", f"BAAI/bge-m3={folder}"]) == 1
+    assert capsys.readouterr().out.count("FAIL") == 4
 
 
 def test_long_documents_and_short_queries(folder, tmp_path):

@@ -164,6 +164,10 @@ def test_a_fused_tensor_of_another_shape(made, tmp_path):
         ({"rotary_emb_base": -1.0}, "rope_theta must be > 0"),
         ({"hidden_size": 48}, "head_dim must be even"),
         ({"position_embedding_type": "alibi"}, "model_type None is not supported"),
+        (
+            {"model_type": "xlm-roberta", "lora_adaptations": ["retrieval.query", "separation"]},
+            r"lora_adaptations \['retrieval.query', 'separation'\]: adapters of tasks, which",
+        ),
     ],
 )
 def test_bad_configurations(changes, message):

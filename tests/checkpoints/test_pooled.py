@@ -77,6 +77,38 @@ def test_modules_that_are_refused(with_module, settings, message):
         read_checkpoint(with_module(**settings))
 
 
+def test_settings_of_stanford(stanford_folder, tmp_path):
+    """Its names in artifact.metadata; its pooled embeddings keep their length."""
+    folder = shutil.copytree(stanford_folder, tmp_path / "copy")
+    file = folder / "artifact.metadata"
+    plain = json.loads(file.read_text())
+    asked = {"pool_factor": 2, "protected_tokens": 3, "clustering_mode": "hierarchical"}
+    file.write_text(json.dumps(plain | asked))
+    checkpoint = read_checkpoint(folder)
+    text = checkpoint.config.text
+    assert (text.pool_factor, text.pool_protected, text.pool_normalize) == (2, 3, False)
+    for layout in ("stanford", "native"):
+        write_checkpoint(checkpoint, tmp_path / layout, layout)
+        assert read_checkpoint(tmp_path / layout).config.text == text
+    written = json.loads((tmp_path / "stanford" / file.name).read_text())
+    assert (written["pool_factor"], written["protected_tokens"]) == (2, 3)
+    for changes in ({"pool_normalize": True}, {"pool_factor": 1.5}):
+        with pytest.raises(ValueError, match=r"the stanford layout cannot store pool_factor="):
+            write_checkpoint(checkpoint.with_text(**changes), tmp_path / "no", "stanford")
+    with pytest.raises(ValueError, match=r"the colbertv1 layout cannot store .*pool_factor=2"):
+        write_checkpoint(checkpoint, tmp_path / "no", "colbertv1")
+    file.write_text(json.dumps(plain | {"pool_factor": 1, "protected_tokens": 3}))
+    assert read_checkpoint(folder).config.text == read_checkpoint(stanford_folder).config.text
+    for odd, message in (
+        ({"pool_factor": 0}, "pool_factor must be at least 1"),
+        ({"pool_factor": 2.5}, "pool_factor must be int, got 2.5"),
+        ({"clustering_mode": "kmeans"}, "clustering_mode 'kmeans' is not supported"),
+    ):
+        file.write_text(json.dumps(plain | odd))
+        with pytest.raises(ValueError, match=rf"artifact\.metadata: {message}"):
+            read_checkpoint(folder)
+
+
 def test_encoded_and_indexed(stanford_folder, model, tmp_path):
     texts, one = passages(40), jax.devices()[:1]
     pooled = ColBERT.from_pretrained(stanford_folder, pool_factor=2, devices=one)

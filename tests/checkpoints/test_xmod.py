@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from colbert_jax import ColBERT
-from colbert_jax.checkpoints import read_checkpoint, write_checkpoint
+from colbert_jax.checkpoints import convert_checkpoint, read_checkpoint, write_checkpoint
+from colbert_jax.cli import main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "transformers_xlm-roberta"
 LANGUAGES = ["en_XX", "de_DE", "fr_XX"]
@@ -88,7 +89,18 @@ def test_bad_languages_and_configurations(made, tmp_path, changes, language, mes
         read_checkpoint(folder, language=language)
 
 
+def test_language_on_the_command_line(made, tmp_path, capsys):
+    arguments = ["convert", str(made[0]), str(tmp_path / "out"), "--to", "native"]
+    assert main([*arguments, "--language", "xx_XX"]) == 2
+    assert "language 'xx_XX' is not one of the model's: en_XX" in capsys.readouterr().err
+    assert main([*arguments, "--language", "fr_XX"]) == 0
+    assert read_checkpoint(tmp_path / "out").encoder.backbone.default_language == "fr_XX"
+
+
 def test_a_language_for_other_models(stanford_folder, tmp_path):
+    with pytest.raises(ValueError, match="language= is for X-MOD in stanford or huggingface"):
+        write_checkpoint(read_checkpoint(stanford_folder), tmp_path / "first")
+        convert_checkpoint(tmp_path / "first", tmp_path / "no", language="en_XX")
     with pytest.raises(ValueError, match=r"config\.json: language= is for models of X-MOD"):
         read_checkpoint(stanford_folder, language="en_XX")
     write_checkpoint(read_checkpoint(stanford_folder), tmp_path / "native")

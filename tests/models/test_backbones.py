@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import json
+import os
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from safetensors.numpy import save_file
 from support import SIZES
 
 from colbert_jax.models.backbones import (
@@ -53,6 +57,27 @@ LFM2 = HALVES | dict(
 QWEN3 = HALVES | dict(model_type="qwen3", head_dim=8)
 PPLX = QWEN3 | dict(model_type="bidirectional_pplx_qwen3", use_bidirectional_attention=True)
 LFM25 = LFM2 | dict(auto_map={"AutoModel": "modeling_lfm2_bidirectional.Lfm2BidirectionalModel"})
+NEW = SIZES | dict(model_type="new", num_attention_heads=2)
+# What nomic-bert's own repositories say, in GPT-2's names.
+NOMIC_OWN = dict(
+    model_type="nomic_bert",
+    vocab_size=SIZES["vocab_size"],
+    n_embd=SIZES["hidden_size"],
+    n_layer=SIZES["num_hidden_layers"],
+    n_head=2,
+    n_inner=SIZES["intermediate_size"],
+    n_positions=SIZES["max_position_embeddings"],
+    activation_function="swiglu",
+    layer_norm_epsilon=1e-12,
+    rotary_emb_base=1000,
+    rotary_emb_fraction=1.0,
+    rotary_scaling_factor=None,
+    max_trained_positions=20,
+    prenorm=False,
+    mlp_fc1_bias=False,
+    type_vocab_size=2,
+    pad_token_id=0,
+)
 # The sizes that the published config.json files hold.
 PUBLISHED = {
     "LFM2-ColBERT-350M": dict(
@@ -246,6 +271,52 @@ def test_parity_with_torch(name):
     assert np.isfinite(theirs).all() and ours.dtype == jnp.float32
     print(f"{name}: largest difference {np.abs(ours - theirs).max():.1e}")
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def with_time(*names):
+    skip = pytest.mark.skipif(not os.environ.get("COLBERT_JAX_LONG"), reason=support.LONG)
+    return [pytest.param(name, marks=skip) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gte",
+        "modernbert",
+        *with_time("xlm-roberta", "jina", "lfm2", "qwen3", "eurobert", "nomic", "xmod"),
+    ],
+)
+def test_parity_beyond_4096_tokens(name):
+    """Embeddings of one text of 4,300 tokens, which is attended in blocks."""
+    case = CASES[name] | {"max_position_embeddings": 4400}
+    theirs, expected = torch_model(case)
+    config = config_from_huggingface(case)
+    model = load(config, {k: v.numpy() for k, v in theirs.state_dict().items()})
+    ids = np.random.default_rng(0).integers(5, config.vocab_size, (1, 4300), dtype=np.int32)
+    attended = np.ones(ids.shape, bool)
+    ours, theirs = (
+        hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
+        for hidden in (np.asarray(run(model, ids, attended)), expected(ids, attended))
+    )
+    print(f"{name}: largest difference {np.abs(ours - theirs).max():.1e}")
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["jina", "lfm2", "qwen3", "eurobert", "gte", "nomic", "xmod"])
+def test_transformers_loads_what_is_written(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, _ = torch_model(CASES[name])
+    config = config_from_huggingface(CASES[name])
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    tensors = {n: np.ascontiguousarray(state[n]) for n in tensor_names(config).values()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(to_huggingface(config)))
+    again, said = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not said["unexpected_keys"] and all("pooler" in key for key in said["missing_keys"])
+    assert config_from_huggingface(again.config.to_dict()) == config
+    for tensor, array in tensors.items():
+        np.testing.assert_array_equal(again.state_dict()[tensor].numpy(), array)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -478,6 +549,16 @@ def test_full_sizes():
         (LFM2 | {"layer_types": ["conv"]}, "layer_types has 1 entries for 3 layers"),
         (LFM2 | {"layer_types": ["conv", "mamba", "conv"]}, "layer_types mamba"),
         (LFM25 | {"conv_L_cache": 4}, "conv_L_cache must be odd"),
+        (NEW | {"rope_scaling": {"type": "linear"}}, "rope_scaling .* supported: ntk, by a factor"),
+        (NEW | {"rope_scaling": {"type": "ntk", "mixed_b": 0.5}}, "rope_scaling .* is not supp"),
+        (NEW | {"rope_scaling": {"type": "ntk", "factor": "8"}}, "factor must be a number"),
+        (NEW | {"rope_scaling": {"type": "ntk", "factor": 0.5}}, "factor must be at least 1"),
+        (NEW | {"position_embedding_type": "absolute"}, "position_embedding_type 'absolute' is"),
+        (NOMIC_OWN | {"activation_function": "gelu"}, "activation_function 'gelu' is not one of"),
+        (NOMIC_OWN | {"qkv_proj_bias": True}, "qkv_proj_bias True is not supported"),
+        (NOMIC_OWN | {"moe_every_n_layers": 2}, "moe_every_n_layers 2 is not supported"),
+        (NOMIC_OWN | {"rotary_scaling_factor": 2, "n_positions": "9"}, "are no integers"),
+        (NOMIC_OWN | {"n_embd": "9"}, "hidden_size must be int|missing fields"),
     ],
 )
 def test_bad_configurations(fields, message):
@@ -509,10 +590,40 @@ def test_names_of_their_own_repositories(name, tensor, usual):
 
 
 def test_gte_under_its_own_name():
-    fields = CASES["gte"] | {"model_type": "new"}
+    fields = CASES["gte"] | {"model_type": "new", "rope_theta": 160_000.0, "pad_token_id": 1}
     assert config_from_huggingface(fields) == config_from_huggingface(CASES["gte"])
-    with pytest.raises(ValueError, match="rope_scaling"):
-        config_from_huggingface(fields | {"rope_scaling": {"type": "ntk", "factor": 8.0}})
+    absent = ("max_position_embeddings", "rope_theta", "pad_token_id")  # its own defaults
+    plain = {k: v for k, v in fields.items() if k not in absent}
+    config = config_from_huggingface(plain)
+    assert (config.rope_theta, config.max_length, config.pad_token_id) == (10_000, 2048, 0)
+
+
+def test_scaled_frequencies_of_gte():
+    """`rope_scaling` of its own repositories: the oracle has frequencies by the published formula,
+    (theta k)^(-2i/d) k^(-2/d) for a factor k."""
+    torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+    case = CASES["gte"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    theirs, expected = torch_model(case)
+    fields = CASES["gte"] | {"model_type": "new", "rope_theta": 500.0}
+    fields |= {"rope_scaling": {"type": "ntk", "factor": 8.0, "mixed_b": None}}
+    config = config_from_huggingface(fields)
+    assert config_from_huggingface(to_huggingface(config)) == config
+    width = config.head_dim
+    exponents = torch.arange(0, width, 2) / width
+    theirs.rotary_emb.inv_freq.copy_((500.0 * 8) ** -exponents / 8 ** (2 / width))
+    model = load(config, {k: v.numpy() for k, v in theirs.state_dict().items()})
+    ids, attended = batch(config, 40)
+    np.testing.assert_allclose(run(model, ids, attended), expected(ids, attended), atol=1e-5)
+
+
+def test_nomic_under_its_own_names():
+    expected = config_from_huggingface(CASES["nomic"])
+    assert config_from_huggingface(NOMIC_OWN) == dataclasses.replace(
+        expected, pad_token_id=0, type_vocab_size=2
+    )
+    scaled = config_from_huggingface(NOMIC_OWN | {"rotary_scaling_factor": 2, "n_inner": None})
+    assert scaled.max_length == 20  # beyond, frequencies depend on the length
+    assert scaled.intermediate_size == 4 * scaled.hidden_size
 
 
 @pytest.mark.parametrize("name", ["jina", "lfm2"])

@@ -198,6 +198,7 @@ def test_verify_published(verify, monkeypatch, capsys):
     scores = verify.encode(golden("pylate_bert"), [verify.QUERY], verify.DOCUMENTS).scores[0]
     printed = " ".join(f"{score:.2f}" for score in scores)
     monkeypatch.setattr(verify, "PUBLISHED", {"some/model": printed, "other/model": printed})
+    monkeypatch.setattr(verify, "PUBLISHED_THREE_WAYS", {})
     places = [f"some/model={GOLDEN / 'pylate_bert'}", "other/model=./missing"]
     assert verify.main(["--published", *places]) == 0
     printed = capsys.readouterr().out
@@ -210,6 +211,13 @@ def test_verify_published(verify, monkeypatch, capsys):
 def test_verify_names_each_published_model_once(verify):
     assert len(verify.PUBLISHED) == 10
     assert {len(scores.split()) for scores in verify.PUBLISHED.values()} == {4}
+    for ways in verify.PUBLISHED_THREE_WAYS.values():
+        rows = {weights: np.array(scores.split(), float) for weights, scores in ways.items()}
+        assert {len(row) for row in rows.values()} == {4}
+        parts = np.stack([rows[1, 0, 0], rows[0, 1, 0], rows[0, 0, 1]])
+        np.testing.assert_allclose(
+            np.array([0.4, 0.2, 0.4]) @ parts, rows[0.4, 0.2, 0.4], atol=2e-5
+        )
 
 
 def test_an_original_that_is_not_installed(tmp_path):

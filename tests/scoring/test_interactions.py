@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from support import passages, write_stanford
 
-from colbert_jax import ColBERT, Index
+from colbert_jax import ColBERT, Index, Retriever
 from colbert_jax.checkpoints import convert_checkpoint, read_checkpoint
 from colbert_jax.embeddings import DocumentEmbeddings
+from colbert_jax.evaluation.systems import Workbench
+from colbert_jax.reranking import rerank
 from colbert_jax.scoring.interactions import interact
 
 TEXTS = passages(12, seed=8)
@@ -44,13 +46,43 @@ def test_flipr_against_torch(tmp_path):
     )
     hits = model.rank(TEXTS[:3], TEXTS)
     np.testing.assert_allclose(hits.scores, -np.sort(-expected, axis=1), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"scores by flipr, and an index by MaxSim: rank\(\)"):
-        Index.build(tmp_path / "index", model, TEXTS)
+    (first, *_) = rerank(model, [(TEXTS[0], TEXTS[::-1])])
+    assert [hit.text for hit in first] == [TEXTS[i] for i in hits.positions[0]]
+    np.testing.assert_allclose([hit.score for hit in first], hits.scores[0], rtol=1e-5)
+    exact = Workbench(list("abcdefghijkl"), TEXTS, {"q": TEXTS[0]}, model, tmp_path).run(
+        "exact", 12
+    )
+    assert list(exact.ranking["q"].values()) == pytest.approx(hits.scores[0], rel=1e-5)
+    indexed_by_flipr(torch, model, tmp_path / "index")
     for layout in ("pylate", "native", "stanford"):
         convert_checkpoint(folder, tmp_path / layout, layout)
         assert read_checkpoint(tmp_path / layout).config.interaction == "flipr"
     written = json.loads((tmp_path / "stanford" / "artifact.metadata").read_text())
     assert written["interaction"] == "flipr"
+
+
+def indexed_by_flipr(torch, model, path):
+    """An index's exact scores, and PLAID's last stage, over decompressed embeddings."""
+    retriever = Retriever.build(path, model, TEXTS, nbits=4, progress=False)
+    queries = model.encode_queries(TEXTS[:3])
+    stored = [retriever.index.document_embeddings(i) for i in range(len(TEXTS))]
+    expected = np.array(
+        [
+            [float(torch.tensor(q @ d.T).max(1).values.topk(8).values.sum()) for d in stored]
+            for q in queries
+        ]
+    )
+    for mode in ("exact", "accurate"):
+        found = retriever.search(TEXTS[:3], 4, mode=mode)
+        for row, hits in zip(expected, found, strict=True):
+            assert [hit.position for hit in hits] == np.argsort(-row, kind="stable")[:4].tolist()
+            assert [hit.score for hit in hits] == pytest.approx(-np.sort(-row)[:4], rel=1e-5)
+    (some,) = retriever.search(TEXTS[:1], 4, mode="exact", ids=["2", "5"])
+    assert {hit.position: hit.score for hit in some} == pytest.approx(
+        {i: expected[0, i] for i in (2, 5)}, rel=1e-5
+    )
+    with pytest.raises(ValueError, match="best_tokens must be at least 1, got 0"):
+        retriever.index.search(queries, best_tokens=0)
 
 
 def test_unknown_interaction(tmp_path):
