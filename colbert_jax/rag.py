@@ -26,8 +26,7 @@ _TOKENS = 60  # of an answer
 _STOP = ["\n"]  # an answer is one paragraph: what small models add to it is of no use
 _CONTEXT = 2048  # tokens of the packaged model's prompt and answer
 _SHOWN = 300  # characters of a server's error
-_SYSTEM = "You answer questions about Python in one short sentence."
-_FROM_PASSAGES = "Answer with what the passages say."
+_SYSTEM = "You are a helpful assistant."
 
 
 class Support(NamedTuple):
@@ -45,11 +44,11 @@ class Support(NamedTuple):
 
 def messages_for(question: str, passages: Sequence[str] = ()) -> list[Message]:
     """What a model is asked: the question, after the passages if there are any."""
-    if not passages:
-        asked = question
-    else:
-        listed = "\n\n".join(passages)
-        asked = f"{listed}\n\n{_FROM_PASSAGES}\n{question}"
+    asked = f"Question: {question}\nAnswer in one short sentence"
+    if passages:
+        listed = "\n".join(f"- {' '.join(text.split())}" for text in passages)
+        asked = f"Passages:\n{listed}\n\n{asked} from the passages"
+    asked += "."
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": asked}]
 
 
@@ -164,7 +163,8 @@ def packaged_generator() -> Generator:
     settings = xllamacpp.CommonParams()
     settings.model.path = str(weights[0])
     settings.n_ctx, settings.n_parallel = _CONTEXT, 1
-    settings.cpuparams.n_threads = os.cpu_count() or 1
+    # Its threads wait by spinning: on all cores they lose to whatever else runs there.
+    settings.cpuparams.n_threads = max((os.cpu_count() or 1) // 2, 1)
     settings.verbosity = 0
     server = xllamacpp.Server(settings)
 

@@ -27,10 +27,12 @@ PASSAGES = {
 
 def quoting(messages):
     """A generator that quotes the passage with most words of the question, if there is one."""
-    *passages, last = messages[-1]["content"].split("\n\n")
+    lines = messages[-1]["content"].splitlines()
+    passages = [line[2:] for line in lines if line.startswith("- ")]
     if not passages:
         return "I do not know."
-    asked = set(last.lower().strip("?").split())
+    (question,) = (line for line in lines if line.startswith("Question: "))
+    asked = set(question.lower().strip("?").split())
     return max(passages, key=lambda text: len(asked & set(text.lower().strip(".").split())))
 
 
@@ -98,7 +100,7 @@ def test_a_server_of_openais_protocol(server, monkeypatch):
     ((path, key, body),) = _Handler.asked
     assert path == "/v1/chat/completions" and key == "Bearer sesame" and body["model"] == "tiny"
     assert [one["role"] for one in body["messages"]] == ["system", "user"]
-    assert body["messages"][1]["content"].startswith(PASSAGES["paris"])
+    assert body["messages"][1]["content"].startswith(f"Passages:\n- {PASSAGES['paris']}\n\n")
     monkeypatch.delenv("OPENAI_API_KEY")
     rag.answer(rag.make_generator("openai"), "Which capital?")
     assert _Handler.asked[1][1] is None

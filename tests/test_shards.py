@@ -180,6 +180,12 @@ def test_a_shard_that_is_down_is_no_smaller_answer(ask):
     assert ask("GET", "/health", addresses).status_code == 503
 
 
+def test_an_address_of_something_else_is_named(ask):
+    answer = ask("POST", "/search", ("http://0", "http://0/api"), json={"query": "cats"})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 503 and message == "http://0/api does not answer as a shard does"
+
+
 def test_what_the_front_refuses(ask):
     for given, message in (
         ({"query": "cats", "k": 0}, "http://0: k must be at least 1"),

@@ -51,20 +51,24 @@ def create_front(
     room = httpx.Limits(max_connections=None)  # a shard bounds its own
     asker = client or httpx.AsyncClient(timeout=limits.timeout, limits=room)
 
-    async def ask(shard: str, method: str, path: str, **content: Any) -> Any:
+    async def ask(shard: str, method: str, path: str, expect: str, **content: Any) -> Any:
         try:
             reply = await asker.request(method, shard.rstrip("/") + path, **content)
             answer = reply.json()
         except (httpx.HTTPError, ValueError) as error:
             raise RequestError(503, f"{shard} does not answer: {type(error).__name__}") from None
+        if not isinstance(answer, dict) or (reply.status_code == 200 and expect not in answer):
+            raise RequestError(503, f"{shard} does not answer as a shard does")
         if reply.status_code != 200:
-            told = answer.get("error", {}).get("message", reply.reason_phrase)
+            why = answer.get("error")
+            told = why.get("message") if isinstance(why, dict) else reply.reason_phrase
             raise RequestError(reply.status_code, f"{shard}: {told}")
         return answer
 
-    async def ask_all(method: str, path: str, **content: Any) -> list[Any]:
+    async def ask_all(method: str, path: str, expect: str, **content: Any) -> list[Any]:
         found = await asyncio.gather(
-            *(ask(shard, method, path, **content) for shard in shards), return_exceptions=True
+            *(ask(shard, method, path, expect, **content) for shard in shards),
+            return_exceptions=True,
         )
         for one in found:
             if isinstance(one, BaseException):
@@ -87,7 +91,8 @@ def create_front(
             if name in values:
                 raise RequestError(400, f"{name} is not answered over shards: ask one of them")
         headers = {name: request.headers[name] for name in _KEYS if name in request.headers}
-        answers = await ask_all("POST", "/search", json=values, headers=headers)
+        wanted = "answers" if "queries" in values else "results"
+        answers = await ask_all("POST", "/search", wanted, json=values, headers=headers)
         k = values.get("k", 10)  # which the shards have checked
         reply = {"took_ms": round((time.monotonic() - start) * 1000, 2)}
         if "queries" not in values:
@@ -97,7 +102,7 @@ def create_front(
         return JSONResponse(reply | {"answers": merged})
 
     async def health(request: Request) -> JSONResponse:
-        found = await ask_all("GET", "/health")
+        found = await ask_all("GET", "/health", "stale")
         stale = [name for name, one in zip(shards, found, strict=True) if one["stale"]]
         return JSONResponse({"status": "stale" if stale else "ok", "stale": stale})
 
