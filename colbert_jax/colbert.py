@@ -96,9 +96,10 @@ class ColBERT:
             a CPU.
           quantization: "int8" makes the backbone's dense layers multiply 8-bit integers
             (`models.int8`), at a small loss of quality: four times smaller, and faster on devices
-            with int8 units and on CPUs with VNNI. "auto" is "int8" on such CPUs and None
-            elsewhere; which of them it became is in `quantization` and in the indexes that the
-            model builds. If None, no quantization.
+            with int8 units and on CPUs with VNNI. "int8-documents" does so for documents and keeps
+            float weights for queries beside it, which loses less. "auto" is that on such CPUs and
+            None elsewhere; which of them it became is in `quantization` and in the indexes that
+            the model builds. If None, no quantization.
           devices: to encode on. If None, all local devices.
 
         Raises:
@@ -131,15 +132,16 @@ class ColBERT:
         dtype = runtime.compute_dtype() if dtype is None else jnp.dtype(dtype)
         self._dtype, self._quantization = dtype, quantization
 
-        def put(params: dict) -> dict:
+        def put(params: dict, quantization: str | None) -> dict:
             return self._runner.put(quantize(params, quantization))
 
-        self.params = put(checkpoint.params)
+        self.params = put(checkpoint.params, quantization)
         self._hashed: tuple[list, list, str] | None = None
         self.query_params = self.params  # or an encoder of the queries' own
-        if checkpoint.query_params is not None:
-            self.query_params = put(checkpoint.query_params)
-        make = partial(make_encoder, encoder, dtype=dtype, quantization=quantization)
+        of_queries = None if quantization == "int8-documents" else quantization
+        if checkpoint.query_params is not None or of_queries != quantization:
+            self.query_params = put(checkpoint.query_params or checkpoint.params, of_queries)
+        make = partial(make_encoder, encoder, dtype=dtype)
         self.encode_ids = self._runner.program(lambda params, *batch: make(params)(*batch), 3)
         self.images: ImagePart | None = None
         if checkpoint.images is not None:
@@ -246,7 +248,7 @@ class ColBERT:
         Called with token ids int32[B, L], the number of attended tokens int32[B] and which tokens
         are kept bool[B, L], it gives float32[B, L, D]; rows that are not kept are zeros.
         """
-        return make_encoder(self.encoder_config, self.params, self._dtype, self._quantization)
+        return make_encoder(self.encoder_config, self.params, self._dtype)
 
     @property
     def quantization(self) -> str | None:
@@ -564,9 +566,7 @@ class ColBERT:
 
     @cached_property
     def _three_way(self) -> Any:
-        make = partial(
-            make_encoder, self.encoder_config, dtype=self._dtype, quantization=self._quantization
-        )
+        make = partial(make_encoder, self.encoder_config, dtype=self._dtype)
         return three_way_program(self._runner, make, self._checkpoint.sparse)
 
     def explain(self, query: Query, document: Query) -> Explanation:

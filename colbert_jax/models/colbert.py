@@ -20,7 +20,7 @@ from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.int8 import quantize_modules, quantize_params
 from colbert_jax.models.layers import TrainMode, matmul_precision
 
-QUANTIZATIONS = (None, "int8")
+QUANTIZATIONS = (None, "int8", "int8-documents")
 
 # torch module class -> function, for the activations of heads.
 HEAD_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -188,13 +188,13 @@ class OneKey:
 
 @cache
 def _structure(
-    config: EncoderConfig, dtype: jnp.dtype, quantization: str | None = None
+    config: EncoderConfig, dtype: jnp.dtype, quantized: bool = False
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Split an encoder as `nnx.split` does, with shapes in place of parameters."""
 
     def make() -> TokenEncoder:
         model = TokenEncoder(config, dtype=dtype, rngs=OneKey())  # type: ignore
-        if quantization is not None:
+        if quantized:
             quantize_modules(model.backbone)
         return model
 
@@ -205,15 +205,16 @@ def make_encoder(
     config: EncoderConfig,
     params: dict,
     dtype: Any = jnp.float32,
-    quantization: str | None = None,
 ) -> TokenEncoder:
     """Make an encoder from its parameters, inside a function that is jitted over them.
 
     Args:
-      params: nested dict; with `quantization`, as `quantize` returns it.
-      dtype, quantization: as for `colbert.ColBERT`.
+      params: nested dict, also one that `quantize` returned.
+      dtype: as for `colbert.ColBERT`.
     """
-    return merged(_structure(config, jnp.dtype(dtype), quantization), params)
+    leaves = jax.tree.leaves(params["backbone"])
+    quantized = any(leaf.dtype == jnp.int8 for leaf in leaves)
+    return merged(_structure(config, jnp.dtype(dtype), quantized), params)
 
 
 def merged(structure: tuple[nnx.GraphDef, nnx.State], params: dict) -> Any:
@@ -231,7 +232,7 @@ def resolve_quantization(quantization: str | None) -> str | None:
       ValueError: neither "auto" nor one of `QUANTIZATIONS`.
     """
     if quantization == "auto":
-        return "int8" if runtime.multiplies_int8() else None
+        return "int8-documents" if runtime.multiplies_int8() else None
     if quantization not in QUANTIZATIONS:
         known = ", ".join(map(repr, QUANTIZATIONS))
         raise ValueError(f"quantization must be 'auto' or one of {known}, got {quantization!r}")
