@@ -183,12 +183,12 @@ def test_killed_before_an_evaluation(number, go, whole, tmp_path, monkeypatch):
     """Its checkpoint is on disk, where there is one at that step."""
     count, original = 0, DevCollection.evaluate
 
-    def evaluate(self, model):
+    def evaluate(self, model, measures):
         nonlocal count
         count += 1
         if count == number:
             raise Killed
-        return original(self, model)
+        return original(self, model, measures)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(DevCollection, "evaluate", evaluate)
