@@ -94,6 +94,7 @@ class Retriever:
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
         buckets: str | None = None,
+        learned_dim: int | None = None,
         seed: int | None = None,
         store_texts: bool = True,
         overwrite: bool = False,
@@ -112,6 +113,7 @@ class Retriever:
             image, for a model with an image encoder: a path, bytes, a PIL image, an array or None.
             Images are decoded once before anything is encoded, and not kept.
           nbits, kmeans_niters, num_centroids, buckets, seed: of the compression, see `Index.build`.
+          learned_dim: keep learned vectors of so many bytes, see `Index.build`.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is at `path`; it stays until the new one is complete.
           progress: True for bars, False for silence. If None, bars on a terminal, else log lines.
@@ -136,6 +138,7 @@ class Retriever:
                 kmeans_niters=kmeans_niters,
                 num_centroids=num_centroids,
                 buckets=buckets,
+                learned_dim=learned_dim,
                 seed=seed,
                 store_texts=store_texts,
                 overwrite=overwrite,
@@ -197,6 +200,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[Hit]: ...
@@ -213,6 +217,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[list[Hit]]: ...
@@ -228,6 +233,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Any:
@@ -242,6 +248,7 @@ class Retriever:
           ids: find only documents of these ids.
           mode: "accurate", "fast" (PLAID at Stanford's settings) or "exact", see `Index.search`.
           ncells, centroid_score_threshold, ndocs: single settings of PLAID, see `Index.search`.
+          candidates: "plaid" or "learned", see `Index.search`.
           texts: False leaves `Hit.text` None and reads no text.
           progress: True for a bar. If None, a bar on a terminal, else log lines.
 
@@ -265,6 +272,7 @@ class Retriever:
                 ncells=ncells,
                 centroid_score_threshold=centroid_score_threshold,
                 ndocs=ndocs,
+                candidates=candidates,
                 texts=texts,
                 progress=progress,
             )
@@ -282,6 +290,7 @@ class Retriever:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Iterator[list[Hit]]:
@@ -307,6 +316,7 @@ class Retriever:
             ncells=ncells,
             centroid_score_threshold=centroid_score_threshold,
             ndocs=ndocs,
+            candidates=candidates,
         )
         index = self.index  # the same for all of it, whoever changes it meanwhile
         settings["where"] = index.select(where, ids)

@@ -216,6 +216,24 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
 
 
 @compiled
+def predict(vectors, scales, units, positions, start, stop, scores):
+    """Predict the scores of documents positions[start..stop-1] by their learned vectors.
+
+    Args:
+      vectors: int8[N, F]; scales: float32[N].
+      units: float32[F], the query's vector, whole numbers: sums are exact in any order.
+      positions: int32[n].
+      scores: float32[n], filled.
+    """
+    for j in range(start, stop):
+        row = vectors[positions[j]]
+        total = _ZERO
+        for f in range(len(units)):
+            total += units[f] * np.float32(row[f])
+        scores[j] = total * scales[positions[j]]
+
+
+@compiled
 def keep_best(positions, scores, count, n):
     """Move the n best of `count` candidates to the front, in their order.
 
