@@ -96,7 +96,7 @@ def _evaluate_collections(args: argparse.Namespace) -> None:
             raise ValueError(f"{place}: an index, which needs --queries and --qrels")
     odd = [
         name
-        for name in ("where", "ncells", "centroid_score_threshold", "ndocs")
+        for name in ("where", "ncells", "centroid_score_threshold", "ndocs", "candidates")
         if getattr(args, name) is not None
     ]
     if odd:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from colbert_jax.compression.learned import SHARPNESS, features, rounded
+from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.search.arrays import DamagedArrayError
 
 _LEVELS = 127
@@ -52,8 +53,11 @@ def query_vectors(arrays: LearnedArrays, queries: np.ndarray) -> np.ndarray:
     """
     real = queries.any(axis=-1)
     sums = np.zeros((len(queries), len(arrays.landmarks)), np.float32)
-    owners, rows = np.nonzero(real)[0], features(np.asarray(arrays.landmarks), queries[real])
-    np.add.at(sums, owners, rows)
+    counts = real.sum(axis=1)
+    some = np.flatnonzero(counts)
+    if len(some):
+        rows = features(np.asarray(arrays.landmarks), queries[real])
+        sums[some] = np.add.reduceat(rows, offsets_from_lengths(counts[some])[:-1], axis=0)
     vectors = sums @ np.asarray(arrays.projection)
     return rounded(vectors, np.abs(vectors).max(axis=1, initial=0) / np.float32(_LEVELS))
 

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
-from plaid_reference import exact_reference, random_index, random_queries
+from plaid_reference import NearTie, exact_reference, random_index, random_queries
 
 from colbert_jax.config import SearchConfig
 from colbert_jax.search.arrays import DamagedArrayError
@@ -26,10 +28,12 @@ def make(way, arrays, learned):
     return ShardedBackend(arrays, mesh, learned)
 
 
-def index(seed=0):
+def index(seed=0, lengths=None):
     """Vectors that are no good at predicting, so that what they choose is seen; with equal ones."""
     rng = np.random.default_rng(seed)
-    arrays, lengths = random_index(rng, num_documents=N, num_centroids=20, longest=40)
+    arrays, lengths = random_index(
+        rng, num_documents=N, num_centroids=20, longest=40, lengths=lengths
+    )
     dim = arrays.centroids.shape[1]
     vectors = rng.integers(-127, 128, (N, 32)).astype(np.int8)
     vectors[50:60] = vectors[40:50]
@@ -68,21 +72,40 @@ def test_equals_the_definition(way):
             np.testing.assert_allclose(hits.scores[row], scores, rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 12), share=st.sampled_from([0.6, 0.3]))
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_any_collection(way, seed, k, share):
+    """Of one shape, so that one program serves all."""
+    arrays, lengths, learned, queries = index(seed, np.full(N, 3))
+    allowed = np.random.default_rng(seed).random(N) < share
+    k = min(k, int(allowed.sum()))
+    hits = make(way, arrays, learned).learned(
+        queries[:1], k, SearchConfig(ndocs=16).resolve(k), allowed
+    )
+    try:
+        positions, scores = reference(arrays, lengths, learned, queries[0], k, 16, allowed)
+    except NearTie:
+        reject()
+    assert hits.positions[0].tolist() == positions.tolist()
+    np.testing.assert_allclose(hits.scores[0], scores, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_exact_where_all_are_candidates(way):
     arrays, _, learned, queries = index(1)
     queries[1] = 0  # nothing but padding
-    backend, settings = make(way, arrays, learned), SearchConfig(ndocs=256).resolve(10)
-    hits, exact = backend.learned(queries, 10, settings), backend.exact(queries, 10)
+    backend, config = make(way, arrays, learned), SearchConfig(ndocs=256).resolve(10)
+    hits, exact = backend.learned(queries, 10, config), backend.exact(queries, 10)
     np.testing.assert_array_equal(hits.positions, exact.positions)
     np.testing.assert_allclose(hits.scores, exact.scores, rtol=1e-5, atol=1e-5)
 
 
 def test_grown_on_a_device():
     arrays, _, learned, queries = index()
-    backend, settings = make("xla", arrays, learned), SearchConfig(ndocs=16).resolve(5)
-    first = backend.learned(queries, 5, settings)
-    again = backend.grown(arrays, learned).learned(queries, 5, settings)
+    backend, config = make("xla", arrays, learned), SearchConfig(ndocs=16).resolve(5)
+    first = backend.learned(queries, 5, config)
+    again = backend.grown(arrays, learned).learned(queries, 5, config)
     np.testing.assert_array_equal(first.positions, again.positions)
 
 
