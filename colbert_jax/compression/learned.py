@@ -30,9 +30,9 @@ from colbert_jax.compression.kmeans import train_kmeans
 from colbert_jax.embeddings import offsets_from_lengths
 
 SHARPNESS = 2.0  # b
-LANDMARKS = 1024
+_LANDMARKS = 1024  # at least, or twice the width
+_TOKENS = 4  # for each landmark, at which documents are fitted
 _POINTS = 60_000  # that the landmarks are trained on
-TOKENS = 4096  # at which documents are fitted
 _DOCUMENTS = 2048  # that the directions are made of
 _RIDGE = 1e-6  # of the features' mean square
 _LEVELS = 127
@@ -82,12 +82,11 @@ def fit(points: Any, lengths: np.ndarray, width: int, seed: int) -> Predictor:
       seed: of all samples and of the rotation.
     """
     rng = np.random.default_rng(seed)
+    count = max(_LANDMARKS, 2 * width)
     rows = np.sort(rng.choice(len(points), min(_POINTS, len(points)), replace=False))
-    landmarks = train_kmeans(
-        points, min(LANDMARKS, len(rows)), rows=rows, seed=seed, progress=False
-    )
+    landmarks = train_kmeans(points, min(count, len(rows)), rows=rows, seed=seed, progress=False)
     landmarks /= np.maximum(np.linalg.norm(landmarks, axis=1, keepdims=True), 1e-12)
-    tokens = _some(points, TOKENS, rng)
+    tokens = _some(points, _TOKENS * count, rng)
     width = min(width, len(landmarks))
     documents = np.flatnonzero(lengths)
     chosen = np.sort(rng.choice(documents, min(len(documents), _DOCUMENTS), replace=False))
