@@ -256,6 +256,13 @@ _LEARNED_FAST = ((10, 1, 0.0, 64), (100, 1, 0.0, 384), (math.inf, 1, 0.0, 2048))
 _LEARNED_ACCURATE = ((10, 1, 0.0, 192), (100, 1, 0.0, 1024), (math.inf, 1, 0.0, 4096))
 
 
+def written(settings: IndexConfig | SearchConfig) -> dict[str, Any]:
+    """Settings as files have them: earlier versions read those that ask for nothing learned."""
+    values = dataclasses.asdict(settings)
+    later = ("learned_dim", "candidates")
+    return {name: v for name, v in values.items() if name not in later or v is not None}
+
+
 @dataclass(frozen=True)
 class ColBERTConfig:
     """All settings of a loaded model.

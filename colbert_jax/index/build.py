@@ -36,7 +36,7 @@ from colbert_jax.compression.codec import (
 )
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.compression.sharding import check_mesh, data_mesh, local_part
-from colbert_jax.config import IndexConfig
+from colbert_jax.config import IndexConfig, written
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
@@ -153,7 +153,7 @@ def _key(
         "columns": columns,
         "chunk_tokens": sources.CHUNK_TOKENS,
         "dim": source.dim,
-        "settings": dataclasses.asdict(config),
+        "settings": written(config),
         "model": model,
         "processes": group.count,
     }

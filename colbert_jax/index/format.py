@@ -152,6 +152,10 @@ class Metadata:
         for name in ("origin", "outlier_distance", "fields", "learned", "change"):
             if fields[name] is None:
                 del fields[name]
+        if self.model is not None:  # as earlier versions have it where it asks for nothing new
+            search = self.model["search"].items()
+            asked = {name: value for name, value in search if (name, value) != ("candidates", None)}
+            fields["model"] = {**self.model, "search": asked}
         if self.change is not None:
             fields["change"] = vars(self.change)
         columns, checksums = fields.pop("columns"), fields.pop("checksums")
