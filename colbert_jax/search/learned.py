@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.compression.learned import SHARPNESS, features, rounded
-from colbert_jax.embeddings import offsets_from_lengths
+from colbert_jax.compression.learned import SHARPNESS
 from colbert_jax.search.arrays import DamagedArrayError
 
 _LEVELS = 127
@@ -40,26 +39,6 @@ def check_learned(arrays: LearnedArrays) -> None:
     for name in ("landmarks", "projection", "scales"):
         if not np.isfinite(getattr(arrays, name)).all():
             raise DamagedArrayError(f"learned_{name}", "NaN or infinite values")
-
-
-def query_vectors(arrays: LearnedArrays, queries: np.ndarray) -> np.ndarray:
-    """Make the vectors of queries, on the host.
-
-    Args:
-      queries: float32[B, Lq, D]; rows of zeros are padding.
-
-    Returns:
-      int8[B, F], each in units of its own: scores are compared for one query only.
-    """
-    real = queries.any(axis=-1)
-    sums = np.zeros((len(queries), len(arrays.landmarks)), np.float32)
-    counts = real.sum(axis=1)
-    some = np.flatnonzero(counts)
-    if len(some):
-        rows = features(np.asarray(arrays.landmarks), queries[real])
-        sums[some] = np.add.reduceat(rows, offsets_from_lengths(counts[some])[:-1], axis=0)
-    vectors = sums @ np.asarray(arrays.projection)
-    return rounded(vectors, np.abs(vectors).max(axis=1, initial=0) / np.float32(_LEVELS))
 
 
 def predicted_scores(arrays: LearnedArrays, queries: jax.Array) -> jax.Array:

@@ -6,12 +6,18 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from plaid_reference import NearTie, exact_reference, random_index, random_queries
+from plaid_reference import (
+    NearTie,
+    exact_reference,
+    learned_units,
+    random_index,
+    random_queries,
+)
 
 from colbert_jax.config import SearchConfig
 from colbert_jax.search.arrays import DamagedArrayError
 from colbert_jax.search.backend import CpuBackend, DeviceBackend, ShardedBackend
-from colbert_jax.search.learned import LearnedArrays, query_vectors
+from colbert_jax.search.learned import LearnedArrays
 
 N = 200
 WAYS = ["numba", "xla", "one device", pytest.param("mesh", marks=pytest.mark.slow)]
@@ -47,7 +53,7 @@ def index(seed=0, lengths=None):
 
 
 def reference(arrays, lengths, learned, query, k, ndocs, allowed):
-    units = query_vectors(learned, query[None])[0].astype(np.int64)
+    units = learned_units(learned, query[None])[0].astype(np.int64)
     scores = (learned.vectors.astype(np.int64) @ units).astype(np.float32) * learned.scales
     eligible = np.flatnonzero((lengths > 0) & allowed)
     order = eligible[np.lexsort([eligible, -scores[eligible]])]
