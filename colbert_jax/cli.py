@@ -162,6 +162,7 @@ def index(args: argparse.Namespace) -> None:
         nbits=args.nbits,
         kmeans_niters=args.kmeans_niters,
         num_centroids=args.num_centroids,
+        learned_dim=args.learned_dim,
         store_texts=not args.no_texts,
         bm25=args.bm25,
         overwrite=args.overwrite,
@@ -297,6 +298,8 @@ def info(args: argparse.Namespace) -> None:
     change = opened.metadata.change
     print(f"format       {FORMAT_VERSION if change is None else CHANGED_VERSION}")
     print(f"settings     {json.dumps(opened.metadata.settings)}")
+    if opened.metadata.learned is not None:
+        print(f"learned      vectors of {opened.metadata.learned['width']} bytes")
     if change is not None:
         print(f"changes      {change.generation}")
     for name, kinds in opened.field_names().items():
@@ -460,6 +463,11 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_settings(sub)
     sub.add_argument("--kmeans-niters", type=int, help="k-means iterations")
     sub.add_argument("--num-centroids", type=int, help="default: by the number of tokens")
+    sub.add_argument(
+        "--learned-dim",
+        type=int,
+        help="keep learned vectors of so many bytes, for search --candidates learned",
+    )
     sub.add_argument("--images", help=_IMAGES)
     sub.add_argument("--no-texts", action="store_true", help="do not keep the documents' texts")
     sub.add_argument("--bm25", action="store_true", help="keep BM25 too, for searches --hybrid")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 NBITS = (1, 2, 4, 8)
 BUCKETS = ("optimal", "quantile")
 MODES = ("fast", "accurate", "exact")
+CANDIDATES = ("plaid", "learned")
 INTERACTIONS = ("maxsim", "meanmaxsim", "flipr")
 LOSSES = ("distillation", "cross-entropy", "contrastive", "margin-mse")
 
@@ -163,6 +164,8 @@ class IndexConfig:
     seed: for the sample of documents that k-means trains on, and for its random choices.
     buckets: how residual values are rounded, "optimal" or Stanford's "quantile"
       (`compression.codec.train_codec`). The index's format is the same.
+    learned_dim: keep a vector of so many 8-bit dimensions for each document, which predicts its
+      scores, and search by it first (`compression.learned`). If None, none is kept.
     """
 
     nbits: int = 2
@@ -171,6 +174,7 @@ class IndexConfig:
     max_points_per_centroid: int = 256
     seed: int = 123
     buckets: str = "optimal"
+    learned_dim: int | None = None
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -185,21 +189,31 @@ class IndexConfig:
             self.max_points_per_centroid >= 1,
             f"max_points_per_centroid must be >= 1, got {self.max_points_per_centroid}",
         )
+        # Up to this width a product of two vectors of 8 bits is exact in float32.
+        require(
+            self.learned_dim is None or 1 <= self.learned_dim <= 1024,
+            f"learned_dim must be from 1 to 1024, got {self.learned_dim}",
+        )
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """PLAID's three settings. If None, each takes its default for the call's k (`resolve`).
+    """How candidates are found. What is None takes its default for the call's k (`resolve`).
 
     ncells: inverted lists to probe for each query token.
     centroid_score_threshold: document tokens whose centroid scores below this for every query token
       do not count in the first cut.
-    ndocs: documents after the first cut; a quarter of them are scored exactly.
+    ndocs: documents after the first cut; a quarter of them are scored exactly. With learned
+      candidates all of them.
+    candidates: "plaid", by its stages, or "learned", by the learned vectors of an index that has
+      them (`IndexConfig.learned_dim`); then `ncells` and `centroid_score_threshold` mean nothing.
+      If None, as the index chooses.
     """
 
     ncells: int | None = None
     centroid_score_threshold: float | None = None
     ndocs: int | None = None
+    candidates: str | None = None
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -209,6 +223,10 @@ class SearchConfig:
         require(
             threshold is None or not math.isnan(threshold),
             "centroid_score_threshold must not be NaN",
+        )
+        require(
+            self.candidates in (None, *CANDIDATES),
+            f"candidates must be one of {CANDIDATES}, got {self.candidates!r}",
         )
 
     def resolve(self, k: int, mode: str = "accurate") -> SearchConfig:
@@ -221,19 +239,32 @@ class SearchConfig:
             (`benchmarks/search.py`).
         """
         require(mode in MODES[:2], f"mode must be one of {MODES}, got {mode!r}")
-        table = _FAST if mode == "fast" else _ACCURATE
+        learned = self.candidates == "learned"
+        tables = (_FAST, _ACCURATE, _LEARNED_FAST, _LEARNED_ACCURATE)
+        table = tables[2 * learned + (mode == "accurate")]
         ncells, threshold, ndocs = next(row[1:] for row in table if k <= row[0])
         given = self.centroid_score_threshold
         return SearchConfig(
             ncells=self.ncells or ncells,
             centroid_score_threshold=threshold if given is None else given,
-            ndocs=self.ndocs or max(ndocs, 4 * k if k > 100 else 0),
+            ndocs=self.ndocs or max(ndocs, (2 if learned else 4) * k if k > 100 else 0),
+            candidates=self.candidates,
         )
 
 
 # The largest k, and up to it ncells, centroid_score_threshold, ndocs.
 _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
 _ACCURATE = ((10, 4, 0.4, 1024), (100, 8, 0.4, 3584), (math.inf, 8, 0.3, 8192))
+# Of learned candidates only ndocs counts.
+_LEARNED_FAST = ((10, 1, 0.0, 96), (100, 1, 0.0, 384), (math.inf, 1, 0.0, 2048))
+_LEARNED_ACCURATE = ((10, 1, 0.0, 256), (100, 1, 0.0, 768), (math.inf, 1, 0.0, 4096))
+
+
+def written(settings: IndexConfig | SearchConfig) -> dict[str, Any]:
+    """Settings as files have them: earlier versions read those that ask for nothing learned."""
+    values = dataclasses.asdict(settings)
+    later = ("learned_dim", "candidates")
+    return {name: v for name, v in values.items() if name not in later or v is not None}
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ class Retriever:
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
         buckets: str | None = None,
+        learned_dim: int | None = None,
         seed: int | None = None,
         store_texts: bool = True,
         bm25: bool = False,
@@ -151,6 +152,7 @@ class Retriever:
             image, for a model with an image encoder: a path, bytes, a PIL image, an array or None.
             Images are decoded once before anything is encoded, and not kept.
           nbits, kmeans_niters, num_centroids, buckets, seed: of the compression, see `Index.build`.
+          learned_dim: keep learned vectors of so many bytes, see `Index.build`.
           store_texts: keep the texts in the index.
           bm25: keep BM25 of the texts too, for hybrid searches, see `keep_bm25`.
           overwrite: replace an index that is at `path`; it stays until the new one is complete.
@@ -180,6 +182,7 @@ class Retriever:
                 kmeans_niters=kmeans_niters,
                 num_centroids=num_centroids,
                 buckets=buckets,
+                learned_dim=learned_dim,
                 seed=seed,
                 store_texts=store_texts,
                 overwrite=overwrite,
@@ -244,6 +247,7 @@ class Retriever:
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
         hybrid: bool | str | Hybrid | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[Hit]: ...
@@ -261,6 +265,7 @@ class Retriever:
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
         hybrid: bool | str | Hybrid | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> list[list[Hit]]: ...
@@ -277,6 +282,7 @@ class Retriever:
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
         hybrid: bool | str | Hybrid | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Any:
@@ -294,6 +300,7 @@ class Retriever:
           hybrid: look for the query's words too, with BM25, and make one ranking of both: True or
             "rrf" by ranks, "relative" by scores, a `Hybrid` for weights and depth
             (docs/hybrid.md).
+          candidates: "plaid" or "learned", see `Index.search`.
           texts: False leaves `Hit.text` None and reads no text.
           progress: True for a bar. If None, a bar on a terminal, else log lines.
 
@@ -319,6 +326,7 @@ class Retriever:
                 centroid_score_threshold=centroid_score_threshold,
                 ndocs=ndocs,
                 hybrid=hybrid,
+                candidates=candidates,
                 texts=texts,
                 progress=progress,
             )
@@ -337,6 +345,7 @@ class Retriever:
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
         hybrid: bool | str | Hybrid | None = None,
+        candidates: str | None = None,
         texts: bool = True,
         progress: bool | None = False,
     ) -> Iterator[list[Hit]]:
@@ -362,6 +371,7 @@ class Retriever:
             ncells=ncells,
             centroid_score_threshold=centroid_score_threshold,
             ndocs=ndocs,
+            candidates=candidates,
         )
         index = self.index  # the same for all of it, whoever changes it meanwhile
         settings["where"] = index.select(where, ids)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.codec import unpack
+from colbert_jax.compression.learned import features, rounded
 from colbert_jax.search.arrays import IndexArrays
+from colbert_jax.search.learned import LearnedArrays
 
 MARGIN = 1e-5
 _EQUAL = 1e-9  # rounding of float64
@@ -132,6 +134,15 @@ def plaid_reference(
     exact = np.array([(vectors[tokens[i]] @ query.T).max(axis=0).sum() for i in ids])
     order = _best(np.arange(len(ids)), exact, k, ordered=True)
     return ids[order].astype(np.int32), exact[order].astype(np.float32)
+
+
+def learned_units(learned: LearnedArrays, queries: np.ndarray) -> np.ndarray:
+    """int8[B, F], the vectors of queries [B, Lq, D], each in units of its own."""
+    sums = np.zeros((len(queries), len(learned.landmarks)), np.float32)
+    for total, query in zip(sums, queries, strict=True):
+        total += features(learned.landmarks, query[query.any(axis=1)]).sum(axis=0)
+    vectors = sums @ learned.projection
+    return rounded(vectors, np.abs(vectors).max(axis=1) / np.float32(127))
 
 
 def exact_reference(

@@ -69,6 +69,16 @@ def test_search(capsys, built, texts):
     assert lines[1].split()[0] == "1" and "d3" in lines[1]
 
 
+def test_learned_candidates(capsys, built, files, stanford_folder, texts):
+    path = files / "learned.index"
+    command = ["index", files / "passages.tsv", path, "--checkpoint", stanford_folder]
+    run(capsys, *command, "--learned-dim", 32)
+    assert "learned      vectors of 32 bytes" in run(capsys, "info", path)
+    search = ["search", path, texts[3], "-k", 2, "--candidates", "learned"]
+    assert "d3" in run(capsys, *search, "--ndocs", 120).splitlines()[1]
+    assert "learned_dim=512" in fails(capsys, "search", built, *search[2:])
+
+
 def test_search_file_to_run(capsys, built, files):
     """In TREC's six columns, and in Stanford's four."""
     output = files / "run.txt"

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig, written
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,23 @@ from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextCon
     ],
 )
 def test_fast_are_stanfords_defaults_by_k(k, expected):
-    assert dataclasses.astuple(SearchConfig().resolve(k, "fast")) == expected
+    assert dataclasses.astuple(SearchConfig().resolve(k, "fast")) == (*expected, None)
+
+
+@pytest.mark.parametrize("k", [1, 10, 11, 100, 101, 5000])
+def test_learned_candidates_are_at_least_k(k):
+    fast, accurate = (
+        SearchConfig(candidates="learned").resolve(k, m) for m in ("fast", "accurate")
+    )
+    assert accurate.candidates == "learned" and 2 * k <= fast.ndocs <= accurate.ndocs
+
+
+def test_files_say_nothing_of_what_is_not_asked_for():
+    """So that earlier versions read them."""
+    assert "candidates" not in written(SearchConfig())
+    assert "learned_dim" not in written(IndexConfig())
+    assert written(IndexConfig(learned_dim=8))["learned_dim"] == 8
+    assert written(SearchConfig(candidates="plaid"))["candidates"] == "plaid"
 
 
 @pytest.mark.parametrize("k", [1, 10, 11, 100, 101, 5000])
@@ -35,7 +51,7 @@ def test_unknown_mode_is_named():
 
 def test_search_settings_given_win_even_zero():
     resolved = SearchConfig(ncells=7, centroid_score_threshold=0.0).resolve(10)
-    assert dataclasses.astuple(resolved) == (7, 0.0, 1024)
+    assert dataclasses.astuple(resolved) == (7, 0.0, 1024, None)
 
 
 @pytest.mark.parametrize(

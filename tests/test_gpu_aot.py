@@ -50,6 +50,10 @@ LIMITS = {
     "plaid": 651,
     "plaid in some documents": 651,
     "plaid of a few documents": 641,
+    "learned": 643,
+    "learned in some documents": 643,
+    "sharded learned": 644,
+    "learned vectors": 165,
     "exact": 11,
     "sharded plaid": 651,
     "sharded plaid in some documents": 651,
@@ -140,7 +144,7 @@ def shapes():
     )
     codec = ResidualCodec(arrays.centroids, shaped((1 << nbits) - 1), arrays.bucket_weights)
     found = test_lowering.programs(
-        arrays, codec, batch=(32, 32), capacity=1 << 17, ndocs=1024, block=1 << 16
+        arrays, codec, batch=(32, 32), capacity=1 << 17, ndocs=1024, block=1 << 16, width=512
     )
     base = BertConfig(
         vocab_size=30522,
@@ -152,6 +156,7 @@ def shapes():
     encoder = EncoderConfig.projecting(base, dim)
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:8])
     sizes = dict(encoder=encoder, lengths=(32, 180))
+    found["learned vectors"] = test_lowering.learned_solver(dim, 1 << 13, 1024, 1 << 12, 512, 128)
     found["training step"] = test_lowering.training_step(bsize=8, nway=16, **sizes)
     found["sharded training step"] = test_lowering.training_step(mesh, bsize=64, nway=16, **sizes)
     images = ImageEncoderConfig(

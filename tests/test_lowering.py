@@ -11,7 +11,7 @@ import support
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from colbert_jax.checkpoints.common import set_path
-from colbert_jax.compression import codec, kmeans
+from colbert_jax.compression import codec, kmeans, learned
 from colbert_jax.config import SearchConfig, TrainingConfig
 from colbert_jax.models.backbones import config_from_huggingface
 from colbert_jax.models.colbert import EncoderConfig, make_encoder, param_shapes
@@ -21,6 +21,7 @@ from colbert_jax.scoring import maxsim_all_pairs, maxsim_nway, maxsim_ragged
 from colbert_jax.search import exact, plaid, sharded
 from colbert_jax.search.arrays import IndexArrays, token_inverse_norms
 from colbert_jax.search.backend import DeviceBackend
+from colbert_jax.search.learned import LearnedArrays
 from colbert_jax.training.batch import ExampleBatch, Images, Passages, TokenBatch
 from colbert_jax.training.flmr import _Loss
 from colbert_jax.training.step import gradients_of, make_gradients
@@ -146,7 +147,32 @@ def shapes(tree):
     return jax.tree.map(lambda a: shaped(*a.shape, dtype=a.dtype), tree)
 
 
-def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, block=512):
+def learned_shapes(documents, dim, landmarks=64, width=32, place=None):
+    """Learned vectors, those of a mesh where `place` says how rows are spread over it."""
+    return LearnedArrays(
+        shaped(landmarks, dim),
+        shaped(landmarks, width),
+        shaped(documents, width, dtype=jnp.int8, place=place),
+        shaped(documents, place=place),
+    )
+
+
+def learned_solver(dim, tokens, landmarks=64, samples=128, width=32, documents=64):
+    """The vectors of a block of documents."""
+    predictor = learned.Predictor(
+        shaped(landmarks, dim),
+        shaped(landmarks, width),
+        shaped(samples, dim),
+        shaped(samples),
+        shaped(width, samples),
+    )
+    block = shaped(tokens, dim), shaped(tokens, dtype=I32), shaped(documents, dtype=jnp.int8)
+    return learned._vectors, predictor, *block
+
+
+def programs(
+    arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, block=512, width=32
+):
     """Functions and their arguments, by name.
 
     Args:
@@ -155,6 +181,7 @@ def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, 
       capacity: room for candidates.
       ndocs: of PLAID.
       block: tokens that k-means and compression take at a time, on each device.
+      width: of learned vectors.
     """
     dim = arrays.centroids.shape[1]
     count, rows = batch
@@ -180,6 +207,15 @@ def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, 
         capacity=capacity,
         memory=plaid._ACCELERATOR,
     )
+    num_documents = len(arrays.offsets) - 1
+    vectors = learned_shapes(num_documents, dim, 2 * width, width)
+    spread = learned_shapes(8 * num_documents, dim, 2 * width, width, rows_over(mesh))
+
+    def search_learned(arrays, queries, vectors, allowed=None):
+        return plaid._search_batch(
+            arrays, queries, 0.0, 1, 64, 10, 64, plaid._ACCELERATOR, None, allowed, None, vectors
+        )
+
     return {
         "all pairs": (maxsim_all_pairs, queries, shaped(9, 20, dim), shaped(9, 20, dtype=bool)),
         "n-way": (
@@ -210,6 +246,24 @@ def programs(arrays, codec_shapes, *, batch=(4, 16), capacity=1024, ndocs=None, 
             ),
             *(arrays, queries, shaped(64, dtype=I32)),
         ),
+        "learned": (search_learned, arrays, queries, vectors),
+        "learned in some documents": (
+            search_learned,
+            *(arrays, queries, vectors, shaped(num_documents, dtype=bool)),
+        ),
+        "sharded learned": (
+            lambda a, first, q, v: sharded._plaid(
+                *(a, first, q, 0.0, None, None, None, v),
+                mesh=mesh,
+                ncells=1,
+                ndocs=64,
+                k=10,
+                capacity=64,
+                memory=plaid._ACCELERATOR,
+            ),
+            *(shards, over(8, dtype=I32), queries, spread),
+        ),
+        "learned vectors": learned_solver(dim, 512),
         "exact": (
             partial(exact._merge, length=48),
             *(arrays, queries, shaped(64, dtype=I32)),
@@ -276,6 +330,10 @@ NAMES = [
     "plaid",
     "plaid in some documents",
     "plaid of a few documents",
+    "learned",
+    "learned in some documents",
+    "sharded learned",
+    "learned vectors",
     "exact",
     "sharded plaid",
     "sharded plaid in some documents",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.checkpoints.common import Checkpoint, save_tensors, set_path
-from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig
+from colbert_jax.config import ColBERTConfig, IndexConfig, SearchConfig, TextConfig, written
 from colbert_jax.files import present, read_object, write_json
 from colbert_jax.models.backbones import config_from_huggingface, to_huggingface
 from colbert_jax.models.colbert import DenseConfig, EncoderConfig, param_shapes
@@ -111,8 +111,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "interaction": config.interaction,
         "normalized": checkpoint.encoder.normalized,
         "text": dataclasses.asdict(config.text),
-        "index": dataclasses.asdict(config.index),
-        "search": dataclasses.asdict(config.search),
+        "index": written(config.index),
+        "search": written(config.search),
         "metadata": dict(config.metadata),
         "tokenizer": checkpoint.tokenizer.to_json(),
     }

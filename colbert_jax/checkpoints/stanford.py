@@ -49,6 +49,7 @@ TEXT_FIELDS = (
     "attend_to_mask_tokens",
 )
 _INDEX_FIELDS = ("nbits", "kmeans_niters")
+_SEARCH_FIELDS = ("ncells", "centroid_score_threshold", "ndocs")
 _INSTEAD = "Stanford's default settings are used"
 _INTERACTIONS = {"colbert": "maxsim", "flipr": "flipr"}
 # Settings that would change the embeddings or scores and are not implemented, with the value that
@@ -171,7 +172,7 @@ def config_from_fields(fields: dict[str, Any], file: Path) -> tuple[ColBERTConfi
     parts = {
         "text": (TextConfig, TEXT_FIELDS),
         "index": (IndexConfig, _fields(IndexConfig)),
-        "search": (SearchConfig, _fields(SearchConfig)),
+        "search": (SearchConfig, _SEARCH_FIELDS),
     }
     fields = {"nbits": 1} | fields  # Stanford's default; ours is 2
     check_types(file, fields, dict.fromkeys(_POOLING, int))
@@ -244,7 +245,7 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     if pooled:
         fields |= {name: int(getattr(text, ours)) for name, ours in _POOLING.items()}
     rest = dataclasses.asdict(config.index) | dataclasses.asdict(config.search)
-    known = {*_INDEX_FIELDS, *_fields(SearchConfig)}
+    known = {*_INDEX_FIELDS, *_SEARCH_FIELDS}
     return (
         {key: value for key, value in config.metadata.items() if _is_plain(value)}
         | {key: value for key, value in rest.items() if key in known}
@@ -257,8 +258,9 @@ def stanford_fields(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
 def kept(config: ColBERTConfig) -> ColBERTConfig:
     """Return the settings as they will be read: all but some of an index's."""
     index = IndexConfig(**{name: getattr(config.index, name) for name in _INDEX_FIELDS})
+    search = dataclasses.replace(config.search, candidates=None)
     interaction = config.interaction if config.interaction == "flipr" else "maxsim"
-    return dataclasses.replace(config, index=index, interaction=interaction)
+    return dataclasses.replace(config, index=index, search=search, interaction=interaction)
 
 
 def _is_plain(value: Any) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from colbert_jax.config import MODES
+from colbert_jax.config import CANDIDATES, MODES
 from colbert_jax.fusion import FUSIONS, Hybrid
 from colbert_jax.index.filters import parse_json_filter
 from colbert_jax.multimodal import Query
@@ -61,6 +61,7 @@ def search_queries(
         centroid_score_threshold=args.centroid_score_threshold,
         ndocs=args.ndocs,
         hybrid=_hybrid(args),
+        candidates=args.candidates,
         where=None if args.where is None else parse_json_filter(args.where),
         texts=texts,
         # A bar among results on the same terminal would hide them.
@@ -90,6 +91,11 @@ def add_search_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ncells", type=int, help="centroids probed per query token")
     sub.add_argument("--centroid-score-threshold", type=float)
     sub.add_argument("--ndocs", type=int, help="candidates kept by the first ranking")
+    sub.add_argument(
+        "--candidates",
+        choices=CANDIDATES,
+        help="how they are found: by PLAID's stages, or by learned vectors (index --learned-dim)",
+    )
     sub.add_argument("--where", help='condition on fields, in JSON: \'{"year": {"gte": 2020}}\'')
     sub.add_argument(
         "--hybrid",

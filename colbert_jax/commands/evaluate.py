@@ -110,6 +110,7 @@ def _evaluate_collections(args: argparse.Namespace) -> None:
             "ncells",
             "centroid_score_threshold",
             "ndocs",
+            "candidates",
             "hybrid",
             "bm25_weight",
         )

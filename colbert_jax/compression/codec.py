@@ -304,6 +304,16 @@ def decompress(codec: Any, codes: jax.Array, residuals: jax.Array) -> jax.Array:
     return values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 
 
+def decompress_on_host(codec: Any, codes: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """As `decompress`, by numpy, for blocks of any size: no program is compiled."""
+    weights = np.asarray(codec.bucket_weights)
+    table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits_of(weights))]
+    values = table[residuals].reshape(len(codes), residuals.shape[1] * table.shape[1])
+    values += np.asarray(codec.centroids)[codes]
+    values /= np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+    return values
+
+
 def unpack_weights(bucket_weights: jax.Array, residuals: jax.Array) -> jax.Array:
     """Unpack residuals uint8[..., P] to the weights of their buckets float32[..., P * 8 / b]."""
     nbits = nbits_of(bucket_weights)

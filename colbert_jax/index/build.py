@@ -10,7 +10,9 @@ parts. Wherever they meet, a process that failed ends the build of all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,16 +25,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from colbert_jax import processes
+from colbert_jax.compression import learned
 from colbert_jax.compression.codec import (
     ResidualCodec,
     check_packable,
     codec_from_nearest,
     compress,
+    decompress_on_host,
     nearest_codes,
 )
 from colbert_jax.compression.kmeans import num_centroids_for, sample_size_for, train_kmeans
 from colbert_jax.compression.sharding import auto_mesh, data_mesh, local_part
-from colbert_jax.config import IndexConfig
+from colbert_jax.config import IndexConfig, written
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.index import format as fmt
 from colbert_jax.index import sources
@@ -55,6 +59,7 @@ from colbert_jax.runtime import apart, on_cpu
 
 _HELD_OUT = 50_000  # embeddings for the bucket statistics, at most; and at most 5 %
 OUTLIERS = 0.1  # of held-out embeddings are farther from their centroid than `outlier_distance`
+_DECOMPRESSED = 1 << 15  # tokens at a time, for learned vectors
 _JOINED = 1 << 18  # rows copied at a time where parts are joined
 
 
@@ -106,8 +111,11 @@ def build_index(
                 if source.num_documents:
                     encode_sample(folder, source, config, state, group, show)
                     codec = _train(folder, source, config, state, group, mesh, show)
-                    compress_documents(folder, source, codec, state, group, own, show)
-                    _finish(folder, source, codec, state, group)
+                    predictor = _learn(folder, config, state, group)
+                    compress_documents(
+                        folder, source, codec, state, group, own, show, predictor=predictor
+                    )
+                    _finish(folder, source, codec, state, group, predictor)
                 elif group.is_first:
                     _finish_empty(folder, source, config, state)
             if group.is_first:
@@ -145,7 +153,7 @@ def _key(
         "columns": columns,
         "chunk_tokens": sources.CHUNK_TOKENS,
         "dim": source.dim,
-        "settings": dataclasses.asdict(config),
+        "settings": written(config),
         "model": model,
         "processes": group.count,
     }
@@ -337,6 +345,24 @@ def _train_codec(
     return codec_from_nearest(centroids, near, values, config.nbits, config.buckets), distance
 
 
+def _learn(
+    folder: Path, config: IndexConfig, state: BuildState, group: Group
+) -> learned.Predictor | None:
+    """What makes learned vectors, from the sample, in the first process; None if not asked for."""
+    if config.learned_dim is None:
+        return None
+    if group.is_first and not state["learned"]:
+        points = SampleRows(folder, group.count).array()
+        names = [_part("sample", i, group.count) for i in range(group.count)]
+        lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
+        fitted = learned.fit(points, lengths, config.learned_dim, config.seed)
+        for name, array in zip(fmt.PREDICTOR, fitted, strict=True):
+            fmt.write_array(folder / f"{name}.npy", array)
+        state.update(learned=1)
+    group.exchange("the learned vectors")
+    return learned.Predictor(*(np.load(folder / f"{name}.npy") for name in fmt.PREDICTOR))
+
+
 class SampleRows:
     """The sample of all processes, one part after the other."""
 
@@ -372,11 +398,15 @@ def compress_documents(
     mesh: Mesh | None,
     progress: bool | None,
     *,
+    predictor: learned.Predictor | None = None,
     final: bool = True,
 ) -> None:
     """Codes and residuals of this process's documents; the sample's are not encoded again.
 
-    `final`: whether an index keeps the files; the rows are durable in any case.
+    Args:
+      predictor: what makes their learned vectors, of the compressed tokens, which searches score;
+        if None, none are made.
+      final: whether an index keeps the files; the rows are durable in any case.
     """
     config = IndexConfig(**state.key["settings"])
     tokens, documents = state["tokens"], state["documents"]
@@ -390,25 +420,56 @@ def compress_documents(
     def file(name: str) -> Path:
         return folder / f"{_part(name, group.index, group.count)}.npy"
 
+    added: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    if predictor is not None:
+        added = dict(
+            zip(fmt.LEARNED, ((np.int8, (predictor.width,)), (np.float32, ())), strict=True)
+        )
     with (
+        contextlib.ExitStack() as stack,
         fmt.ArrayWriter(file("codes"), np.int32, (), tokens, durable=final) as codes,
         fmt.ArrayWriter(file("residuals"), np.uint8, row, tokens, durable=final) as residuals,
         fmt.ArrayWriter(file("lengths"), np.int64, (), documents, durable=False) as lengths,
         progress_bar(stop - start, "compressing", "doc", progress, initial=documents) as bar,
     ):
+        writers = [codes, residuals, lengths]
+        writers += [
+            stack.enter_context(fmt.ArrayWriter(file(name), *kind, documents, durable=final))
+            for name, kind in added.items()
+        ]
         for chunk, new in zip(chunks, source.encode(fresh, silent), strict=True):
             _check_finite(new)
             rows = iter(new)
             values = [sample[i] if i in sample else next(rows) for i in chunk]
             packed = compress(codec, np.concatenate(values).astype(np.float16), mesh)
-            codes.append(packed[0])
-            residuals.append(packed[1])
-            lengths.append(np.array([len(value) for value in values]))
-            for writer in (codes, residuals, lengths):
+            sizes = np.array([len(value) for value in values])
+            made = () if predictor is None else _learned_vectors(predictor, codec, *packed, sizes)
+            for writer, rows_ in zip(writers, (*packed, sizes, *made), strict=True):
+                writer.append(rows_)
                 writer.sync()
             state.update(tokens=codes.rows, documents=lengths.rows)
             group.check()
             bar.update(len(chunk))
+
+
+def _learned_vectors(
+    predictor: learned.Predictor,
+    codec: ResidualCodec,
+    codes: np.ndarray,
+    residuals: np.ndarray,
+    lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`learned.document_vectors` of compressed documents, decompressed a few at a time."""
+    starts = offsets_from_lengths(lengths)
+    cuts = np.searchsorted(starts, np.arange(0, starts[-1], _DECOMPRESSED))
+    cuts = np.unique([0, *cuts, len(lengths)])
+    parts = []
+    for first, last in itertools.pairwise(cuts):
+        rows = slice(starts[first], starts[last])
+        values = decompress_on_host(codec, codes[rows], residuals[rows])
+        parts.append(learned.document_vectors(predictor, values, lengths[first:last]))
+    vectors, scales = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return vectors, scales
 
 
 class _Sample:
@@ -433,7 +494,12 @@ class _Sample:
 
 
 def _finish(
-    folder: Path, source: DocumentSource, codec: ResidualCodec, state: BuildState, group: Group
+    folder: Path,
+    source: DocumentSource,
+    codec: ResidualCodec,
+    state: BuildState,
+    group: Group,
+    predictor: learned.Predictor | None,
 ) -> None:
     """Inverted lists of each process's documents; then, in the first, everything joined."""
     suffix = _part("", group.index, group.count)
@@ -450,7 +516,8 @@ def _finish(
         return
     if group.count > 1:
         suffixes = [_part("", i, group.count) for i in range(group.count)]
-        for name in ("codes", "residuals", "lengths"):
+        vectors = () if predictor is None else fmt.LEARNED
+        for name in ("codes", "residuals", "lengths", *vectors):
             _join(folder, name, suffixes)
         entries = join_inverted_lists(folder, suffixes)
     lengths = np.load(folder / "lengths.npy")
@@ -469,6 +536,7 @@ def _finish(
         columns=state.key["columns"],
         outlier_distance=state["outlier_distance"],
         fields=FIELDS if source.has_fields else None,
+        learned=None if predictor is None else predictor.sizes,
         checksums={FIELDS: fields_checksum(folder / FIELDS, len(lengths))}
         if source.has_fields
         else {},

@@ -23,6 +23,7 @@ import numpy as np
 
 from colbert_jax.compression.codec import ResidualCodec, extended, nbits_of, nearest_codes, unpack
 from colbert_jax.compression.kmeans import most_centroids_for, sample_size_for, train_kmeans
+from colbert_jax.compression.learned import Predictor
 from colbert_jax.config import IndexConfig
 from colbert_jax.embeddings import offsets_from_lengths
 from colbert_jax.files import sync_folder
@@ -72,7 +73,7 @@ _NAMED = 5  # ids in a message
 _IDS = (*fmt.string_arrays(ID), "deleted")
 TOLD = (*_IDS, *fmt.string_arrays(TEXT))
 _CODEC = ("centroids", "bucket_cutoffs", "bucket_weights")
-_COPIED = ("codes", "residuals", "offsets", *TOLD)
+_COPIED = ("codes", "residuals", "offsets", *TOLD, *fmt.LEARNED)
 
 
 class Opened(NamedTuple):
@@ -130,7 +131,7 @@ def add_documents(
     with changing(path, "adding") as folder:
         now = open_now()
         metadata = now.metadata
-        check_whole(now.path, metadata, (*_CODEC, *_IDS))
+        check_whole(now.path, metadata, (*_CODEC, *_IDS, *fmt.PREDICTOR))
         _check_next_id(now)
         group = Group()
         state = BuildState(folder, group)
@@ -162,7 +163,20 @@ def add_documents(
         state.start(key, group, commit=False)
         encode_sample(folder, source, settings, state, group, progress)
         codec, share = _extended(folder, now, source, state, settings, progress)
-        compress_documents(folder, source, codec, state, group, None, progress, final=False)
+        predictor = None
+        if metadata.learned is not None:
+            predictor = Predictor(*(np.array(now.arrays[name]) for name in fmt.PREDICTOR))
+        compress_documents(
+            folder,
+            source,
+            codec,
+            state,
+            group,
+            None,
+            progress,
+            predictor=predictor,
+            final=False,
+        )
         _publish_added(folder, now, source, state, given, replaced, texts, share)
         discard(folder)
 
@@ -371,8 +385,9 @@ def _publish_added(
     lengths = np.load(folder / "lengths.npy")
     publication = _Publication(folder, now, state, len(lengths))
     fresh = len(np.load(folder / "centroids.npy"))
-    for name in ("codes", "residuals", *(["centroids"] if fresh else [])):
-        empty = name != "centroids" and not lengths.any()  # can't be mapped
+    vectors = () if metadata.learned is None else fmt.LEARNED
+    for name in ("codes", "residuals", *(["centroids"] if fresh else []), *vectors):
+        empty = name in ("codes", "residuals") and not lengths.any()  # can't be mapped
         rows = np.load(folder / f"{name}.npy", mmap_mode=None if empty else "r")
         publication.append(name, _blocks(rows))
     publication.append("offsets", [metadata.num_tokens + np.cumsum(lengths, dtype=np.int64)])
@@ -500,6 +515,12 @@ def compact(path: Path, open_now: Callable[[], Opened], progress: bool | None) -
         publication.replace("residuals", folder / "residuals.npy")
         fmt.write_array(folder / "offsets.npy", offsets_from_lengths(lengths))
         publication.replace("offsets", folder / "offsets.npy")
+        for name in () if now.metadata.learned is None else fmt.LEARNED:
+            known = now.arrays[name]
+            with fmt.ArrayWriter(folder / f"{name}.npy", known.dtype, known.shape[1:]) as writer:
+                for start in range(0, len(left), _ROWS):
+                    writer.append(known[left[start : start + _ROWS]])
+            publication.replace(name, folder / f"{name}.npy")
         next_id = change.next_id
         if not isinstance(now.ids, Positions):
             publication.replace_strings(ID, [_chosen(now.ids, left)])

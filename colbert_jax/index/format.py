@@ -13,6 +13,13 @@
     texts.npy, text_offsets.npy  uint8, int64   the documents' texts, where they are kept
     fields.sqlite                               the documents' fields, where they have any
 
+and, where the index was built with learned vectors (`compression.learned`), of width F:
+
+    learned_vectors.npy        int8    [N, F]
+    learned_scales.npy         float32 [N]
+    learned_landmarks.npy, learned_projection.npy, learned_tokens.npy, learned_means.npy,
+    learned_solver.npy         float32           what makes the vectors of queries and documents
+
 Codes, residual bytes and bucket order are Stanford ColBERT's.
 
 A build writes format version 1. The first change (`index.changes`) makes it version 2, in which
@@ -44,6 +51,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from colbert_jax.compression.codec import check_packable
+from colbert_jax.compression.learned import Predictor
 from colbert_jax.config import NBITS
 from colbert_jax.files import present, write_json
 from colbert_jax.index.folder import METADATA, building_folder, locate, naming
@@ -52,8 +60,10 @@ FORMAT_VERSION = 1  # of what a build writes
 CHANGED_VERSION = 2  # of what was changed since
 # Arrays that grow at their end.
 _STRINGS = ("pids", "pid_offsets", "texts", "text_offsets")
-GROWING = frozenset(("codes", "residuals", "offsets", "centroids", "deleted", *_STRINGS))
-_ARRAYS = GROWING | {"bucket_cutoffs", "bucket_weights", "lists", "list_offsets"}
+LEARNED = ("learned_vectors", "learned_scales")
+PREDICTOR = tuple(f"learned_{name}" for name in Predictor._fields)
+GROWING = frozenset(("codes", "residuals", "offsets", "centroids", "deleted", *_STRINGS, *LEARNED))
+_ARRAYS = GROWING | {"bucket_cutoffs", "bucket_weights", "lists", "list_offsets", *PREDICTOR}
 _TRIES = 20  # to open an index that stays as it is
 _HEADER = 128  # bytes of the header of an array's file
 _LARGEST = float(np.finfo(np.float16).max)  # weight; larger ones overflow in sums of squares
@@ -94,6 +104,8 @@ class Metadata:
       outlier_distance: the distance from its centroid that one in ten held-out token embeddings
         exceeded when the centroids were trained; None: not known.
       fields: the file of the documents' fields; None where they have none.
+      learned: the sizes "landmarks", "tokens" and "width" of the learned vectors and of what makes
+        them; None: there are none.
       change: what changed since the build; None: nothing.
     """
 
@@ -112,6 +124,7 @@ class Metadata:
     origin: Mapping[str, Any] | None = None
     outlier_distance: float | None = None
     fields: str | None = None
+    learned: Mapping[str, int] | None = None
     change: Change | None = None
 
     @property
@@ -136,9 +149,13 @@ class Metadata:
         """The fields of `metadata.json`."""
         version = FORMAT_VERSION if self.change is None else CHANGED_VERSION
         fields: dict[str, Any] = {"format_version": version, **vars(self)}
-        for name in ("origin", "outlier_distance", "fields", "change"):
+        for name in ("origin", "outlier_distance", "fields", "learned", "change"):
             if fields[name] is None:
                 del fields[name]
+        if self.model is not None:  # as earlier versions have it where it asks for nothing new
+            search = self.model["search"].items()
+            asked = {name: value for name, value in search if (name, value) != ("candidates", None)}
+            fields["model"] = {**self.model, "search": asked}
         if self.change is not None:
             fields["change"] = vars(self.change)
         columns, checksums = fields.pop("columns"), fields.pop("checksums")
@@ -287,6 +304,12 @@ def _is_size(value: Any) -> bool:
     return _is_count(value) and value <= np.iinfo(np.int32).max
 
 
+def _are_sizes(learned: dict[str, Any]) -> bool:
+    return learned.keys() == {"landmarks", "tokens", "width"} and all(
+        _is_size(value) and value > 0 for value in learned.values()
+    )
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -328,6 +351,7 @@ _OPTIONAL: dict[str, Any] = {
     "origin": _is_object,
     "outlier_distance": lambda value: isinstance(value, float) and 0 <= value <= _FARTHEST,
     "fields": lambda value: isinstance(value, str) and is_fields_file(value),
+    "learned": lambda value: _is_object(value) and _are_sizes(value),
 }
 _CHANGE: dict[str, Any] = {
     "generation": lambda value: _is_count(value) and 0 < value < _MOST_CHANGES,
@@ -545,6 +569,17 @@ def array_specs(metadata: Metadata) -> dict[str, tuple[type, tuple[int, ...]]]:
         "lists": (np.int32, (m.num_list_entries,)),
         "list_offsets": (np.int64, (_num_listed_centroids(m) + 1,)),
     }
+    if m.learned is not None:
+        landmarks, tokens, width = (m.learned[name] for name in ("landmarks", "tokens", "width"))
+        specs |= {
+            "learned_vectors": (np.int8, (m.num_documents, width)),
+            "learned_scales": (np.float32, (m.num_documents,)),
+            "learned_landmarks": (np.float32, (landmarks, m.dim)),
+            "learned_projection": (np.float32, (landmarks, width)),
+            "learned_tokens": (np.float32, (tokens, m.dim)),
+            "learned_means": (np.float32, (tokens,)),
+            "learned_solver": (np.float32, (width, tokens)),
+        }
     if m.num_deleted:
         specs["deleted"] = (np.uint8, (-(-m.num_documents // 8),))
     for column, size in m.columns.items():

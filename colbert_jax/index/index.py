@@ -50,6 +50,7 @@ from colbert_jax.search.arrays import (
 )
 from colbert_jax.search.backend import Backend, ShardedBackend, choose_backend
 from colbert_jax.search.best_tokens import rescore, search_all
+from colbert_jax.search.learned import LearnedArrays
 
 LOGGER = logging.getLogger("colbert_jax")
 _MANY_DELETED = 0.2  # of the documents: worth compacting
@@ -108,6 +109,11 @@ class Index:
         arrays = IndexArrays(*(files.get(name) for name in IndexArrays._fields))  # type: ignore[arg-type]
         with self._naming_the_file():
             self.arrays = arrays._replace(**self._recent_lists())  # type: ignore[arg-type]
+        self._learned: LearnedArrays | None = None
+        if metadata.learned is not None:
+            self._learned = LearnedArrays(
+                *(files[f"learned_{name}"] for name in LearnedArrays._fields)  # type: ignore[arg-type]
+            )
         self.backend = self._choose_backend(former)
         self._fields: FieldStore | None = None
         if metadata.fields is not None:
@@ -143,6 +149,7 @@ class Index:
         kmeans_niters: int | None = None,
         num_centroids: int | None = None,
         buckets: str | None = None,
+        learned_dim: int | None = None,
         seed: int | None = None,
         store_texts: bool = True,
         overwrite: bool = False,
@@ -171,7 +178,10 @@ class Index:
           num_centroids: None: Stanford's rule; at most the number of tokens to train on.
           buckets: "optimal", the default, rounds residuals to the nearest direction;
             "quantile" is Stanford's rule. Both are read alike, by Stanford's code too.
-          seed: of the sample and the centroids.
+          learned_dim: keep a vector of so many bytes for each document, which predicts its scores:
+            candidates by one product, for searches with `candidates="learned"` (docs/indexes.md).
+            None: what the checkpoint asks for, else none is kept.
+          seed: of the sample, the centroids and the learned vectors.
           store_texts: keep the texts in the index.
           overwrite: replace an index that is there.
           progress: True for bars. If None, bars on a terminal, else log lines.
@@ -190,6 +200,7 @@ class Index:
             kmeans_niters=kmeans_niters,
             num_centroids=num_centroids,
             buckets=buckets,
+            learned_dim=learned_dim,
             seed=seed,
         )
         settings = {name: plain(value) for name, value in given.items() if value is not None}
@@ -286,6 +297,7 @@ class Index:
         ncells: int | None = None,
         centroid_score_threshold: float | None = None,
         ndocs: int | None = None,
+        candidates: str | None = None,
         where: Mapping[str, Any] | Selection | None = None,
         ids: Iterable[str] | None = None,
         best_tokens: int | None = None,
@@ -310,6 +322,9 @@ class Index:
           centroid_score_threshold: a document token counts in the first ranking of candidates where
             its centroid scores at least this for some query token.
           ndocs: candidates kept by that ranking; a quarter of them are scored on their residuals.
+            With learned candidates, how many there are, all scored.
+          candidates: "plaid", by its stages, or "learned", by the learned vectors of an index that
+            has them (`learned_dim` of `build`). If None, as the checkpoint asks, else "plaid".
           where, ids: find only these documents, see `select`; or `where` is what it returned.
           best_tokens: sum this many of a query's best matches, for models of Baleen's flipr
             (`ColBERT.best_tokens`): the documents that PLAID scores on their residuals, or with
@@ -321,7 +336,8 @@ class Index:
 
         Raises:
           ValueError, TypeError: another shape than [B, Lq, D], NaN, text, k below 1, an unknown
-            mode, or settings of PLAID beside mode="exact"; a damaged file of the index, named.
+            mode, or settings of PLAID beside mode="exact" or candidates="learned"; learned
+            candidates of an index without learned vectors; a damaged file of the index, named.
         """
         queries, k = self._checked(queries), check_k(k)
         given = {
@@ -330,6 +346,7 @@ class Index:
                 ("ncells", ncells),
                 ("centroid_score_threshold", centroid_score_threshold),
                 ("ndocs", ndocs),
+                ("candidates", candidates),
             )
             if value is not None
         }
@@ -341,8 +358,7 @@ class Index:
             )
         if best_tokens is not None and operator.index(best_tokens) < 1:
             raise ValueError(f"best_tokens must be at least 1, got {best_tokens}")
-        defaults = SearchConfig() if mode == "fast" else self._search_defaults
-        settings = dataclasses.replace(defaults, **given)
+        settings = self._settings(mode, given)
         selection = where if isinstance(where, Selection) else self.select(where, ids)
         k = min(k, selection.num_results)
         if len(queries) == 0 or self.backend is None or k == 0:
@@ -354,12 +370,34 @@ class Index:
                 if best_tokens is not None:
                     return search_all(self.arrays, queries, k, best_tokens, allowed)
                 return self.backend.exact(queries, k, allowed)
+            search = self.backend.plaid
+            if settings.candidates == "learned":
+                search = self.backend.learned
             settings = settings.resolve(k, mode)
             if best_tokens is None:
-                return self.backend.plaid(queries, k, settings, allowed)
+                return search(queries, k, settings, allowed)
             last = min(max(int(settings.ndocs or 1) // 4, k), selection.num_results)
-            found = self.backend.plaid(queries, last, settings, allowed)
+            found = search(queries, last, settings, allowed)
             return rescore(self.arrays, queries, found.positions, k, best_tokens)
+
+    def _settings(self, mode: str, given: dict[str, Any]) -> SearchConfig:
+        """Of a search, not yet resolved."""
+        defaults = self._search_defaults
+        learned = given.get("candidates", defaults.candidates) == "learned" and mode != "exact"
+        if mode == "fast" or (learned and defaults.candidates != "learned"):
+            defaults = SearchConfig(candidates=defaults.candidates)
+        settings = dataclasses.replace(defaults, **given)
+        if learned and self._learned is None:
+            raise ValueError(
+                f"{self.path}: has no learned vectors for candidates='learned': build it with "
+                "learned_dim=512, or search with candidates='plaid'"
+            )
+        meaningless = [name for name in ("ncells", "centroid_score_threshold") if name in given]
+        if learned and meaningless:
+            raise ValueError(
+                f"candidates='learned' probes no centroids: {', '.join(meaningless)} means nothing"
+            )
+        return settings
 
     def select(
         self, where: Mapping[str, Any] | None = None, ids: Iterable[str] | None = None
@@ -759,8 +797,8 @@ class Index:
         try:
             with self._naming_the_file():
                 if former is not None and former.backend is not None:
-                    return former.backend.grown(self.arrays)
-                return choose_backend(self.arrays, self._mesh)
+                    return former.backend.grown(self.arrays, self._learned)
+                return choose_backend(self.arrays, self._mesh, self._learned)
         except NotImplementedError as error:
             raise NotImplementedError(f"{self.path}: {error}") from None
 

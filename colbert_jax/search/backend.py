@@ -25,13 +25,15 @@ from colbert_jax.search.arrays import (
     check_placed,
     list_lengths,
 )
-from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_search
+from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_learned, cpu_search
 from colbert_jax.search.exact import exact_search
-from colbert_jax.search.placement import place, place_with_room
-from colbert_jax.search.plaid import initial_capacity, plaid_search, score_few
+from colbert_jax.search.learned import LearnedArrays, check_learned
+from colbert_jax.search.placement import place, place_learned, place_with_room
+from colbert_jax.search.plaid import initial_capacity, learned_search, plaid_search, score_few
 from colbert_jax.search.sharded import (
     shard_arrays,
     sharded_exact_search,
+    sharded_learned_search,
     sharded_plaid_search,
     sharded_score_few,
 )
@@ -42,10 +44,13 @@ _INT32 = np.iinfo(np.int32).max
 
 
 @runtime.apart()
-def choose_backend(arrays: IndexArrays, mesh: Mesh | None = None) -> Backend:
+def choose_backend(
+    arrays: IndexArrays, mesh: Mesh | None = None, learned: LearnedArrays | None = None
+) -> Backend:
     """The backend for an index's arrays as they are on disk.
 
     Args:
+      learned: as they are on disk; None: the index has none.
       mesh: one axis of devices to spread the documents over. If None, the CPU's kernels where they
         run, else the default device.
 
@@ -53,28 +58,37 @@ def choose_backend(arrays: IndexArrays, mesh: Mesh | None = None) -> Backend:
       NotImplementedError, ValueError: more tokens than a device can hold.
     """
     if mesh is not None and mesh.devices.size > 1:
-        return ShardedBackend(arrays, mesh)
+        return ShardedBackend(arrays, mesh, learned)
     if mesh is None and runtime.use_cpu_kernels():
-        return CpuBackend(arrays)
-    return DeviceBackend(arrays, None if mesh is None else mesh.devices.flat[0])
+        return CpuBackend(arrays, learned)
+    return DeviceBackend(arrays, None if mesh is None else mesh.devices.flat[0], learned)
 
 
 class Backend(ABC):
-    """PLAID and exact search over the arrays of one index.
+    """PLAID, learned and exact search over the arrays of one index.
 
-    Both raise DamagedArrayError where they meet a code or a document out of range.
+    All raise DamagedArrayError where they meet a code, a document or a number out of range.
     """
 
-    def __init__(self, arrays: IndexArrays):
+    def __init__(self, arrays: IndexArrays, learned: LearnedArrays | None):
         self._num_documents = len(arrays.offsets) - 1
         self._num_centroids = len(arrays.centroids)
+        self._unchecked = learned
+
+    @functools.cached_property
+    def _learned(self) -> LearnedArrays:
+        """On the host, checked once."""
+        assert self._unchecked is not None
+        check_learned(self._unchecked)
+        return self._unchecked
 
     @abstractmethod
-    def grown(self, arrays: IndexArrays) -> Backend:
+    def grown(self, arrays: IndexArrays, learned: LearnedArrays | None = None) -> Backend:
         """The backend for arrays that continue those of this one, which stays usable.
 
         Args:
           arrays: on the host; documents and centroids have been added at the end, or none.
+          learned: of all these documents, if there are any.
         """
 
     @runtime.apart()
@@ -122,6 +136,30 @@ class Backend(ABC):
                     ncells *= _WIDEN
             settings = dataclasses.replace(settings, ncells=ncells)
         return self._until_enough(queries, k, settings, allowed)
+
+    @runtime.apart()
+    def learned(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None = None
+    ) -> Hits:
+        """The k best of the `ndocs` documents that learned vectors predict to be the best.
+
+        Where no more are allowed, these are scored.
+
+        Args: as of `plaid`; the index has learned vectors.
+        """
+        if k == 0:
+            return _nothing(len(queries))
+        allowed = self._selective(allowed)
+        ndocs = int(settings.ndocs or 1)
+        if allowed is not None and np.count_nonzero(allowed) <= max(ndocs, k):
+            return self._few(queries, k, dataclasses.replace(settings, ndocs=4 * ndocs), allowed)
+        return Hits(*self._by_learned(queries, k, settings, allowed))
+
+    @abstractmethod
+    def _by_learned(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and scores [B, k]."""
 
     def _until_enough(
         self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
@@ -177,8 +215,8 @@ def _nothing(batch: int) -> Hits:
 class CpuBackend(Backend):
     """numba's kernels over mapped arrays that are never copied."""
 
-    def __init__(self, arrays: IndexArrays):
-        super().__init__(arrays)
+    def __init__(self, arrays: IndexArrays, learned: LearnedArrays | None = None):
+        super().__init__(arrays, learned)
         self._mapped = cpu_arrays(arrays)
 
     @functools.cached_property
@@ -188,8 +226,21 @@ class CpuBackend(Backend):
         check_centroids(centroids.min(), centroids.max())
         return self._mapped
 
-    def grown(self, arrays: IndexArrays) -> Backend:
-        return CpuBackend(arrays)
+    def grown(self, arrays: IndexArrays, learned: LearnedArrays | None = None) -> Backend:
+        return CpuBackend(arrays, learned)
+
+    @functools.cached_property
+    def _with_token(self) -> np.ndarray | None:
+        """bool[N], the documents that have a token; None: all."""
+        found = np.diff(self._mapped.offsets) > 0
+        return None if found.all() else found
+
+    def _by_learned(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._with_token is not None:
+            allowed = self._with_token if allowed is None else allowed & self._with_token
+        return cpu_learned(self._arrays, self._learned, queries, k, settings, allowed)
 
     def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
         return Hits(*cpu_exact(self._arrays, queries, k, allowed))
@@ -203,8 +254,13 @@ class CpuBackend(Backend):
 class DeviceBackend(Backend):
     """XLA's programs on one device, where the arrays are placed by the first search."""
 
-    def __init__(self, arrays: IndexArrays, device: jax.Device | None = None):
-        super().__init__(arrays)
+    def __init__(
+        self,
+        arrays: IndexArrays,
+        device: jax.Device | None = None,
+        learned: LearnedArrays | None = None,
+    ):
+        super().__init__(arrays, learned)
         if len(arrays.codes) > _INT32:
             raise NotImplementedError(
                 f"{len(arrays.codes)} tokens; one device holds at most {_INT32}: shard the index "
@@ -236,9 +292,23 @@ class DeviceBackend(Backend):
         self._former = None
         return placed
 
-    def grown(self, arrays: IndexArrays) -> Backend:
-        """Only what is new is copied to the device, beside the inverted lists."""
-        grown = DeviceBackend(arrays, self._device)
+    @functools.cached_property
+    def _placed_learned(self) -> LearnedArrays:
+        """On the device, with as much room as the arrays."""
+        return place_learned(self._learned, self._device, len(self.arrays.offsets) - 1)
+
+    def _by_learned(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        runtime.check_process()
+        arrays = self.arrays
+        if allowed is not None:
+            allowed = np.pad(allowed, (0, len(arrays.offsets) - 1 - len(allowed)))
+        return learned_search(arrays, self._placed_learned, queries, k, settings, allowed)
+
+    def grown(self, arrays: IndexArrays, learned: LearnedArrays | None = None) -> Backend:
+        """Only what is new is copied to the device, beside inverted lists and learned vectors."""
+        grown = DeviceBackend(arrays, self._device, learned)
         grown._capacities.learn(self._capacities)
         with self._lock:
             placed, former = self._placed, self._former
@@ -275,17 +345,25 @@ class ShardedBackend(Backend):
     One search at a time: programs that talk to each other must start in the same order everywhere.
     """
 
-    def __init__(self, arrays: IndexArrays, mesh: Mesh):
-        super().__init__(arrays)
+    def __init__(self, arrays: IndexArrays, mesh: Mesh, learned: LearnedArrays | None = None):
+        super().__init__(arrays, learned)
         self._lengths = np.diff(arrays.offsets)
         self._mesh = mesh
         if self._lengths.any():  # else there is nothing to find, and nothing is searched
-            self._shards = shard_arrays(arrays, mesh)
+            checked = None if learned is None else self._learned
+            self._shards = shard_arrays(arrays, mesh, checked)
         self._capacities = _Capacities(arrays, mesh.devices.size)
         self._lock = threading.Lock()
 
-    def grown(self, arrays: IndexArrays) -> Backend:
-        return ShardedBackend(arrays, self._mesh)
+    def grown(self, arrays: IndexArrays, learned: LearnedArrays | None = None) -> Backend:
+        return ShardedBackend(arrays, self._mesh, learned)
+
+    def _by_learned(
+        self, queries: np.ndarray, k: int, settings: SearchConfig, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        runtime.check_process()
+        with self._lock:
+            return sharded_learned_search(self._shards, queries, k, settings, allowed)
 
     def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Hits:
         runtime.check_process()

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from colbert_jax.compression.codec import nbits_of, unpack
+from colbert_jax.compression.learned import SHARPNESS, rounded
 from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
 from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
+from colbert_jax.search.learned import LearnedArrays
 
 _TOKENS = 64  # tokens of a document that are decompressed at a time
 _SMALL = 256  # candidates of a thread, below which one thread is faster
@@ -103,6 +105,82 @@ def cpu_search(
             best = _search_one(arrays, queries[i], k, settings, allowed, threads == 1)
             n = len(best[0])
             positions[i, :n], scores[i, :n] = best
+
+    spread(worker, threads)
+    return positions, scores
+
+
+def cpu_learned(
+    arrays: CpuArrays,
+    learned: LearnedArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    allowed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score exactly the documents that learned vectors predict to be the best.
+
+    Args:
+      learned: on the host.
+      queries, k, settings: as for `cpu_search`; of the settings `ndocs`, how many are scored.
+      allowed: bool[N], the documents that may be found, all with a token and at least k of them. If
+        None, all have one.
+
+    Returns:
+      positions and scores, as `cpu_search`.
+    """
+    from colbert_jax.search import cpu_kernels
+
+    num_documents = len(arrays.offsets) - 1
+    landmarks, projection = (_view(array, np.float32) for array in learned[:2])
+    vectors, scales = _view(learned.vectors, np.int8), _view(learned.scales, np.float32)
+    chosen = np.arange(num_documents) if allowed is None else np.flatnonzero(allowed)
+    chosen = chosen.astype(np.int32)
+    positions = np.empty((len(queries), k), np.int32)
+    scores = np.empty((len(queries), k), np.float32)
+    threads = min(num_threads(), len(queries)) if len(queries) > 1 else 1
+    inner = num_threads() if threads == 1 else 1
+    keep = max(int(settings.ndocs or 1), k)
+
+    def vector_of(columns: np.ndarray, length: int) -> np.ndarray:
+        # Not by BLAS, whose threads wait for each other in so small products.
+        products = np.empty((len(landmarks), columns.shape[0] * columns.shape[2]), np.float32)
+        cpu_kernels.products(landmarks, columns, products)
+        features = np.exp(np.float32(SHARPNESS) * (products[:, :length] - np.float32(1)))
+        vector = np.empty((1, projection.shape[1]), np.float32)
+        cpu_kernels.weighted_sum(features.sum(axis=1), projection, vector[0])
+        scale = np.abs(vector).max(axis=1) / np.float32(127)
+        return rounded(vector, scale)[0].astype(np.float32)
+
+    def search(i: int) -> None:
+        rows = queries[i][queries[i].any(axis=1)]
+        columns = _columns(rows)
+        units = vector_of(columns, len(rows))
+        found = _scratch("positions", (len(chosen),), np.int32)
+        found[:] = chosen
+        predicted = _scratch("scores", (len(chosen),), np.float32)
+        _split(
+            lambda start, stop: cpu_kernels.predict(
+                vectors, scales, units, found, start, stop, predicted
+            ),
+            len(chosen),
+            inner,
+        )
+        count = cpu_kernels.keep_best(found, predicted, len(chosen), keep)
+        exact = _scratch("exact", (1, count), np.float32)
+        _split(
+            lambda start, stop: _score_exactly(
+                arrays, columns, np.array([0, len(rows)]), found, start, stop, exact
+            ),
+            count,
+            inner,
+            small=16,
+        )
+        positions[i], scores[i] = _sorted(found[:count], exact[0], k)
+
+    def worker(lane: int) -> None:
+        for i in range(lane, len(queries), threads):
+            search(i)
 
     spread(worker, threads)
     return positions, scores

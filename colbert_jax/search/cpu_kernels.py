@@ -216,6 +216,50 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
 
 
 @compiled
+def products(rows, columns, out):
+    """Multiply all rows float32[n, D] with the columns of tiles, to out float32[n, W]."""
+    order = np.empty(ROWS, np.int32)
+    tile = np.empty((ROWS, LANES), np.float32)
+    for first in range(0, len(rows), ROWS):
+        for t in range(ROWS):
+            order[t] = min(first + t, len(rows) - 1)
+        for s in range(len(columns)):
+            multiply(rows, order, 0, columns[s], tile)
+            for t in range(min(ROWS, len(rows) - first)):
+                for lane in range(LANES):
+                    out[first + t, s * LANES + lane] = tile[t, lane]
+
+
+@compiled
+def weighted_sum(weights, rows, out):
+    """The sum of rows float32[n, F], each times its weight float32[n], to out float32[F]."""
+    for f in range(len(out)):
+        out[f] = _ZERO
+    for i in range(len(rows)):
+        weight, row = weights[i], rows[i]
+        for f in range(len(out)):
+            out[f] += weight * row[f]
+
+
+@compiled
+def predict(vectors, scales, units, positions, start, stop, scores):
+    """Predict the scores of documents positions[start..stop-1] by their learned vectors.
+
+    Args:
+      vectors: int8[N, F]; scales: float32[N].
+      units: float32[F], the query's vector, whole numbers: sums are exact in any order.
+      positions: int32[n].
+      scores: float32[n], filled.
+    """
+    for j in range(start, stop):
+        row = vectors[positions[j]]
+        total = _ZERO
+        for f in range(len(units)):
+            total += units[f] * np.float32(row[f])
+        scores[j] = total * scales[positions[j]]
+
+
+@compiled
 def keep_best(positions, scores, count, n):
     """Move the n best of `count` candidates to the front, in their order.
 

@@ -17,6 +17,7 @@ import numpy as np
 from colbert_jax.batching import next_power_of_two
 from colbert_jax.scoring.residual import inverse_norms
 from colbert_jax.search.arrays import IndexArrays, join_lists, with_inverse_norms
+from colbert_jax.search.learned import LearnedArrays
 
 _BLOCK = 1 << 16  # tokens copied to the device at a time, and the least room for them
 _FEWEST_DOCUMENTS = 1 << 10
@@ -95,6 +96,17 @@ def place_with_room(
     return IndexArrays(
         centroids, weights, codes, residuals, padded, lists, list_offsets, inverse_norms=norms
     )
+
+
+def place_learned(
+    learned: LearnedArrays, device: jax.Device | None, documents: int
+) -> LearnedArrays:
+    """Copy learned vectors to a device, with room for so many documents; as `place` else."""
+    landmarks, projection, *rows = map(np.asarray, learned)
+    if len(rows[0]) < documents:
+        rows = [_filled(column, documents) for column in rows]
+    arrays = LearnedArrays(landmarks, projection, *rows)  # type: ignore[arg-type]
+    return jax.tree.map(partial(jax.device_put, device=device, may_alias=True), arrays)
 
 
 def _filled(rows: Any, count: int) -> np.ndarray:

@@ -8,6 +8,9 @@ For each query:
   3. full centroid interaction; the best `ndocs / 4` go on;
   4. exact MaxSim on the compressed tokens (`scoring.residual`).
 
+Where an index has learned vectors (`search.learned`), stages 1 to 3 can be one product with them,
+and its best `ndocs` are scored exactly.
+
 A batch of queries is one program of static shapes. Documents are positions in the index, from 0.
 The candidates of a query fill the front of its row of [B, C], short documents first, and are scored
 in blocks of documents and tiles of tokens: as many blocks as are filled, as many tiles as the
@@ -35,6 +38,7 @@ from colbert_jax.config import SearchConfig
 from colbert_jax.scoring.residual import token_maxima
 from colbert_jax.scoring.slots import field_weights, slot_major
 from colbert_jax.search.arrays import IndexArrays, best_of, result_size
+from colbert_jax.search.learned import LearnedArrays, predicted_scores
 
 PRUNED = -9999.0  # a query token's best score where pruning left no token: ColBERT's constant
 _TILE = 32  # tokens
@@ -145,6 +149,38 @@ def score_few(
     return positions[:, :k], scores[:, :k]
 
 
+def learned_search(
+    arrays: IndexArrays,
+    learned: LearnedArrays,
+    queries: jax.Array | np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    allowed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score exactly the documents that learned vectors predict to be the best.
+
+    Args:
+      arrays, queries, allowed: as for `plaid_search`.
+      learned: of as many documents as `arrays`.
+      k: results for each query, at most the number of documents with a token that are allowed.
+      settings: resolved; of these `ndocs`, how many are scored exactly.
+
+    Returns:
+      positions and scores, as `plaid_search`.
+    """
+    ndocs, size, counts = sizes_of(settings, k, share=1)
+    static = (1, ndocs, size, max(ndocs, size), memory_of(arrays.codes))
+    positions, scores, _ = widening(
+        lambda queries, threshold, _: _search_batch(
+            arrays, queries, threshold, *static, counts, allowed, None, learned
+        ),
+        queries,
+        settings,
+        static[3],
+    )
+    return positions[:, :k], scores[:, :k]
+
+
 def room_for_few(settings: SearchConfig, k: int) -> tuple[int, int]:
     """How many documents, and results, a program of `score_few` has room for.
 
@@ -154,8 +190,11 @@ def room_for_few(settings: SearchConfig, k: int) -> tuple[int, int]:
     return max(ndocs // 4, size), size
 
 
-def sizes_of(settings: SearchConfig, k: int) -> tuple[int, int, np.ndarray | None]:
+def sizes_of(settings: SearchConfig, k: int, share: int = 4) -> tuple[int, int, np.ndarray | None]:
     """What a program for k results is compiled for, so that all k share a few programs.
+
+    Args:
+      share: of `ndocs`, which part is scored exactly.
 
     Returns:
       ndocs and k of the program; and how many candidates its two cuts keep, int32[2], where these
@@ -163,9 +202,10 @@ def sizes_of(settings: SearchConfig, k: int) -> tuple[int, int, np.ndarray | Non
       are then those of a program for this k alone.
     """
     ndocs = int(settings.ndocs or 1)
-    if k < ndocs // 4:
-        return ndocs, min(result_size(k), ndocs // 4), None
-    counts = np.array([max(ndocs, k), max(ndocs // 4, k)], np.int32)
+    exact = ndocs // share
+    if k < exact:
+        return ndocs, min(result_size(k), exact), None
+    counts = np.array([max(ndocs, k), max(exact, k)], np.int32)
     size = _FEWEST_RESULTS
     while size < k:
         size *= 4
@@ -247,6 +287,7 @@ def _search_batch(
     counts=None,
     allowed=None,
     given=None,
+    learned=None,
 ):
     return search_batch(
         arrays,
@@ -260,6 +301,7 @@ def _search_batch(
         counts=counts,
         allowed=allowed,
         given=given,
+        learned=learned,
     )
 
 
@@ -276,6 +318,7 @@ def search_batch(
     counts: jax.Array | None = None,
     allowed: jax.Array | None = None,
     given: jax.Array | None = None,
+    learned: LearnedArrays | None = None,
     first: jax.Array | int = 0,
     axis: str | None = None,
 ) -> SearchResult:
@@ -286,7 +329,8 @@ def search_batch(
       threshold: float32[], see `SearchConfig`; so are ncells and ndocs.
       counts: int32[2], see `sizes_of`; at most what ndocs and k make of them, which it is if None.
       allowed: bool[N], the documents in `arrays` that may be candidates. If None, all.
-      given: int32[capacity], documents to score exactly, padded; if None, PLAID finds them.
+      given: int32[capacity], documents to score exactly, padded; if None, they are found.
+      learned: finds candidates in place of PLAID's first stages; if None, these do.
       first: int32[], position in the collection of the first document in `arrays`.
       axis: the mesh axis that the documents are sharded over, inside `jax.shard_map`. If None, one
         device has them all.
@@ -297,6 +341,8 @@ def search_batch(
     """
     num_centroids, batch, length = len(arrays.centroids), *queries.shape[:2]
     each = 8 * num_centroids * length + 32 * capacity
+    if learned is not None:
+        each += 16 * len(learned.scales)
     size = min(batch, max(next_power_of_two(memory.batch // each + 1) // 2, 1))
     search = partial(
         _search_part,
@@ -310,6 +356,7 @@ def search_batch(
         counts=counts,
         allowed=allowed,
         given=given,
+        learned=learned,
         first=first,
         axis=axis,
     )
@@ -331,12 +378,19 @@ def _search_part(
     counts,
     allowed,
     given,
+    learned,
     first,
     axis,
 ) -> SearchResult:
     num_documents = len(arrays.offsets) - 1
     table = centroid_scores(arrays.centroids, queries)
-    if given is None:
+    entries = jnp.zeros(len(queries), jnp.int32)
+    if given is not None:
+        positions = jnp.broadcast_to(given, (len(queries), capacity))
+    elif learned is not None:
+        n, count = max(ndocs, k), None if counts is None else counts[0]
+        positions = predicted_best(arrays, learned, queries, n, count, allowed, first, axis)
+    else:
         cells = probe(table, queries, ncells)
         positions, entries = candidates(arrays, cells, capacity, allowed)
         real = (queries != 0).any(axis=-1)
@@ -345,9 +399,6 @@ def _search_part(
             approximate = centroid_interaction(arrays, table, positions, counted, block)
             size, count = max(n, k), None if counts is None else counts[i]
             positions = cut(positions, approximate, size, num_documents, first, axis, count=count)
-    else:
-        positions = jnp.broadcast_to(given, (len(queries), capacity))
-        entries = jnp.zeros(len(queries), jnp.int32)
     exact = exact_scores(arrays, queries, table, positions, block)
 
     positions = jnp.where(positions < num_documents, first + positions, _PADDING)
@@ -408,15 +459,61 @@ def candidates(
     num_documents = len(arrays.offsets) - 1
     positions, entries = jax.vmap(partial(_list_entries, arrays, capacity=capacity))(cells)
     positions = jnp.sort(positions)
-    _, length = token_spans(arrays.offsets, positions)
-    classes = jnp.minimum((length - 1) // _TILE, _CLASSES - 1)
-    chosen = _is_first(positions) & (length > 0)
+    chosen = _is_first(positions)
     if allowed is not None:
         chosen &= allowed[jnp.minimum(positions, num_documents - 1)]
-    classes = jnp.where(chosen, classes, _CLASSES)
+    return _short_first(arrays.offsets, positions, chosen), entries
+
+
+def _short_first(offsets: jax.Array, positions: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The chosen documents that have a token, short ones first, then in their order.
+
+    Args:
+      positions: int32[B, C]; those from N on are padding.
+      chosen: bool[B, C].
+
+    Returns:
+      int32[B, C], padded with N.
+    """
+    capacity = positions.shape[1]
+    _, length = token_spans(offsets, positions)
+    classes = jnp.minimum((length - 1) // _TILE, _CLASSES - 1)
+    classes = jnp.where(chosen & (length > 0), classes, _CLASSES)
     key = jnp.sort(classes * capacity + jnp.arange(capacity, dtype=jnp.int32))
     positions = jnp.take_along_axis(positions, key % capacity, axis=1)
-    return jnp.where(key < _CLASSES * capacity, positions, num_documents), entries
+    return jnp.where(key < _CLASSES * capacity, positions, len(offsets) - 1)
+
+
+def predicted_best(
+    arrays: IndexArrays,
+    learned: LearnedArrays,
+    queries: jax.Array,
+    n: int,
+    count: jax.Array | None,
+    allowed: jax.Array | None,
+    first: jax.Array | int,
+    axis: str | None,
+) -> jax.Array:
+    """Find the n documents with the best predicted scores; of equal ones the smaller position.
+
+    Args:
+      queries: float32[B, Lq, D].
+      n, count, first, axis: as for `cut`.
+      allowed: as for `candidates`.
+
+    Returns:
+      int32[B, min(n, N)], short documents first, padded with N.
+    """
+    num_documents = len(arrays.offsets) - 1
+    scores = predicted_scores(learned, queries)
+    eligible = jnp.diff(arrays.offsets) > 0
+    if allowed is not None:
+        eligible &= allowed
+    positions = jnp.where(eligible, jnp.arange(num_documents, dtype=jnp.int32), num_documents)
+    positions = jnp.broadcast_to(positions, scores.shape)
+    scores = jnp.where(eligible, scores, -jnp.inf)
+    best = cut(positions, scores, n, num_documents, first, axis, count=count)
+    return _short_first(arrays.offsets, best, best < num_documents)
 
 
 def _list_entries(

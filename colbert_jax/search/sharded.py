@@ -38,6 +38,7 @@ from colbert_jax.search.arrays import (
     token_inverse_norms,
 )
 from colbert_jax.search.exact import QUERIES, TOKENS, score_documents
+from colbert_jax.search.learned import LearnedArrays
 
 _INT32 = np.iinfo(np.int32).max
 _LIST_BLOCK = 1 << 22  # entries of the inverted lists read at a time
@@ -56,12 +57,14 @@ class ShardedArrays:
       bounds: int[S+1] on the host; device s holds documents bounds[s]..bounds[s+1]-1.
       first: int32[S], sharded, the first document of each device.
       mesh: of one axis, over which the documents are sharded.
+      learned: vectors and scales as `arrays`, the rest on every device; None: there are none.
     """
 
     arrays: IndexArrays
     bounds: np.ndarray
     first: jax.Array
     mesh: Mesh
+    learned: LearnedArrays | None = None
 
     @property
     def axis(self) -> str:
@@ -69,7 +72,9 @@ class ShardedArrays:
         return self.mesh.axis_names[0]
 
 
-def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
+def shard_arrays(
+    arrays: IndexArrays, mesh: Mesh, learned: LearnedArrays | None = None
+) -> ShardedArrays:
     """Place an index on a mesh, in ranges of documents with about equally many tokens.
 
     A process reads only the parts of its devices, and copies one of them into its memory at a time.
@@ -77,6 +82,7 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
     Args:
       arrays: on the host, mapped from disk; offsets may be int64, without `inverse_norms`.
       mesh: of one axis.
+      learned: on the host.
 
     Raises:
       ValueError: the mesh has several axes, or a device would hold more than 2^31 - 1 tokens.
@@ -120,7 +126,17 @@ def shard_arrays(arrays: IndexArrays, mesh: Mesh) -> ShardedArrays:
     check_placed(placed, int(bounds[-1]))
     placed = placed._replace(inverse_norms=_norms(placed, mesh=mesh))
     (first,) = place(lambda s: (bounds[s : s + 1].astype(np.int32),), 1)
-    return ShardedArrays(placed, bounds, first, mesh)
+    if learned is None:
+        return ShardedArrays(placed, bounds, first, mesh)
+
+    def local_rows(s: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = (column[bounds[s] : bounds[s + 1]] for column in (learned.vectors, learned.scales))
+        vectors, scales = map(np.asarray, rows)
+        pad = documents - len(scales)
+        return np.pad(vectors, [(0, pad), (0, 0)]), np.pad(scales, (0, pad))
+
+    same = replicate(mesh, (learned.landmarks, learned.projection))
+    return ShardedArrays(placed, bounds, first, mesh, LearnedArrays(*same, *place(local_rows, 2)))
 
 
 def split_lists(
@@ -156,13 +172,33 @@ def sharded_plaid_search(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Run `plaid.plaid_search` over all devices; `capacity` is that of each device."""
     ndocs, size, counts = plaid.sizes_of(settings, k)
-    static = dict(ncells=int(settings.ncells or 1), ndocs=ndocs, k=size, counts=counts)
+    ncells = int(settings.ncells or 1)
+    static: dict[str, Any] = dict(ncells=ncells, ndocs=ndocs, k=size, counts=counts)
     if allowed is not None:
-        documents = (len(sharded.arrays.offsets) // sharded.mesh.devices.size) - 1
-        (static["allowed"],) = _place(
-            sharded.mesh, lambda s: (_part(allowed, sharded.bounds, s, documents),), 1
-        )
+        static["allowed"] = _shard_allowed(sharded, allowed)
     return _widening(sharded, queries, k, settings, capacity, static)
+
+
+def sharded_learned_search(
+    sharded: ShardedArrays,
+    queries: np.ndarray,
+    k: int,
+    settings: SearchConfig,
+    allowed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run `plaid.learned_search` over all devices."""
+    ndocs, size, counts = plaid.sizes_of(settings, k, share=1)
+    static: dict[str, Any] = dict(ncells=1, ndocs=ndocs, k=size, counts=counts)
+    static["learned"] = sharded.learned
+    if allowed is not None:
+        static["allowed"] = _shard_allowed(sharded, allowed)
+    return _widening(sharded, queries, k, settings, max(ndocs, size), static)[:2]
+
+
+def _shard_allowed(sharded: ShardedArrays, allowed: np.ndarray) -> jax.Array:
+    documents = (len(sharded.arrays.offsets) // sharded.mesh.devices.size) - 1
+    (placed,) = _place(sharded.mesh, lambda s: (_part(allowed, sharded.bounds, s, documents),), 1)
+    return placed
 
 
 def sharded_score_few(
@@ -350,19 +386,24 @@ def _plaid(
     counts=None,
     allowed=None,
     given=None,
+    learned=None,
     *,
     mesh,
     **settings,
 ):
     (axis,) = mesh.axis_names
 
-    def search(arrays, first, queries, threshold, counts, allowed, given):
-        local = dict(counts=counts, allowed=allowed, given=given, first=first[0], axis=axis)
-        return plaid.search_batch(arrays, queries, threshold, **local, **settings)
+    def search(arrays, first, queries, threshold, counts, allowed, given, learned):
+        local = dict(counts=counts, allowed=allowed, given=given, learned=learned)
+        return plaid.search_batch(
+            arrays, queries, threshold, first=first[0], axis=axis, **local, **settings
+        )
 
-    in_specs = (_specs(axis), P(axis), P(), P(), P(), P(axis), P(axis))
+    vectors: Any = P() if learned is None else (P(), P(), P(axis), P(axis))
+    vectors = vectors if learned is None else LearnedArrays(*vectors)
+    in_specs = (_specs(axis), P(axis), P(), P(), P(), P(axis), P(axis), vectors)
     return _shard_map(search, mesh, in_specs, P())(
-        arrays, first, queries, threshold, counts, allowed, given
+        arrays, first, queries, threshold, counts, allowed, given, learned
     )
 
 

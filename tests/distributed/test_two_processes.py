@@ -173,7 +173,7 @@ def alone(folder, tmp_path_factory) -> Path:
         build_index(
             path,
             lambda: sources.EmbeddingSource(**data),
-            IndexConfig(),
+            IndexConfig(learned_dim=8),
             mesh=data_mesh(jax.devices()[:2]),
         )
     return path
@@ -184,6 +184,12 @@ def test_same_index_as_one_process(folder, reports, alone):
     ours, expected = fmt.open_arrays(folder / "plain")[2], fmt.open_arrays(alone)[2]
     for name in ARRAYS:
         np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+    for name in fmt.PREDICTOR:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    # Documents were taken in other blocks, so a unit may be rounded otherwise.
+    vectors = (arrays["learned_vectors"].astype(int) for arrays in (ours, expected))
+    assert np.abs(np.subtract(*vectors)).max() <= 1
+    np.testing.assert_allclose(ours["learned_scales"], expected["learned_scales"], rtol=1e-3)
     Index.open(folder / "plain").verify()
     assert {f.name for f in (folder / "plain").iterdir()} == {f.name for f in alone.iterdir()}
 
