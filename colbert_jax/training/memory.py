@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -37,6 +38,14 @@ class Room(NamedTuple):
 
     free: int | None
     lengths: tuple[int, int]
+
+
+def _caller() -> int:
+    """The `stacklevel`, in who calls this, of the code that called this library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_memory(
@@ -85,7 +94,7 @@ def check_memory(
                 f"queries of {room.lengths[0]} and documents of {room.lengths[1]} tokens would "
                 f"take {_size(most)}, and {_size(free)} of memory are free. If there are such "
                 "texts, lower bsize or chunk, or raise accumsteps",
-                stacklevel=6,  # who called `train`
+                stacklevel=_caller(),
             )
         return
     fitting = int(_SHARE * free)
