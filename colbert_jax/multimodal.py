@@ -17,7 +17,6 @@ import numpy as np
 
 from colbert_jax.batching import BatchRunner, one_ahead, pad_rows
 from colbert_jax.checkpoints.common import ImageSide, fingerprint
-from colbert_jax.checkpoints.warn import warn
 from colbert_jax.explanation import Picture
 from colbert_jax.images import (
     Block,
@@ -29,6 +28,7 @@ from colbert_jax.images import (
 )
 from colbert_jax.models.colbert import TokenEncoder, unit_length
 from colbert_jax.models.flmr import image_rows, make_image_encoder, query_rows
+from colbert_jax.runtime import warn
 from colbert_jax.text import TokenIds, as_queries, as_texts
 
 Query: TypeAlias = "str | tuple[str, ImageInput | None]"  # a document, too

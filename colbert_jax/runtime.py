@@ -6,6 +6,8 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+
+
+def warn(message: str) -> None:
+    """Warn whoever called into this library, from however deep in it."""
+    frame, level = sys._getframe(1), 2
+    here = ("colbert_jax", "contextlib")  # whose decorators are between
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in here:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def cache_folder() -> Path:

@@ -25,8 +25,8 @@ from colbert_jax.checkpoints import (
 )
 from colbert_jax.checkpoints.common import Checkpoint
 from colbert_jax.checkpoints.modules import has_modules, read_modules
-from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import check_free, present, present_folder, publishing
+from colbert_jax.runtime import warn
 from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
 
 __all__ = [

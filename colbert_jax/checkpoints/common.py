@@ -16,7 +16,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from colbert_jax.checkpoints.tokenizer import write_tokenizer
-from colbert_jax.checkpoints.warn import warn
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import read_object, write_json
 from colbert_jax.images import ImageConfig
@@ -31,7 +30,7 @@ from colbert_jax.models.backbones import (
 from colbert_jax.models.colbert import EncoderConfig, param_shapes
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.flmr import ImageEncoderConfig
-from colbert_jax.runtime import apart
+from colbert_jax.runtime import apart, warn
 from colbert_jax.tensors.weights import Tensors, find_tensors
 from colbert_jax.text import ModelTokenizer, TextTokenizer
 

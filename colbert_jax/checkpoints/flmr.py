@@ -34,7 +34,7 @@ from colbert_jax.checkpoints.common import (
     tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer, write_tokenizer
-from colbert_jax.checkpoints.warn import expect_any, warn
+from colbert_jax.checkpoints.warn import expect_any
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, present_folder, read_object, write_json
 from colbert_jax.images import ImageConfig
@@ -44,6 +44,7 @@ from colbert_jax.models.colbert import EncoderConfig
 from colbert_jax.models.config import BackboneConfig
 from colbert_jax.models.flmr import ImageEncoderConfig, image_names, image_shapes
 from colbert_jax.models.vision import image_size_of, vision_config
+from colbert_jax.runtime import warn
 from colbert_jax.tensors.weights import SAFETENSORS, Tensors, find_tensors
 from colbert_jax.text import ModelTokenizer
 

@@ -11,8 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from colbert_jax.checkpoints import bge_m3, carried, colbertv1, flmr
-from colbert_jax.checkpoints.warn import warn
 from colbert_jax.files import present, present_folder
+from colbert_jax.runtime import warn
 from colbert_jax.tensors.weights import WEIGHT_FILES, is_head, other_weights
 
 # all-MiniLM-L6-v2 as a Python package, for where there is no model hub.

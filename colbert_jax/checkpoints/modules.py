@@ -24,11 +24,12 @@ from colbert_jax.checkpoints.common import (
     tensors_of,
 )
 from colbert_jax.checkpoints.tokenizer import read_tokenizer
-from colbert_jax.checkpoints.warn import expect_any, warn
+from colbert_jax.checkpoints.warn import expect_any
 from colbert_jax.config import ColBERTConfig, TextConfig
 from colbert_jax.files import check_types, present, read_json, read_object, write_json
 from colbert_jax.models.colbert import HEAD_ACTIVATIONS, DenseConfig, EncoderConfig
 from colbert_jax.models.config import BackboneConfig
+from colbert_jax.runtime import warn
 from colbert_jax.tensors.weights import SAFETENSORS, find_tensors
 from colbert_jax.text import ModelTokenizer
 

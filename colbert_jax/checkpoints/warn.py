@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def warn(message: str) -> None:
-    """Warn whoever called into this library, from however deep in it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+from colbert_jax.runtime import warn
 
 
 def expect_any(file: Path, fields: Mapping[str, Any], known: Iterable[str], instead: str) -> None:

@@ -20,7 +20,6 @@ from flax import nnx
 from colbert_jax import runtime
 from colbert_jax.checkpoints import carried, flmr, hub, read_checkpoint
 from colbert_jax.checkpoints.common import Checkpoint, ImageSide
-from colbert_jax.checkpoints.warn import warn
 from colbert_jax.colbert import ColBERT
 from colbert_jax.config import ColBERTConfig
 from colbert_jax.files import replacing_files, write_json
@@ -41,6 +40,7 @@ from colbert_jax.models.bert import BertConfig
 from colbert_jax.models.colbert import EncoderConfig, TokenEncoder, make_encoder
 from colbert_jax.models.flmr import ImageEncoder, ImageEncoderConfig, Seen, make_image_encoder
 from colbert_jax.models.layers import MASKED
+from colbert_jax.runtime import warn
 from colbert_jax.search.arrays import Hits
 from colbert_jax.text import outside_instruction
 

@@ -516,8 +516,7 @@ class Index:
         Returns:
           float32[N], 0 where a document has no word of the query, or is deleted.
 
-        Raises:
-          as `bm25`.
+        Raises: as `bm25`.
         """
         found = self.bm25().scores(query)
         if not self.metadata.num_deleted:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from colbert_jax import runtime
 from colbert_jax.config import TrainingConfig
 from colbert_jax.progress import LOGGER
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
@@ -38,14 +37,6 @@ class Room(NamedTuple):
 
     free: int | None
     lengths: tuple[int, int]
-
-
-def _caller() -> int:
-    """The `stacklevel`, in who calls this, of the code that called this library."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("colbert_jax."):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def check_memory(
@@ -89,12 +80,11 @@ def check_memory(
         # are through without a program that may never be run.
         grown = _grown(batch, room.lengths)
         if now * grown**2 > free and (most := needed(micro)) > free:
-            warnings.warn(
+            runtime.warn(
                 f"the first step of bsize {config.bsize} takes about {_size(now)}, but one of "
                 f"queries of {room.lengths[0]} and documents of {room.lengths[1]} tokens would "
                 f"take {_size(most)}, and {_size(free)} of memory are free. If there are such "
-                "texts, lower bsize or chunk, or raise accumsteps",
-                stacklevel=_caller(),
+                "texts, lower bsize or chunk, or raise accumsteps"
             )
         return
     fitting = int(_SHARE * free)
