@@ -303,9 +303,12 @@ def programs(
             partial(kmeans._means, mesh),
             *(over(8, clusters, dim), over(8, clusters)),
         ),
-        "compress": (codec._compress_block, codec_shapes, shaped(block, dim, dtype=jnp.float16)),
+        "compress": (
+            partial(codec._compress_block, codec.SCALES),
+            *(codec_shapes, shaped(block, dim, dtype=jnp.float16)),
+        ),
         "sharded compress": (
-            partial(codec._compress_sharded, mesh),
+            partial(codec._compress_sharded, mesh, codec.SCALES),
             *(codec_shapes, over(8 * block, dim, dtype=jnp.float16)),
         ),
         "decompress": (
