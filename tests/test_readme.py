@@ -55,8 +55,10 @@ ELSEWHERE = [
     "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
     "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
     "--cache CACHE",
-    "python benchmarks/search.py CACHE --passages 10000 --queries 128 --seconds 3 "
-    "--peer fast-plaid=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
+    "python benchmarks/search.py CACHE --passages 10000 --queries 128 --peer fast-plaid=PYTHON "
+    "--peer xtr-warp=PYTHON --peer tachiom=PYTHON --peer colbert-ai=PYTHON --peer torch=PYTHON",
+    "python benchmarks/encode.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
+    '--documents 1024 --queries 64 --int8 --peer torch=PYTHON --peer "torch int8=PYTHON"',
     "python benchmarks/train_minilm.py DATA --checkpoint MINILM --folder runs/minilm",
 ]
 # Of a page: fenced blocks, and the first lines of tables of equivalents.
