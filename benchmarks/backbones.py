@@ -300,7 +300,9 @@ def main() -> None:
     if args.output:
         packages = ("jax", "jaxlib", "flax", "torch", "transformers")
         about = {
-            "command": "python benchmarks/backbones.py" + " --memory" * args.memory,
+            "command": " ".join(["python benchmarks/backbones.py", *args.names])
+            + (f" --memory --tokens {args.tokens}" if args.memory else f" --rounds {args.rounds}")
+            + f" --layers {args.layers}",
             "machine": machine(),
             "python": platform.python_version(),
             "versions": {package: version(package) for package in packages},
