@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from colbert_jax.files import check_types, read_object, write_json
+from colbert_jax.files import check_types, checksum, read_object, write_json
 
 # Of the field's baselines (Anserini's). Stored beside what was made with them.
 SETTINGS = {"k1": 0.9, "b": 0.4, "stop words": "english", "stems": "english"}
 _ABOUT = "about.json"
-_READ = 1 << 22  # bytes read at a time
 
 
 def check_bm25() -> None:
@@ -94,7 +92,7 @@ class Bm25:
             self._engine.save(folder, show_progress=False)
         files = sorted(file for file in folder.iterdir() if file.name != _ABOUT)
         about |= {"settings": SETTINGS, "documents": self._count}
-        about["checksums"] = {file.name: _checksum(file) for file in files}
+        about["checksums"] = {file.name: checksum(file) for file in files}
         write_json(folder / _ABOUT, about)
 
     @classmethod
@@ -123,8 +121,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     known = read_object(folder / _ABOUT)
     check_types(folder / _ABOUT, known, {"checksums": dict, "documents": int})
-    for name, checksum in known["checksums"].items():
-        if _checksum(folder / name) != checksum:
+    for name, expected in known["checksums"].items():
+        if checksum(folder / name) != expected:
             raise ValueError(f"{folder / name}: damaged: its checksum differs")
     return known
 
@@ -142,11 +140,3 @@ def best(scores: np.ndarray, depth: int, allowed: np.ndarray | None = None) -> n
         least = np.partition(scores[found], len(found) - depth)[len(found) - depth]
         found = found[scores[found] >= least]
     return found[np.argsort(-scores[found], kind="stable")][:depth]
-
-
-def _checksum(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_READ):
-            checksum = zlib.crc32(block, checksum)
-    return checksum

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,17 @@ except ImportError:  # Windows
 
 _OURS = ".colbert_jax"
 _DIGITS = 8  # of a draft's name
+_READ = 1 << 22  # bytes read at a time
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file, read in blocks."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def present(file: Path) -> bool:

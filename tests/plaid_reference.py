@@ -142,7 +142,7 @@ def learned_units(learned: LearnedArrays, queries: np.ndarray) -> np.ndarray:
     for total, query in zip(sums, queries, strict=True):
         total += features(learned.landmarks, query[query.any(axis=1)]).sum(axis=0)
     vectors = sums @ learned.projection
-    return rounded(vectors, np.abs(vectors).max(axis=1) / np.float32(127))
+    return rounded(vectors)[0]
 
 
 def exact_reference(

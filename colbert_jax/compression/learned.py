@@ -35,7 +35,7 @@ _TOKENS = 4  # for each landmark, at which documents are fitted
 _POINTS = 60_000  # that the landmarks are trained on
 _DOCUMENTS = 2048  # that the directions are made of
 _RIDGE = 1e-6  # of the features' mean square
-_LEVELS = 127
+LEVELS = 127  # of a value, on each side of 0
 _BLOCK = 256  # tokens of documents in one product on a CPU
 _DEVICE_BLOCK = 1 << 13  # and on an accelerator
 
@@ -183,14 +183,14 @@ def _vectors_by_blas(
     for rows, some in _cut(lengths):
         best = _targets_by_blas(columns, values[rows], some)
         vectors = (best - predictor.means) @ predictor.solver.T
-        scales = np.abs(vectors).max(axis=1) / np.float32(_LEVELS)
-        yield rounded(vectors, scales), scales
+        yield rounded(vectors)
 
 
-def rounded(vectors: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """int8[N, F]: vectors float32[N, F] in units of their scales float32[N], 0 where that is 0."""
+def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round vectors float32[N, F] to int8[N, F] in units of their scales float32[N]."""
+    scales = np.abs(vectors).max(axis=1) / np.float32(LEVELS)
     units = vectors / np.where(scales > 0, scales, 1)[:, None]
-    return np.rint(units).astype(np.int8)
+    return np.rint(units).astype(np.int8), scales
 
 
 def _targets_by_blas(columns: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -258,6 +258,6 @@ def _vectors(
 ) -> tuple[jax.Array, jax.Array]:
     best = _targets(predictor.tokens, values, owners, documents) - predictor.means
     vectors = jnp.matmul(best, predictor.solver.T, precision=jax.lax.Precision.HIGHEST)
-    scales = jnp.abs(vectors).max(axis=1) / _LEVELS
+    scales = jnp.abs(vectors).max(axis=1) / LEVELS
     units = vectors / jnp.where(scales > 0, scales, 1)[:, None]
     return jnp.rint(units).astype(jnp.int8), scales

@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import warnings
-import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ import numpy as np
 
 from colbert_jax.data.collections import json_object
 from colbert_jax.data.lines import Lines
-from colbert_jax.files import present
+from colbert_jax.files import checksum, present
 from colbert_jax.progress import progress_bar
 
 _QUESTIONS = ("question_id", "question", "instruction", "img_path", "pos_item_ids", "answers")
@@ -475,11 +474,7 @@ class _ParquetFile:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged, or not parquet: {error}") from None
         self._values = [table.column(column) for column in self.columns]
-        with path.open("rb") as stream:
-            checksum = 0
-            while part := stream.read(1 << 24):
-                checksum = zlib.crc32(part, checksum)
-        self.fingerprint = f"{path.stat().st_size}:{checksum:08x}"
+        self.fingerprint = f"{path.stat().st_size}:{checksum(path):08x}"
 
     def __len__(self) -> int:
         return len(self._values[0])

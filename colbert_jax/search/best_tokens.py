@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from colbert_jax.compression.codec import unpack_weights
+from colbert_jax.compression.codec import decompress_on_host
 from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.scoring.interactions import interact
 from colbert_jax.search.arrays import Hits, IndexArrays, check_codes
@@ -77,8 +77,6 @@ def _score(
 
 def _decompressed(arrays: IndexArrays, rows: np.ndarray) -> np.ndarray:
     """Token embeddings float32[n, D] of these rows of the token arrays."""
-    codes, centroids = np.asarray(arrays.codes[rows]), np.asarray(arrays.centroids)
-    check_codes(((codes >= 0) & (codes < len(centroids))).all(), len(centroids))
-    values = np.asarray(unpack_weights(arrays.bucket_weights, arrays.residuals[rows]))
-    values = values + centroids[codes]
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    codes, num_centroids = np.asarray(arrays.codes[rows]), len(arrays.centroids)
+    check_codes(((codes >= 0) & (codes < num_centroids)).all(), num_centroids)
+    return decompress_on_host(arrays, codes, np.asarray(arrays.residuals[rows]))

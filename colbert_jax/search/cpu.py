@@ -149,8 +149,7 @@ def cpu_learned(
         features = np.exp(np.float32(SHARPNESS) * (products[:, :length] - np.float32(1)))
         vector = np.empty((1, projection.shape[1]), np.float32)
         cpu_kernels.weighted_sum(features.sum(axis=1), projection, vector[0])
-        scale = np.abs(vector).max(axis=1) / np.float32(127)
-        return rounded(vector, scale)[0].astype(np.float32)
+        return rounded(vector)[0][0].astype(np.float32)
 
     def search(i: int) -> None:
         rows = queries[i][queries[i].any(axis=1)]

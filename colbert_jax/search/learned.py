@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.compression.learned import SHARPNESS
+from colbert_jax.compression.learned import LEVELS, SHARPNESS
 from colbert_jax.search.arrays import DamagedArrayError
 
-_LEVELS = 127
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -54,7 +53,7 @@ def predicted_scores(arrays: LearnedArrays, queries: jax.Array) -> jax.Array:
     real = (queries != 0).any(axis=-1)
     sums = jnp.where(real[..., None], jnp.exp(SHARPNESS * (products - 1)), 0).sum(axis=1)
     vectors = jnp.matmul(sums, arrays.projection, precision=_HIGHEST)
-    scales = jnp.abs(vectors).max(axis=1, keepdims=True) / _LEVELS
+    scales = jnp.abs(vectors).max(axis=1, keepdims=True) / LEVELS
     units = jnp.rint(vectors / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
     products = jax.lax.platform_dependent(
         units, arrays.vectors, cpu=_by_floats, default=_by_integers
