@@ -104,6 +104,7 @@ class Shards:
         k, listed = check_k(k), self.model.as_queries(queries)
         indexes = [one.index for one in self.retrievers]
         selected = [index.select(where) for index in indexes]
+        settings["best_tokens"] = self.model.best_tokens
         found: list[list[Hit]] = []
         for start in range(0, len(listed), _ENCODED):
             encoded = self.model.encode_queries(listed[start : start + _ENCODED])

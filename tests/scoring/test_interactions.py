@@ -14,6 +14,7 @@ from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation.systems import Workbench
 from colbert_jax.reranking import rerank
 from colbert_jax.scoring.interactions import interact
+from colbert_jax.shards import Shards
 
 TEXTS = passages(12, seed=8)
 
@@ -74,6 +75,7 @@ def indexed_by_flipr(torch, model, path):
     )
     for mode in ("exact", "accurate"):
         found = retriever.search(TEXTS[:3], 4, mode=mode)
+        assert Shards([retriever]).search(TEXTS[:3], 4, mode=mode) == found
         for row, hits in zip(expected, found, strict=True):
             assert [hit.position for hit in hits] == np.argsort(-row, kind="stable")[:4].tolist()
             assert [hit.score for hit in hits] == pytest.approx(-np.sort(-row)[:4], rel=1e-5)
