@@ -202,7 +202,7 @@ class SearchConfig:
 
     ncells: inverted lists to probe for each query token.
     centroid_score_threshold: document tokens whose centroid scores below this for every query token
-      do not count in the first cut.
+      do not count in the first cut. At -1 all count, since no cosine is below.
     ndocs: documents after the first cut; a quarter of them are scored exactly. With learned
       candidates all of them.
     candidates: "plaid", by its stages, or "learned", by the learned vectors of an index that has
@@ -254,7 +254,7 @@ class SearchConfig:
 
 # The largest k, and up to it ncells, centroid_score_threshold, ndocs.
 _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
-_ACCURATE = ((10, 4, 0.4, 1024), (100, 8, 0.4, 3584), (math.inf, 8, 0.3, 8192))
+_ACCURATE = ((10, 3, -1.0, 1280), (100, 6, -1.0, 5120), (math.inf, 8, 0.3, 8192))
 # Of learned candidates only ndocs counts.
 _LEARNED_FAST = ((10, 1, 0.0, 96), (100, 1, 0.0, 384), (math.inf, 1, 0.0, 2048))
 _LEARNED_ACCURATE = ((10, 1, 0.0, 256), (100, 1, 0.0, 768), (math.inf, 1, 0.0, 4096))

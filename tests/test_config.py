@@ -51,7 +51,7 @@ def test_unknown_mode_is_named():
 
 def test_search_settings_given_win_even_zero():
     resolved = SearchConfig(ncells=7, centroid_score_threshold=0.0).resolve(10)
-    assert dataclasses.astuple(resolved) == (7, 0.0, 1024, None)
+    assert dataclasses.astuple(resolved) == (7, 0.0, 1280, None)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _PACKAGE = Path(__file__).parents[1]
 # Loops, their constants and what they call are in these, and how they are compiled in this file.
 _SOURCES = (
     "compression/cpu_kernels.py",
+    "compression/fixed_point.py",
     "compression/pooling_kernels.py",
     "compression/tiles.py",
     "search/cpu_kernels.py",

@@ -22,7 +22,7 @@ LANES = 16
 # As many as there are registers for: 32 of 16 lanes, or 16 of 8.
 ROWS = 8 if binding.get_host_cpu_features().get("avx512f") else 4
 
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_INT8, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_INT32, LANES)
 _FLAGS = tuple(sorted(FAST))
 
@@ -37,10 +37,10 @@ def multiply(typing: Any, rows: Any, order: Any, first: Any, columns: Any, out: 
       columns: float32[D, LANES]; see `pack`.
       out: float32[ROWS, LANES], filled.
     """
-    _check_layout(rows, order, columns, out)
+    check_layout(rows, order, columns, out)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, places, first, y, target = _arrays(context, builder, signature, args)
+        x, places, first, y, target = arrays_of(context, builder, signature, args)
         for t, product in enumerate(_products(builder, x, places, first, y)):
             builder.store(product, _at(builder, target, t), align=4)
         return context.get_dummy_value()
@@ -68,10 +68,10 @@ def find_larger(
       number: int32.
       values, numbers: float32 and int32[ROWS, LANES], updated.
     """
-    _check_layout(rows, order, columns, bias, values, numbers)
+    check_layout(rows, order, columns, bias, values, numbers)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, places, y, shift, number, best, found = _arrays(context, builder, signature, args)
+        x, places, y, shift, number, best, found = arrays_of(context, builder, signature, args)
         shift, number = _load(builder, _at(builder, shift, 0)), _spread(builder, number, _INTS)
         for t, product in enumerate(_products(builder, x, places, _INT64(0), y)):
             score = builder.fadd(product, shift, flags=_FLAGS)
@@ -86,13 +86,34 @@ def find_larger(
     return signature, generate
 
 
-def _check_layout(*arrays: Any) -> None:
+@intrinsic
+def prefetch(typing: Any, array: Any, i: Any) -> Any:
+    """Begin to load the cache line that array[i] begins in; `array` has any number of axes."""
+    check_layout(array)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, i = arrays_of(context, builder, signature, args)
+        for size in cgutils.unpack_tuple(builder, x.shape)[1:]:
+            i = builder.mul(i, size)
+        pointer = builder.bitcast(builder.gep(x.data, [i]), _INT8.as_pointer())
+        kinds = [_INT8.as_pointer(), _INT32, _INT32, _INT32]
+        begin = builder.module.declare_intrinsic(
+            "llvm.prefetch", [kinds[0]], ir.FunctionType(ir.VoidType(), kinds)
+        )
+        builder.call(begin, [pointer, _INT32(0), _INT32(3), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+def check_layout(*arrays: Any) -> None:
+    """Refuse to compile for arrays that are not contiguous."""
     if {array.layout for array in arrays} != {"C"}:
         raise TypingError("tiles are made of contiguous arrays")
 
 
-def _arrays(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """The arguments of a call, arrays as structures with their data and shape."""
+def arrays_of(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Return the arguments of a call, arrays as structures with their data and shape."""
     return [
         context.make_array(kind)(context, builder, value)
         if isinstance(kind, types.Array)

@@ -25,7 +25,14 @@ from colbert_jax.search.arrays import (
     check_placed,
     list_lengths,
 )
-from colbert_jax.search.cpu import CpuArrays, cpu_arrays, cpu_exact, cpu_learned, cpu_search
+from colbert_jax.search.cpu import (
+    CpuArrays,
+    cpu_arrays,
+    cpu_exact,
+    cpu_learned,
+    cpu_search,
+    with_fixed_point,
+)
 from colbert_jax.search.exact import exact_search
 from colbert_jax.search.learned import LearnedArrays, check_learned
 from colbert_jax.search.placement import place, place_learned, place_with_room
@@ -224,7 +231,7 @@ class CpuBackend(Backend):
         """The arrays, once the first search has read all centroids, as every search does."""
         centroids = self._mapped.centroids
         check_centroids(centroids.min(), centroids.max())
-        return self._mapped
+        return with_fixed_point(self._mapped)
 
     def grown(self, arrays: IndexArrays, learned: LearnedArrays | None = None) -> Backend:
         return CpuBackend(arrays, learned)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from colbert_jax.compression.codec import nbits_of, unpack
+from colbert_jax.compression.fixed_point import (
+    SHORTEST,
+    FixedPoint,
+    FixedQuery,
+    fixed_point,
+    fixed_query,
+    is_fast,
+    pack_fixed,
+)
 from colbert_jax.compression.learned import SHARPNESS, rounded
 from colbert_jax.config import SearchConfig
 from colbert_jax.runtime import num_threads, spread
@@ -21,6 +31,7 @@ from colbert_jax.search.learned import LearnedArrays
 
 _TOKENS = 64  # tokens of a document that are decompressed at a time
 _SMALL = 256  # candidates of a thread, below which one thread is faster
+_WORTHWHILE = 2  # times k documents, from which scores in fixed point come first
 
 
 class CpuArrays(NamedTuple):
@@ -34,6 +45,7 @@ class CpuArrays(NamedTuple):
     lists: int32[sum].
     list_offsets: int64[at most K+1]; further lists are empty.
     recent_lists, recent_list_offsets: as these; of no list, offsets [0], where `lists` covers all.
+    fixed: the centroids in fixed point, where that is faster (`with_fixed_point`).
     """
 
     centroids: np.ndarray
@@ -45,6 +57,7 @@ class CpuArrays(NamedTuple):
     list_offsets: np.ndarray
     recent_lists: np.ndarray
     recent_list_offsets: np.ndarray
+    fixed: FixedPoint | None = None
 
 
 def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
@@ -64,6 +77,17 @@ def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
         _view([] if arrays.recent_lists is None else arrays.recent_lists, np.int32),
         _view([0] if arrays.recent_lists is None else arrays.recent_list_offsets, np.int64),
     )
+
+
+def with_fixed_point(arrays: CpuArrays) -> CpuArrays:
+    """Prepare the arrays for scores in fixed point, where this CPU and this index allow it.
+
+    All centroids must be finite.
+    """
+    if not is_fast():
+        return arrays
+    table = arrays.table.view(np.float32).reshape(256, -1)
+    return arrays._replace(fixed=fixed_point(arrays.centroids, table))
 
 
 def _view(array: Any, dtype: type) -> np.ndarray:
@@ -166,16 +190,7 @@ def cpu_learned(
             inner,
         )
         count = cpu_kernels.keep_best(found, predicted, len(chosen), keep)
-        exact = _scratch("exact", (1, count), np.float32)
-        _split(
-            lambda start, stop: _score_exactly(
-                arrays, columns, np.array([0, len(rows)]), found, start, stop, exact
-            ),
-            count,
-            inner,
-            small=16,
-        )
-        positions[i], scores[i] = _sorted(found[:count], exact[0], k)
+        positions[i], scores[i] = _best_exactly(arrays, rows, columns, found[:count], k, inner)
 
     def worker(lane: int) -> None:
         for i in range(lane, len(queries), threads):
@@ -193,24 +208,122 @@ def cpu_exact(
     At least k documents have a token, of those that are allowed.
     """
     rows = [query[query.any(axis=1)] for query in queries]
-    columns = _columns(np.concatenate(rows))
-    parts = np.cumsum([0, *map(len, rows)])
     documents = np.arange(len(arrays.offsets) - 1) if allowed is None else np.flatnonzero(allowed)
     lengths = arrays.offsets[documents + 1] - arrays.offsets[documents]
     documents = documents[lengths > 0].astype(np.int32)
-    scores = np.empty((len(queries), len(documents)), np.float32)
     ends = np.cumsum(lengths[lengths > 0])
     cuts = np.searchsorted(ends, np.linspace(0, lengths.sum(), num_threads() + 1)[1:-1])
     bounds = [0, *cuts.tolist(), len(documents)]
 
-    spread(
-        lambda lane: _score_exactly(
-            arrays, columns, parts, documents, bounds[lane], bounds[lane + 1], scores
-        ),
-        num_threads(),
-    )
-    best = [_sorted(documents, row, k) for row in scores]
+    def score(work: Callable[[np.ndarray, int, int, np.ndarray], None]) -> np.ndarray:
+        scores = np.empty((len(queries), len(documents)), np.float32)
+        spread(lambda lane: work(documents, bounds[lane], bounds[lane + 1], scores), num_threads())
+        return scores
+
+    if arrays.fixed is None or len(documents) < _WORTHWHILE * k:
+        parts = np.cumsum([0, *map(len, rows)])
+        columns = _columns(np.concatenate(rows))
+        scores = score(partial(_score_exactly, arrays, columns, parts))
+        best = [_sorted(documents, row, k) for row in scores]
+    else:
+        prepared, work = _in_fixed_point(arrays, rows)
+        best = []
+        for query, row, fixed in zip(rows, score(work), prepared, strict=True):
+            few = documents[_may_be_best(row, k, fixed.error)]
+            best.append(_score_all(arrays, query, few, k, num_threads()))
     return np.stack([positions for positions, _ in best]), np.stack([row for _, row in best])
+
+
+def _best_exactly(
+    arrays: CpuArrays,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    positions: np.ndarray,
+    k: int,
+    threads: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the documents `positions`, ascending, for the rows of one query."""
+    if arrays.fixed is not None and len(positions) >= _WORTHWHILE * k:
+        scores = _scratch("exact", (1, len(positions)), np.float32)
+        (prepared,), work = _in_fixed_point(arrays, [rows])
+        _split(
+            lambda start, stop: work(positions, start, stop, scores), len(positions), threads, 16
+        )
+        positions = positions[_may_be_best(scores[0], k, prepared.error)]
+    return _score_all(arrays, rows, positions, k, threads, columns)
+
+
+def _score_all(
+    arrays: CpuArrays,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    k: int,
+    threads: int,
+    columns: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    columns = _columns(rows) if columns is None else columns
+    scores = _scratch("exact", (1, len(positions)), np.float32)
+    parts = np.array([0, len(rows)])
+    _split(
+        lambda start, stop: _score_exactly(arrays, columns, parts, positions, start, stop, scores),
+        len(positions),
+        threads,
+        16,
+    )
+    return _sorted(positions, scores[0], k)
+
+
+def _in_fixed_point(
+    arrays: CpuArrays, queries: list[np.ndarray]
+) -> tuple[list[FixedQuery], Callable[[np.ndarray, int, int, np.ndarray], None]]:
+    """Prepare queries of these rows.
+
+    Returns:
+      how exact each is, and work(positions, start, stop, scores), as `_score_exactly`.
+    """
+    from colbert_jax.search import cpu_kernels
+
+    fixed = arrays.fixed
+    assert fixed is not None
+    parts = np.cumsum([0, *map(len, queries)])
+    prepared = [fixed_query(fixed, rows) for rows in queries]
+    units = np.array([query.unit for query in prepared], np.float32)
+    dim = arrays.centroids.shape[1]
+    shape = (-(-int(parts[-1]) // cpu_kernels.LANES), dim // 2, cpu_kernels.LANES, 2)
+    columns = np.zeros(shape, np.int16)
+    for rows, first, unit in zip(queries, parts.tolist(), units, strict=False):
+        pack_fixed(rows, first, unit, 8 // fixed.nbits, columns)
+    least = np.int32((SHORTEST * fixed.scale) ** 2)
+
+    def work(positions: np.ndarray, start: int, stop: int, scores: np.ndarray) -> None:
+        tokens = _scratch("fixed tokens", (_TOKENS, arrays.centroids.shape[1]), np.int16)
+        right = cpu_kernels.score_fixed(
+            fixed.centroids,
+            fixed.weights,
+            fixed.nbits,
+            least,
+            columns,
+            parts,
+            units,
+            arrays.codes,
+            arrays.residuals,
+            arrays.offsets,
+            positions,
+            start,
+            stop,
+            tokens,
+            scores,
+        )
+        check_codes(right, len(arrays.centroids))
+
+    return prepared, work
+
+
+def _may_be_best(scores: np.ndarray, k: int, error: float) -> np.ndarray:
+    """bool[n]: whose scores in fixed point [n] leave room for being among the k best."""
+    sure = np.where(scores == np.inf, -np.inf, scores)
+    least = np.partition(sure, len(sure) - k)[len(sure) - k]
+    return scores >= least - 2 * error
 
 
 class _Scratch(threading.local):
@@ -308,22 +421,15 @@ def _search_one(
 
     pruning = _key(settings.centroid_score_threshold)
     ndocs = int(settings.ndocs or 1)
-    _split(interaction(pruning), count, threads)
-    count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs, k))
+    # Where nothing would be cut, or nothing pruned, the second cut alone gives the same.
+    if count > max(ndocs, k) and centroid_best.min() < pruning:
+        _split(interaction(pruning), count, threads)
+        count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs, k))
     if count > max(ndocs // 4, k):
         _split(interaction(cpu_kernels.LOWEST), count, threads)
         count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs // 4, k))
 
-    exact = _scratch("exact", (1, count), np.float32)
-    _split(
-        lambda start, stop: _score_exactly(
-            arrays, columns, np.array([0, num_rows]), positions, start, stop, exact
-        ),
-        count,
-        threads,
-        small=16,
-    )
-    best = _sorted(positions[:count], exact[0], k)
+    best = _best_exactly(arrays, rows, columns, positions[:count], k, threads)
     found = np.isfinite(best[1])  # converted lists may hold documents without a token
     return best[0][found], best[1][found]
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.cpu_kernels import insert
-from colbert_jax.compression.tiles import LANES, ROWS, multiply
+from colbert_jax.compression.fixed_point import multiply_fixed, unpack1, unpack2, unpack4
+from colbert_jax.compression.tiles import LANES, ROWS, multiply, prefetch
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
@@ -389,4 +390,96 @@ def score_exactly(
             for q in range(bounds[b], bounds[b + 1]):
                 total += best[q]
             scores[b, j] = total
+    return True
+
+
+@compiled
+def unpack_fixed(centroids, weights, nbits, codes, residuals, tokens, scale):
+    """Decompress n tokens in fixed point, as `decompress` in floats; return the least square."""
+    least = np.int32(2**31 - 1)
+    for t in range(len(codes)):
+        code = np.int64(codes[t])
+        if nbits == 4:
+            square = unpack4(residuals[t], weights, centroids, code, tokens, t)
+        elif nbits == 2:
+            square = unpack2(residuals[t], weights, centroids, code, tokens, t)
+        else:
+            square = unpack1(residuals[t], weights, centroids, code, tokens, t)
+        least = min(least, square)
+        scale[t] = np.float32(1) / np.sqrt(np.float32(max(square, np.int32(1))))
+    return least
+
+
+@compiled
+def update_best_fixed(tokens, scale, n, columns, best, out):
+    """Raise best[q] as `update_best` does, in fixed point; out: int32[ROWS, LANES]."""
+    for s in range(len(columns)):
+        most = best[s * LANES : (s + 1) * LANES]
+        for base in range(0, n, ROWS):
+            multiply_fixed(tokens, base, columns[s], out)
+            for t in range(min(ROWS, n - base)):
+                factor = scale[base + t]
+                for lane in range(LANES):
+                    score = np.float32(out[t, lane]) * factor
+                    most[lane] = score if score > most[lane] else most[lane]
+
+
+@compiled
+def score_fixed(
+    centroids,
+    weights,
+    nbits,
+    least,
+    columns,
+    bounds,
+    units,
+    codes,
+    residuals,
+    offsets,
+    positions,
+    start,
+    stop,
+    tokens,
+    scores,
+):
+    """Score documents positions[start..stop-1] in fixed point, as `score_exactly` does in floats.
+
+    Args:
+      centroids, weights, nbits: see `fixed_point.FixedPoint`.
+      least: int32, squares of a token embedding that may be scored so, in fixed point.
+      columns: int16[W / LANES, D / 2, LANES, 2], see `fixed_point.fixed_columns`.
+      bounds: int64[B+1], query b has the columns bounds[b]..bounds[b+1]-1.
+      units: float32[B], see `fixed_point.query_unit`.
+      tokens: int16[a multiple of ROWS, D], scratch memory.
+      scores: float32[B, n], filled; -inf for a document without a token, inf for one with a token
+        that has to be scored in floats.
+
+    Returns:
+      whether all codes are centroids; if not, scores are missing.
+    """
+    best = np.empty(len(columns) * LANES, np.float32)
+    scale = np.empty(len(tokens), np.float32)
+    out = np.empty((ROWS, LANES), np.int32)
+    for j in range(start, stop):
+        first, end = offsets[positions[j]], offsets[positions[j] + 1]
+        if j + 1 < stop:
+            for following in range(offsets[positions[j + 1]], offsets[positions[j + 1] + 1]):
+                prefetch(residuals, following)
+        best[:] = -np.inf
+        shortest = np.int32(2**31 - 1)
+        for base in range(first, end, len(tokens)):
+            n = min(len(tokens), end - base)
+            block = codes[base : base + n]
+            if largest(block) >= len(centroids):
+                return False
+            square = unpack_fixed(
+                centroids, weights, nbits, block, residuals[base : base + n], tokens, scale
+            )
+            shortest = min(shortest, square)
+            update_best_fixed(tokens, scale, n, columns, best, out)
+        for b in range(len(bounds) - 1):
+            total = _ZERO
+            for q in range(bounds[b], bounds[b + 1]):
+                total += best[q]
+            scores[b, j] = total / units[b] if shortest >= least else np.float32(np.inf)
     return True

@@ -11,11 +11,11 @@ from plaid_reference import NearTie, exact_reference, plaid_reference, random_in
 
 from colbert_jax.config import SearchConfig
 from colbert_jax.search import cpu, cpu_kernels
-from colbert_jax.search.cpu import cpu_arrays, cpu_exact, cpu_search
+from colbert_jax.search.cpu import cpu_arrays, cpu_exact, cpu_search, with_fixed_point
 
 
 def on_host(arrays):
-    return cpu_arrays(arrays)
+    return with_fixed_point(cpu_arrays(arrays))
 
 
 def check(arrays, queries, k, ncells, threshold, ndocs, allowed):
@@ -44,6 +44,7 @@ def check(arrays, queries, k, ncells, threshold, ndocs, allowed):
     threshold=st.sampled_from([-2.0, -0.3, 0.4, 0.8, 2.0]),
     ndocs=st.sampled_from([1, 8, 40]),
     share=st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]),
+    whole_chunks=st.booleans(),
 )
 def test_equals_the_definition(
     seed,
@@ -58,6 +59,7 @@ def test_equals_the_definition(
     threshold,
     ndocs,
     share,
+    whole_chunks,
 ):
     rng = np.random.default_rng(seed)
     arrays, _ = random_index(
@@ -65,6 +67,7 @@ def test_equals_the_definition(
         nbits=nbits,
         num_documents=num_documents,
         num_centroids=num_centroids,
+        dim=128 // nbits if whole_chunks else 8 * 3,  # of the residuals of fixed point, or not
         long_document=long_document,
     )
     assume(len(arrays.codes) > 0)  # no index is built without a token
