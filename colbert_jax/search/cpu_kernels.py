@@ -463,8 +463,9 @@ def score_fixed(
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         if j + 1 < stop:
-            for following in range(offsets[positions[j + 1]], offsets[positions[j + 1] + 1]):
-                prefetch(residuals, following)
+            following = offsets[positions[j + 1]]
+            for row in range(following, min(offsets[positions[j + 1] + 1], following + 256)):
+                prefetch(residuals, row)
         best[:] = -np.inf
         shortest = np.int32(2**31 - 1)
         for base in range(first, end, len(tokens)):
