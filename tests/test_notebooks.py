@@ -262,6 +262,14 @@ def test_committed_notebook_is_clean(path):
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_times_are_said_where_they_are_promised(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    if "times below" in texts[0]:
+        assert any(re.search(r"takes \d+ seconds of processor time", text) for text in texts[1:])
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
 def test_install_cell_names_the_checkout(path):
     """Until a package is published there is one place to install from that exists."""
     cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
