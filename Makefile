@@ -47,7 +47,8 @@ gpu-aot: $(VENV)/test.done
 	$(VENV)/gpu/bin/python $(INSTALL) --no-deps absl-py $$($(BIN)/python -c '$(CUDA)')
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	  > $$($(VENV)/gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
-	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/gpu/bin/python -m pytest -m gpu_aot tests/test_gpu_aot.py
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/gpu/bin/python -m pytest -s -m gpu_aot \
+	  tests/test_gpu_aot.py
 
 lint: $(VENV)/lint.done
 	$(LINT)/ruff check .

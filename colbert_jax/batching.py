@@ -108,6 +108,21 @@ def pad_rows(rows: Sequence[np.ndarray], size: int, length: int, fill: int = 0) 
     return padded
 
 
+def over_rows(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, arrays: int
+) -> Callable[..., Any]:
+    """Compile function(params, *arrays) so that each device runs it on its share of the rows.
+
+    Args:
+      function: returns arrays with as many rows as its arguments.
+      mesh: the devices.
+      arrays: how many arrays it takes after the parameters.
+    """
+    rows = PartitionSpec("data")
+    in_specs = (PartitionSpec(), *[rows] * arrays)
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=rows))
+
+
 class BatchRunner:
     """Runs programs on local devices, which share the rows of a batch and each hold parameters."""
 
@@ -120,7 +135,7 @@ class BatchRunner:
         check_process()
         self.devices = list(devices or jax.local_devices())
         self._longest = longest
-        self._mesh = jax.sharding.Mesh(
+        self.mesh = jax.sharding.Mesh(
             np.array(self.devices), ("data",), axis_types=(AxisType.Auto,)
         )
         self._on_cpu = self.devices[0].platform == "cpu"
@@ -137,32 +152,19 @@ class BatchRunner:
     @apart()
     def put(self, params: dict) -> dict:
         """Put parameters on every device; on a CPU the arrays are used without a copy."""
-        replicated = NamedSharding(self._mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.device_put(params, replicated, may_alias=True)
 
     def program(self, function: Callable[..., Any], arrays: int) -> Callable[..., Any]:
-        """Compile function(params, *arrays) so that each device runs it on its share of the rows.
-
-        Args:
-          function: returns arrays with as many rows as its arguments.
-          arrays: how many arrays it takes after the parameters.
-        """
-        rows = PartitionSpec("data")
-        return jax.jit(
-            jax.shard_map(
-                function,
-                mesh=self._mesh,
-                in_specs=(PartitionSpec(), *[rows] * arrays),
-                out_specs=rows,
-            )
-        )
+        """See `over_rows`; on the devices of this runner."""
+        return over_rows(function, self.mesh, arrays)
 
     @apart()
     def run(self, program: Callable[..., Any], params: dict, *batch: np.ndarray):
         """Run a program on one batch and fetch the result."""
         check_process()
         known = program, batch[0].shape
-        arguments = jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
+        arguments = jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
         if known in self._compiled:
             result = program(params, *arguments)
         else:

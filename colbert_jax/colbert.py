@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from colbert_jax.batching import (
     ladder_length,
     next_power_of_two,
     one_ahead,
+    over_rows,
     pad_rows,
 )
 from colbert_jax.checkpoints import Checkpoint, hub, read_checkpoint, write_checkpoint
@@ -33,6 +34,7 @@ from colbert_jax.embeddings import DocumentEmbeddings, offsets_from_lengths
 from colbert_jax.explanation import Explanation
 from colbert_jax.models.colbert import (
     EncoderConfig,
+    TokenEncoder,
     make_encoder,
     quantize,
     resolve_quantization,
@@ -141,8 +143,8 @@ class ColBERT:
         of_queries = None if quantization == "int8-documents" else quantization
         if checkpoint.query_params is not None or of_queries != quantization:
             self.query_params = put(checkpoint.query_params or checkpoint.params, of_queries)
-        make = partial(make_encoder, encoder, dtype=dtype)
-        self.encode_ids = self._runner.program(lambda params, *batch: make(params)(*batch), 3)
+        make = _maker(encoder, dtype)
+        self.encode_ids = _encoding(make, self._runner.mesh)
         self.images: ImagePart | None = None
         if checkpoint.images is not None:
             self.images = ImagePart(checkpoint.images, self._runner, make, dtype)
@@ -680,6 +682,22 @@ class ColBERT:
     def _run_batch(self, params: dict, *batch: np.ndarray) -> np.ndarray:
         """The output of `TokenEncoder` for ids, attended and kept, on the host."""
         return self._runner.run(self.encode_ids, params, *batch)
+
+
+# Models of one architecture on the same devices share their programs, so that the second one
+# compiles nothing. Some are kept when their models are gone: a model is often opened again.
+
+
+@lru_cache(maxsize=16)
+def _maker(encoder: EncoderConfig, dtype: jnp.dtype) -> Callable[[dict], TokenEncoder]:
+    return partial(make_encoder, encoder, dtype=dtype)
+
+
+@lru_cache(maxsize=16)
+def _encoding(
+    make: Callable[[dict], TokenEncoder], mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+    return over_rows(lambda params, *batch: make(params)(*batch), mesh, 3)
 
 
 def _best(scores: np.ndarray, k: int) -> Hits:

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.batching import BatchRunner, one_ahead, pad_rows
+from colbert_jax.batching import BatchRunner, one_ahead, over_rows, pad_rows
 from colbert_jax.checkpoints.common import ImageSide, fingerprint
 from colbert_jax.explanation import Picture
 from colbert_jax.images import (
@@ -27,7 +28,12 @@ from colbert_jax.images import (
     pixel_blocks,
 )
 from colbert_jax.models.colbert import TokenEncoder, unit_length
-from colbert_jax.models.flmr import image_rows, make_image_encoder, query_rows
+from colbert_jax.models.flmr import (
+    ImageEncoderConfig,
+    image_rows,
+    make_image_encoder,
+    query_rows,
+)
 from colbert_jax.runtime import warn
 from colbert_jax.text import TokenIds, as_queries, as_texts
 
@@ -200,6 +206,33 @@ def blocks(items: Any, size: int, check: Callable[[list[Any], int], Items]) -> I
         done += len(block)
 
 
+@lru_cache(maxsize=16)
+def _programs(
+    config: ImageEncoderConfig,
+    context: ImageEncoderConfig,
+    make_text: Callable[[dict], TokenEncoder],
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Callable[..., Any], ...]:
+    """Those of queries, of documents and of class tokens, shared by all models of an architecture.
+
+    Args:
+      config, context: of the image encoders of queries and of documents.
+    """
+
+    def query(params: dict, *batch: Any) -> Any:
+        images = make_image_encoder(config, params["images"], dtype)
+        return query_rows(make_text(params["text"]), images, *batch)
+
+    def document(params: dict, pixels: Any) -> Any:
+        return image_rows(make_image_encoder(context, params, dtype), pixels)
+
+    def tokens(params: dict, classes: Any) -> Any:
+        return unit_length(make_image_encoder(context, params, dtype).rows(classes, None, None))
+
+    return over_rows(query, mesh, 4), over_rows(document, mesh, 1), over_rows(tokens, mesh, 1)
+
+
 class ImagePart:
     """A model's image encoder: its parameters on the devices, and programs of a few batch sizes.
 
@@ -226,25 +259,14 @@ class ImagePart:
         self.context_params = self.params
         if side.context_params is not None:
             self.context_params = runner.put(side.context_params)
-        config, context = side.config, side.context_config
         own: dict | None = None if side.context_params is None else {}
         self.side, self._runner = dataclasses.replace(side, params={}, context_params=own), runner
         self.query_rows = side.config.rows() if side.in_queries else 0
         self.document_rows = side.config.prefix_length
 
-        def query(params: dict, *batch: Any) -> Any:
-            images = make_image_encoder(config, params["images"], dtype)
-            return query_rows(make_text(params["text"]), images, *batch)
-
-        def document(params: dict, pixels: Any) -> Any:
-            return image_rows(make_image_encoder(context, params, dtype), pixels)
-
-        def tokens(params: dict, classes: Any) -> Any:
-            rows = make_image_encoder(context, params, dtype).rows(classes, None, None)
-            return unit_length(rows)
-
-        self._query, self._document = runner.program(query, 4), runner.program(document, 1)
-        self._tokens = runner.program(tokens, 1)
+        self._query, self._document, self._tokens = _programs(
+            side.config, side.context_config, make_text, dtype, runner.mesh
+        )
         self._fingerprint: str | None = None
 
     def encode_queries(

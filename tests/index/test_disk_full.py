@@ -172,7 +172,7 @@ Index.build(sys.argv[2] + "/native", **data)
 convert_index(sys.argv[2] + "/native", sys.argv[2] + "/stanford", "stanford")
 for make in (build, convert, convert_back):
     failed = 0
-    for room in (int(2_000_000 * 0.85**n) for n in range(32)):
+    for room in (int(2_000_000 * 0.8**n) for n in range(24)):
         gc.collect()  # deleted files that are mapped take room
         for left in small.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()

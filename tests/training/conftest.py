@@ -1,13 +1,15 @@
 import json
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import support
 
 from colbert_jax.data.examples import stanford_examples
-from colbert_jax.training import trainer
+from colbert_jax.training import flmr, step, trainer
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,32 @@ def files(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def source(files):
     return stanford_examples(files["examples"], files["queries"], files["collection"])
+
+
+def made_once(function):
+    """The function, which gives for the same arguments the same object."""
+    made = {}
+
+    @wraps(function)
+    def find(*arguments):
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, *leaves
+        if key not in made:
+            made[key] = function(*arguments)
+        return made[key]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of a file that have the same settings share their programs: else each traces its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_loss", made_once(trainer.make_loss))
+        patch.setattr(flmr._Loss, "make", made_once(flmr._Loss.make))
+        for name in ("gradients_of", "make_update"):
+            patch.setattr(step, name, made_once(getattr(step, name)))
+        yield
 
 
 class Stop(Exception):

@@ -18,7 +18,7 @@ from colbert_jax.training import trainer
 from colbert_jax.training.flmr import _ImageLoader, _Loss, _Source, train_flmr
 from colbert_jax.training.step import no_negatives
 
-pytestmark = pytest.mark.usefixtures("one_length")
+pytestmark = pytest.mark.usefixtures("one_length", "shared_programs")
 SMALL = trainer.TrainingConfig(
     loss="contrastive",
     nway=3,

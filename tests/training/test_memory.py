@@ -84,6 +84,7 @@ def test_what_is_named_fits(devices, learn, tmp_path, eight_devices):
         assert learn(free, f"named{number}", devices, **changes) <= free
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_longer_texts_may_come(learn):
     """The first batch is refused only by what it takes; a longer one is warned of."""
     short = learn(1 << 40, "short", bsize=16, maxsteps=2)

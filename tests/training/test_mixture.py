@@ -13,7 +13,7 @@ from colbert_jax.config import TrainingConfig
 from colbert_jax.training import Task, pair_examples, train
 from colbert_jax.training.loader import Mixture, Step, task_order
 
-pytestmark = pytest.mark.usefixtures("one_length")
+pytestmark = pytest.mark.usefixtures("one_length", "shared_programs")
 SETTINGS = TrainingConfig(
     loss="contrastive",
     use_ib_negatives=False,

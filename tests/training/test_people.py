@@ -21,7 +21,7 @@ from colbert_jax.training import memory, recipes
 from colbert_jax.training.callbacks import Callback, WandB
 from colbert_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("one_length", "one_device")
+pytestmark = pytest.mark.usefixtures("one_length", "one_device", "shared_programs")
 TEXTS = support.passages(40, seed=5)
 PAIRS = [{"question": f"{t[:20]} {i}", "answer": t, "src": str(i)} for i, t in enumerate(TEXTS)]
 QUICK = TrainingConfig(

@@ -47,7 +47,10 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device", "one_length")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_device", "one_length", "shared_programs"),
+]
 
 
 def run(*arguments) -> None:

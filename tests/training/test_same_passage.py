@@ -23,7 +23,7 @@ from colbert_jax.training.loader import Loader
 from colbert_jax.training.step import no_negatives, score_loss
 from colbert_jax.training.trainer import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 B, W = 8, 3
 SETTINGS = TrainingConfig(

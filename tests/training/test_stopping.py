@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import support
 
@@ -22,7 +23,7 @@ from colbert_jax.evaluation.dev import DevCollection
 from colbert_jax.training import Task, run, trainer
 from colbert_jax.training.trainer import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_length")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_length", "shared_programs")]
 SETTINGS = TrainingConfig(
     nway=4,
     bsize=8,
@@ -50,11 +51,14 @@ def dev(files):
 def go(shallow_folder, source, dev):
     """Train into a folder, with a dev collection and a second task."""
     task = Task("pairs", source, 0.4, {"loss": "cross-entropy", "use_ib_negatives": False})
+    devices = jax.devices()[:1]
+    fresh = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=devices)
+    first = jax.tree.map(np.asarray, fresh.params)
 
     def run_in(folder: Path, model: ColBERT | None = None, **changes):
-        devices = jax.devices()[:1]
         if model is None:
-            model = ColBERT.from_pretrained(shallow_folder, dtype="float32", devices=devices)
+            model = fresh  # its programs are there already
+            model.set_params(first)
         config = dataclasses.replace(SETTINGS, **changes)
         return train(model, source, folder, config, tasks=[task], dev=dev, devices=devices)
 
