@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,11 +193,40 @@ def cpu_exact(
 
     At least k documents have a token, of those that are allowed.
     """
+    return _best_of_all(partial(_score_exactly, arrays), arrays.offsets, queries, k, allowed)
+
+
+def cpu_exact_raw(
+    values: np.ndarray,
+    offsets: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `cpu_exact` among all documents, for token embeddings float32[T, D], not compressed."""
+    values, offsets = _view(values, np.float32), _view(offsets, np.int64)
+
+    def score(*args: Any) -> None:
+        from colbert_jax.search import cpu_kernels
+
+        columns, parts, documents, start, stop, scores = args
+        cpu_kernels.score_raw(values, columns, parts, offsets, documents, start, stop, scores)
+
+    return _best_of_all(score, offsets, queries, k, None)
+
+
+def _best_of_all(
+    score: Callable[..., None],
+    offsets: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    allowed: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best by `score`, which takes what `_score_exactly` takes after the arrays."""
     rows = [query[query.any(axis=1)] for query in queries]
     columns = _columns(np.concatenate(rows))
     parts = np.cumsum([0, *map(len, rows)])
-    documents = np.arange(len(arrays.offsets) - 1) if allowed is None else np.flatnonzero(allowed)
-    lengths = arrays.offsets[documents + 1] - arrays.offsets[documents]
+    documents = np.arange(len(offsets) - 1) if allowed is None else np.flatnonzero(allowed)
+    lengths = offsets[documents + 1] - offsets[documents]
     documents = documents[lengths > 0].astype(np.int32)
     scores = np.empty((len(queries), len(documents)), np.float32)
     ends = np.cumsum(lengths[lengths > 0])
@@ -204,9 +234,7 @@ def cpu_exact(
     bounds = [0, *cuts.tolist(), len(documents)]
 
     spread(
-        lambda lane: _score_exactly(
-            arrays, columns, parts, documents, bounds[lane], bounds[lane + 1], scores
-        ),
+        lambda lane: score(columns, parts, documents, bounds[lane], bounds[lane + 1], scores),
         num_threads(),
     )
     best = [_sorted(documents, row, k) for row in scores]
