@@ -13,6 +13,7 @@ with random noise, each token's as far from it as its decompressed embedding.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -26,7 +27,13 @@ from typing import Any
 import numpy as np
 
 from colbert_jax import ColBERT, Index
-from colbert_jax.compression.codec import decompress_on_host
+from colbert_jax.compression.codec import (
+    ResidualCodec,
+    compress,
+    decompress_on_host,
+    train_codec,
+)
+from colbert_jax.config import BUCKETS
 from colbert_jax.embeddings import DocumentEmbeddings
 from colbert_jax.evaluation import evaluate_ranking, read_collection, read_qrels, read_queries
 from colbert_jax.evaluation.metrics import DEPTH, measure_queries
@@ -36,6 +43,8 @@ from colbert_jax.search.arrays import Hits, concatenate_hits
 from colbert_jax.search.raw import RawSearch
 
 _ALLOWED_LOSS = {2: 0.01, 4: 0.003}
+_HELD_OUT = 50_000  # token embeddings that buckets are fitted to
+_DRAWS = 4  # of noise for each seed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,47 +164,46 @@ def evaluate_collection(collection: Collection, bits: list[int]) -> dict[str, di
 def measure_spread(
     collection: Collection, bits: list[int], seeds: int
 ) -> dict[str, dict[str, float]]:
-    """nDCG@10 of compressed and of noisy token embeddings, reranking the raw ones' best.
-
-    Noise is drawn four times for each seed: it costs little.
-    """
+    """nDCG@10 of compressed and of noisy token embeddings, reranking the raw ones' best."""
     documents = collection.documents
     candidates = collection.search_raw().positions
     raw = gains(collection, candidates)
     out = {"raw": {"nDCG@10": float(raw.mean())}}
 
-    def note(name: str, values: np.ndarray, cosine: float) -> None:
-        changes = values - raw
+    def note(name: str, gained: np.ndarray, cosines: np.ndarray) -> None:
+        changes = gained - raw
         out[name] = {
-            "nDCG@10": float(values.mean()),
+            "nDCG@10": float(gained.mean()),
             "change": float(changes.mean()),
             "standard error": float(changes.std() / len(changes) ** 0.5),
             "queries up": int((changes > 1e-9).sum()),
             "queries down": int((changes < -1e-9).sum()),
-            "mean cosine": cosine,
+            "mean cosine": float(cosines.mean()),
         }
         print(name, json.dumps(out[name]), flush=True)
 
-    for nbits in bits:
-        for rule in ("optimal", "quantile"):
-            for seed in range(seeds):
-                path = collection.work / "spread.index"
-                shutil.rmtree(path, ignore_errors=True)
-                index = collection.index(path, nbits=nbits, buckets=rule, seed=seed)
-                files = [np.load(path / f"{name}.npy") for name in ("codes", "residuals")]
-                tokens = partial(decompressed, index, *files, documents.offsets)
-                cosines = np.concatenate([(x * tokens(i)).sum(1) for i, x in enumerate(documents)])
-                order = reranked(collection, candidates, tokens)
-                name = f"{nbits} bits, {rule}, seed {seed}"
-                note(name, gains(collection, order), float(cosines.mean()))
-                shutil.rmtree(path)
-                if rule == "quantile":
-                    continue
-                for draw in range(4):
-                    noisy = partial(with_noise, documents, cosines, (seed, draw))
-                    order = reranked(collection, candidates, noisy)
-                    name = f"{nbits} bits, noise, seed {seed}.{draw}"
-                    note(name, gains(collection, order), float(cosines.mean()))
+    values, path = documents.values, collection.work / "spread.index"
+    for seed in range(seeds):
+        shutil.rmtree(path, ignore_errors=True)
+        # Neither the bits nor the rule change centroids.
+        centroids = np.asarray(collection.index(path, nbits=bits[0], seed=seed).codec.centroids)
+        heldout = np.random.default_rng(seed).choice(
+            len(values), min(_HELD_OUT, len(values)), replace=False
+        )
+        for nbits, rule in itertools.product(bits, BUCKETS):
+            codec = train_codec(centroids, values[np.sort(heldout)], nbits, rule)
+            tokens = partial(decompressed, codec, *compress(codec, values), documents.offsets)
+            cosines = np.concatenate([(x * tokens(i)).sum(1) for i, x in enumerate(documents)])
+            order = reranked(collection, candidates, tokens)
+            note(f"{nbits} bits, {rule}, seed {seed}", gains(collection, order), cosines)
+            if rule != BUCKETS[0]:
+                continue
+            for draw in range(_DRAWS):
+                noisy = partial(with_noise, documents, cosines, (seed, draw))
+                order = reranked(collection, candidates, noisy)
+                name = f"{nbits} bits, noise, seed {seed}.{draw}"
+                note(name, gains(collection, order), cosines)
+    shutil.rmtree(path)
     return out
 
 
@@ -229,11 +237,11 @@ def reranked(
 
 
 def decompressed(
-    index: Index, codes: np.ndarray, residuals: np.ndarray, offsets: np.ndarray, i: int
+    codec: ResidualCodec, codes: np.ndarray, residuals: np.ndarray, offsets: np.ndarray, i: int
 ) -> np.ndarray:
-    """Token embeddings of document i, from the files of an index."""
+    """Token embeddings of document i."""
     part = slice(offsets[i], offsets[i + 1])
-    return decompress_on_host(index.codec, codes[part], residuals[part])
+    return decompress_on_host(codec, codes[part], residuals[part])
 
 
 def with_noise(
