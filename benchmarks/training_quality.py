@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from encode import machine, versions
 from quality import batched
@@ -42,8 +41,8 @@ from colbert_jax.evaluation import evaluate_ranking, read_collection, read_qrels
 from colbert_jax.evaluation.metrics import DEPTH
 from colbert_jax.progress import log_to_stderr, progress_bar
 from colbert_jax.runtime import enable_compilation_cache
-from colbert_jax.search.arrays import Hits, RawArrays
-from colbert_jax.search.exact import exact_search
+from colbert_jax.search.arrays import Hits
+from colbert_jax.search.raw import RawSearch
 
 COLLECTIONS = ("scifact", "cranfield", "vaswani_npl", "cacm", "squad_dev")
 FILES = ("collection.tsv", "queries.tsv", "qrels.tsv")
@@ -159,9 +158,9 @@ def tokens(
     values, lengths = encode(model, folder, collection.texts)
     queries = model.encode_queries(list(collection.queries.values()))
     if nbits is None:
-        raw = RawArrays(jnp.asarray(values), jnp.asarray(offsets_from_lengths(lengths), jnp.int32))
+        raw = RawSearch(values, offsets_from_lengths(lengths))
         depth = min(DEPTH, int((lengths > 0).sum()))
-        found = ranked(lambda q: exact_search(raw, lengths, q, depth), queries)
+        found = ranked(partial(raw.search, k=depth), queries)
         return {"": Answer(found, values.nbytes, len(values))}
     path = folder / f"{nbits}bit.index"
     if not path.exists():

@@ -21,7 +21,6 @@ from colbert_jax.batching import (
     Batch,
     BatchRunner,
     ladder_length,
-    next_power_of_two,
     one_ahead,
     over_rows,
     pad_rows,
@@ -42,8 +41,8 @@ from colbert_jax.models.colbert import (
 from colbert_jax.multimodal import NO_IMAGES, ImagePart, Items, Query, as_items, in_order
 from colbert_jax.progress import progress_bar
 from colbert_jax.scoring.interactions import interact
-from colbert_jax.search.arrays import Hits, RawArrays, check_k
-from colbert_jax.search.exact import exact_search
+from colbert_jax.search.arrays import Hits, check_k
+from colbert_jax.search.raw import RawSearch
 from colbert_jax.text import TextTokenizer, TokenIds, as_texts
 from colbert_jax.three_way import (
     check_weights,
@@ -710,12 +709,7 @@ def _best(scores: np.ndarray, k: int) -> Hits:
 @runtime.apart()
 def _exact_hits(encoded: DocumentEmbeddings, queries: np.ndarray, k: int) -> Hits:
     """The k best of encoded documents for queries float32[B, Lq, D]."""
-    # Powers of two of tokens and documents, so that calls of any size share a few programs.
-    tokens, n = len(encoded.values), len(encoded)
-    values = np.pad(encoded.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
-    offsets = np.pad(encoded.offsets, (0, next_power_of_two(n) - n), mode="edge")
-    arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
-    return exact_search(arrays, encoded.lengths, queries, k)
+    return RawSearch(encoded.values, encoded.offsets).search(queries, k)
 
 
 # The model that was unpickled last: a pool pickles it with every task.

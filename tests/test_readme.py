@@ -52,6 +52,8 @@ ELSEWHERE = [
     "make demo",
     "make test",
     "python convert/verify.py pylate-folder --python INTERPRETER",
+    "colbert-jax evaluate cacm cranfield scifact vaswani_npl squad_dev "
+    "--checkpoint sentence-transformers/all-MiniLM-L6-v2 --json",
     "python benchmarks/quality.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2",
     "python benchmarks/passages.py DATA --checkpoint sentence-transformers/all-MiniLM-L6-v2 "
     "--cache CACHE",
@@ -203,6 +205,39 @@ def test_commands_that_are_not_run_are_on_a_page():
 
 def test_readme_is_short():
     assert len(README.read_text("utf-8").splitlines()) <= 150
+
+
+def test_quality_is_what_was_measured():
+    """nDCG@10 and bytes of the README, docs/quality_and_speed.md and docs/evaluate.md."""
+    results = ROOT / "benchmarks" / "results"
+    quality = (ROOT / "docs" / "quality_and_speed.md").read_text("utf-8")
+    found = json.loads((results / "evaluate_minilm.json").read_text())
+    names = {"cacm": "CACM", "squad_dev": "SQuAD dev", "vaswani_npl": "Vaswani"}
+    names |= {"cranfield": "Cranfield", "scifact": "SciFact"}
+    for one in found["collections"]:
+        marked = {c["system"] for c in one["comparisons"] if c["adjusted"] < 0.05}
+        cells = [
+            f"{row['measures']['nDCG@10']:.4f}" + "*" * (row["name"] in marked)
+            for row in one["systems"]
+        ]
+        line = f"\n| {names[one['name']]} | {' | '.join(cells)} |\n"
+        assert line in README.read_text("utf-8")
+        bytes = " | ".join(f"{row['bytes_per_document']:,.0f}" for row in one["systems"])
+        assert f"{line}| bytes | {bytes} |\n" in quality
+        if one["name"] == "cranfield":
+            page = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+            for row, cell, size in zip(one["systems"], cells, bytes.split(" | "), strict=True):
+                others = [f"{value:.4f}" for value in list(row["measures"].values())[1:]]
+                assert f"\n| {' | '.join([row['name'], cell, *others, size])} |\n" in page
+    table = json.loads((results / "quality_minilm.json").read_text())["results"]
+    for name, rows in table.items():
+        values = [
+            f"{rows[label]['nDCG@10']:.4f}"
+            for nbits in (2, 4)
+            for label in (f"exact, {nbits} bits", f"PLAID, {nbits} bits")
+        ]
+        raw = f"{rows['exact, raw']['nDCG@10']:.4f}"
+        assert f"\n| {names[name]} | {' | '.join([raw, *values])} |\n" in quality
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

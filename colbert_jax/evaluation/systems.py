@@ -12,16 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from colbert_jax.batching import next_power_of_two
 from colbert_jax.bm25 import Bm25, best, check_bm25
 from colbert_jax.colbert import ColBERT
 from colbert_jax.index.index import Index
 from colbert_jax.runtime import apart
-from colbert_jax.search.arrays import Hits, RawArrays
-from colbert_jax.search.exact import exact_search
+from colbert_jax.search.arrays import Hits
+from colbert_jax.search.raw import RawSearch
 
 SYSTEMS = ("bm25", "single", "exact", "plaid-1", "plaid-2", "plaid-4")
 _PLAID = re.compile("plaid-([1248])")
@@ -138,16 +136,13 @@ class Workbench:
     def _exact(self, depth: int) -> Outcome:
         documents, model = self.documents, self.model
         assert model is not None
-        tokens, count = len(documents.values), len(documents)
-        values = np.pad(documents.values, [(0, next_power_of_two(tokens) - tokens), (0, 0)])
-        offsets = np.pad(documents.offsets, (0, next_power_of_two(count) - count), mode="edge")
-        arrays = RawArrays(jnp.asarray(values), jnp.asarray(offsets, jnp.int32))
+        raw = RawSearch(documents.values, documents.offsets)
         depth = min(depth, int((documents.lengths > 0).sum()))
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
             if model.best_tokens is not None:
                 return _best(model.scores(self.encoded[part], documents), depth)
-            return exact_search(arrays, documents.lengths, self.encoded[part], depth)
+            return raw.search(self.encoded[part], depth)
 
         ranking, speed = self._searched(search)
         return Outcome(ranking, documents.values.nbytes / len(self.ids), speed)

@@ -207,30 +207,77 @@ def cpu_exact(
 
     At least k documents have a token, of those that are allowed.
     """
-    rows = [query[query.any(axis=1)] for query in queries]
-    documents = np.arange(len(arrays.offsets) - 1) if allowed is None else np.flatnonzero(allowed)
-    lengths = arrays.offsets[documents + 1] - arrays.offsets[documents]
-    documents = documents[lengths > 0].astype(np.int32)
-    ends = np.cumsum(lengths[lengths > 0])
-    cuts = np.searchsorted(ends, np.linspace(0, lengths.sum(), num_threads() + 1)[1:-1])
-    bounds = [0, *cuts.tolist(), len(documents)]
-
-    def score(work: Callable[[np.ndarray, int, int, np.ndarray], None]) -> np.ndarray:
-        scores = np.empty((len(queries), len(documents)), np.float32)
-        spread(lambda lane: work(documents, bounds[lane], bounds[lane + 1], scores), num_threads())
-        return scores
-
+    rows, documents = _rows(queries), _with_token(arrays.offsets, allowed)
     if arrays.fixed is None or len(documents) < _WORTHWHILE * k:
-        parts = np.cumsum([0, *map(len, rows)])
-        columns = _columns(np.concatenate(rows))
-        scores = score(partial(_score_exactly, arrays, columns, parts))
-        best = [_sorted(documents, row, k) for row in scores]
-    else:
-        prepared, work = _in_fixed_point(arrays, rows)
-        best = []
-        for query, row, fixed in zip(rows, score(work), prepared, strict=True):
-            few = documents[_may_be_best(row, k, fixed.error)]
-            best.append(_score_all(arrays, query, few, k, num_threads()))
+        return _best_of_all(partial(_score_exactly, arrays), arrays.offsets, documents, rows, k)
+    prepared, work = _in_fixed_point(arrays, rows)
+    best = []
+    scores = _score_by_lanes(work, arrays.offsets, documents, len(rows))
+    for query, row, fixed in zip(rows, scores, prepared, strict=True):
+        few = documents[_may_be_best(row, k, fixed.error)]
+        best.append(_score_all(arrays, query, few, k, num_threads()))
+    return _stacked(best)
+
+
+def cpu_exact_raw(
+    values: np.ndarray,
+    offsets: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `cpu_exact` among all documents, for token embeddings float32[T, D], not compressed."""
+    values, offsets = _view(values, np.float32), _view(offsets, np.int64)
+
+    def score(*args: Any) -> None:
+        from colbert_jax.search import cpu_kernels
+
+        columns, parts, documents, start, stop, scores = args
+        cpu_kernels.score_raw(values, columns, parts, offsets, documents, start, stop, scores)
+
+    return _best_of_all(score, offsets, _with_token(offsets, None), _rows(queries), k)
+
+
+def _best_of_all(
+    score: Callable[..., None],
+    offsets: np.ndarray,
+    documents: np.ndarray,
+    rows: list[np.ndarray],
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best by `score`, which takes what `_score_exactly` takes after the arrays."""
+    parts = np.cumsum([0, *map(len, rows)])
+    work = partial(score, _columns(np.concatenate(rows)), parts)
+    scores = _score_by_lanes(work, offsets, documents, len(rows))
+    return _stacked([_sorted(documents, row, k) for row in scores])
+
+
+def _rows(queries: np.ndarray) -> list[np.ndarray]:
+    """The rows of each query that are not padding."""
+    return [query[query.any(axis=1)] for query in queries]
+
+
+def _with_token(offsets: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+    """int32, the documents that have a token, of those that are allowed."""
+    documents = np.arange(len(offsets) - 1) if allowed is None else np.flatnonzero(allowed)
+    return documents[offsets[documents + 1] > offsets[documents]].astype(np.int32)
+
+
+def _score_by_lanes(
+    work: Callable[[np.ndarray, int, int, np.ndarray], None],
+    offsets: np.ndarray,
+    documents: np.ndarray,
+    num_queries: int,
+) -> np.ndarray:
+    """float32[num_queries, n], by work(documents, start, stop, scores): as many tokens a thread."""
+    scores = np.empty((num_queries, len(documents)), np.float32)
+    ends = np.cumsum(offsets[documents + 1] - offsets[documents])
+    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], num_threads() + 1)[1:-1])
+    bounds = [0, *cuts.tolist(), len(documents)]
+    spread(lambda lane: work(documents, bounds[lane], bounds[lane + 1], scores), num_threads())
+    return scores
+
+
+def _stacked(best: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([positions for positions, _ in best]), np.stack([row for _, row in best])
 
 

@@ -25,6 +25,7 @@ from colbert_jax.compression.tiles import LANES, ROWS, multiply, prefetch
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
 PRUNED = np.float32(-9999)  # `plaid.PRUNED`; here, because `compiled` looks at no other file
+_RAW = 64  # tokens of a document that are scored at a time
 _ZERO = np.float32(0)
 _TINY = np.float32(1e-12)
 
@@ -323,11 +324,11 @@ def decompress(centroids, table, codes, residuals, tokens, words, scale):
 
 @compiled
 def update_best(tokens, scale, n, order, columns, best, out):
-    """Raise best[q] to the largest column q . tokens[t] * scale[t] of the first n tokens.
+    """Raise best[q] to the largest column q . tokens[order[t]] * scale[t] of the first n.
 
     Args:
-      tokens: float32[a multiple of ROWS, D].
-      order: int32, 0, 1, ..., a number for each of `tokens`.
+      tokens: float32[T, D].
+      order: int32[n, rounded up to a multiple of ROWS], which of `tokens`.
       columns: float32[W / LANES, D, LANES], see `tiles.pack`.
       best: float32[W].
       out: float32[ROWS, LANES], scratch memory.
@@ -484,3 +485,24 @@ def score_fixed(
                 total += best[q]
             scores[b, j] = total / units[b] if shortest >= least else np.float32(np.inf)
     return True
+
+
+@compiled
+def score_raw(values, columns, bounds, offsets, positions, start, stop, scores):
+    """As `score_exactly`, for token embeddings float32[T, D] that are not compressed."""
+    best = np.empty(len(columns) * LANES, np.float32)
+    scale = np.ones(_RAW, np.float32)
+    order = np.empty(_RAW, np.int32)
+    out = np.empty((ROWS, LANES), np.float32)
+    for j in range(start, stop):
+        first, end = offsets[positions[j]], offsets[positions[j] + 1]
+        best[:] = -np.inf
+        for base in range(first, end, _RAW):
+            for t in range(_RAW):
+                order[t] = min(base + t, end - 1)
+            update_best(values, scale, min(_RAW, end - base), order, columns, best, out)
+        for b in range(len(bounds) - 1):
+            total = _ZERO
+            for q in range(bounds[b], bounds[b + 1]):
+                total += best[q]
+            scores[b, j] = total
