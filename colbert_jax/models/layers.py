@@ -305,8 +305,12 @@ def attend(
     if length > _WHOLE:
         one = partial(_in_blocks, reach=reach or (None, None), precision=precision, rate=rate)
 
+    # Weights that leave the cache for the backward pass take longer than to compute them again;
+    # blocks do so themselves.
+    again = jax.checkpoint(one, prevent_cse=False) if length <= _WHOLE else one
+
     def one_by_one(position_bias, *rows):
-        return jax.lax.map(lambda row: one(position_bias, *row), rows)
+        return jax.lax.map(lambda row: again(position_bias, *row), rows)
 
     # On a CPU one sequence at a time keeps its attention matrices in cache: 2-4 times faster.
     y = jax.lax.platform_dependent(
