@@ -150,7 +150,7 @@ class Loader:
         self._source, self._tokenizer, self._group = source, tokenizer, group.lane()
         self._shape = (accumsteps, group.count, bsize // (accumsteps * group.count))
         rows = self._shape[2] * self._nway
-        self._num_groups = _num_groups(rows, devices, length_groups)
+        self._num_groups = num_groups(rows, devices, length_groups)
         self._labels = most_positives(source)
         self._order = _Order(len(source), seed, shuffle)
         self.stop_requested = self.save_requested = False
@@ -372,7 +372,7 @@ def padded_length(length: int, longest: int) -> int:
     return ladder_length(length, longest, _LADDER)
 
 
-def _num_groups(rows: int, devices: int, most: int) -> int:
+def num_groups(rows: int, devices: int, most: int) -> int:
     """The number of equal groups that `rows` are cut into."""
     fitting = [
         n

@@ -20,6 +20,7 @@ from colbert_jax import runtime
 from colbert_jax.config import TrainingConfig
 from colbert_jax.progress import LOGGER
 from colbert_jax.training.batch import ExampleBatch, TokenBatch
+from colbert_jax.training.loader import num_groups
 
 # Gives the compiled gradients of a batch, of arrays or `jax.ShapeDtypeStruct`, under settings.
 Compile = Callable[[TrainingConfig, ExampleBatch], Any]
@@ -273,7 +274,7 @@ def resized(batch: ExampleBatch, queries: int, lengths: tuple[int, int]) -> Exam
     """The shapes of a batch of another number of queries, all texts of the greatest length."""
     rows = len(batch.order) // len(batch.queries.ids) * queries
     shards = batch.order.sharding.num_devices
-    groups = max(n for n in range(1, len(batch.documents) + 1) if rows % (n * shards) == 0)
+    groups = num_groups(rows, shards, len(batch.documents))
 
     def like(n: int, tree: Any, *length: int) -> Any:
         def one(x: Any) -> jax.ShapeDtypeStruct:

@@ -209,7 +209,7 @@ def run_job(
 ) -> Trained:
     """Do a job, or go on with it; everything else as for `train`."""
     folder, config = Path(folder), job.configs[0]
-    with processes.group("training") as group, ExitStack() as stack:
+    with processes.group("training") as group, runtime.memory_kept(), ExitStack() as stack:
         # --- The folder: a new run, or the same one again
         open_run(folder, job.about, group, overwrite=overwrite)
         checkpoints = stack.enter_context(Checkpoints(folder, config))

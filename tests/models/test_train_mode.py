@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from colbert_jax.models.backbones import MODEL_TYPES, config_from_huggingface, make_backbone
-from colbert_jax.models.layers import TrainMode, drop
+from colbert_jax.models.layers import TrainMode, drop, rows_product
 
 pytestmark = pytest.mark.slow
 
@@ -98,3 +98,40 @@ def test_share_and_scale():
     y = np.asarray(drop(x, jax.random.key(3), 0.1).astype(jnp.float32))
     assert abs((y == 0).mean() - 0.1) < 0.005
     np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-2)
+
+
+def test_dropout_looks_random():
+    """Places, rows and keys lose values independently of each other."""
+    shape, rate = (3, 64, 257), 0.3
+    lost = np.stack([drop(jnp.ones(shape), key, rate) == 0 for key in keys(7)])
+    spread = (rate * (1 - rate) / lost[0].size) ** 0.5
+    assert np.abs(lost.mean(axis=(1, 2, 3)) - rate).max() < 4 * spread
+    flat = lost.reshape(len(lost), -1).astype(float) - rate
+    for lag in (1, 2, 257, 64 * 257):  # neighbours along each axis
+        assert np.abs((flat[:, :-lag] * flat[:, lag:]).mean()) < 3 * spread
+    for other in flat[1:]:
+        assert np.abs((flat[0] * other).mean()) < 4 * spread
+
+
+@pytest.mark.parametrize(
+    "k, m, dtype", [(6, 10, "float32"), (10, 6, "float32"), (6, 10, "bfloat16")]
+)
+def test_gradient_of_a_dense_layer(k, m, dtype):
+    """As JAX has it, for kernels that widen and that narrow."""
+    rng = np.random.default_rng(0)
+    x, kernel, weights = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 5, k), (k, m), (2, 5, m))
+    )
+    last = (((2,), (0,)), ((), ()))
+
+    def gradients(product):
+        def loss(x, kernel):
+            return (product(x, kernel, last, precision=jax.lax.Precision.HIGHEST) * weights).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+    close = 1e-5 if dtype == "float32" else 2e-2
+    for ours, theirs in zip(*map(gradients, (rows_product, jax.lax.dot_general)), strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        ours, theirs = (np.asarray(x.astype(jnp.float32)) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, close, close)

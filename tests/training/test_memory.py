@@ -195,7 +195,7 @@ def test_what_devices_say():
 
 
 def test_shapes_of_another_size(eight_devices):
-    """Groups stay where they divide among the devices."""
+    """Groups are those that the loader makes of so many rows on so many devices."""
     mesh = jax.make_mesh((2,), ("data",), devices=eight_devices[:2])
     rows = jax.NamedSharding(mesh, jax.P("data"))
 
@@ -209,18 +209,20 @@ def test_shapes_of_another_size(eight_devices):
 
     batch = jax.device_put(
         memory.ExampleBatch(
-            tokens(8, 16), (tokens(16, 48), tokens(16, 32)), np.zeros(32, np.int32), None
+            tokens(16, 16), (tokens(32, 48), tokens(32, 32)), np.zeros(64, np.int32), None
         ),
         rows,
     )
-    assert shapes(resized(batch, 8, (16, 48))) == [
-        *((8, 16), (8,), (8, 16)),
-        *((16, 48), (16,), (16, 48), (16, 48), (16,), (16, 48)),
-        (32,),
+    assert shapes(resized(batch, 16, (16, 48))) == [
+        *((16, 16), (16,), (16, 16)),
+        *((32, 48), (32,), (32, 48), (32, 48), (32,), (32, 48)),
+        (64,),
     ]
-    half = resized(batch, 4, (20, 64))
-    assert [group.ids.shape for group in half.documents] == [(8, 64), (8, 64)]
-    assert half.queries.kept.shape == (4, 20)
+    half = resized(batch, 8, (20, 64))
+    assert [group.ids.shape for group in half.documents] == [(16, 64), (16, 64)]
+    assert half.queries.kept.shape == (8, 20)
     assert half.queries.ids.sharding == rows
     batch = batch._replace(documents=batch.documents + (batch.documents[1],))
-    assert [group.ids.shape for group in resized(batch, 4, (16, 48)).documents] == [(8, 48)] * 2
+    assert [group.ids.shape for group in resized(batch, 8, (16, 48)).documents] == [(16, 48)] * 2
+    few = resized(batch, 4, (16, 48))  # less than eight rows of a group on a device
+    assert [group.ids.shape for group in few.documents] == [(16, 48)]
