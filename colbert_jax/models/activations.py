@@ -15,8 +15,8 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    # As torch computes it. `jax.nn.gelu` uses erfc, which takes a CPU three times as long, but keeps
-    # its digits where 1 + erf is small: in bfloat16 these would be lost.
+    # As torch computes it. `jax.nn.gelu` uses erfc, which takes a CPU three times as long, but
+    # keeps its digits where 1 + erf is small: in bfloat16 these would be lost.
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
