@@ -288,7 +288,7 @@ def agreement(work: Path, libraries: list[str]) -> dict[str, float | str]:
 
 def quality(data: Path, checkpoint: str, names: list[str], work: Path) -> dict[str, Any]:
     """nDCG@10 in float32 and in int8."""
-    from quality import evaluate_collection
+    from quality import Collection, evaluate_collection
 
     from colbert_jax import ColBERT
 
@@ -298,7 +298,7 @@ def quality(data: Path, checkpoint: str, names: list[str], work: Path) -> dict[s
         for quantization in (None, "int8"):
             model = ColBERT.from_pretrained(checkpoint, quantization=quantization)
             place = work / name / str(quantization)
-            found = evaluate_collection(data / "eval" / name, model, place, bits=[])
+            found = evaluate_collection(Collection(data / "eval" / name, model, place), bits=[])
             results[name][quantization or "float32"] = found["exact, raw"]["nDCG@10"]
     return results
 
