@@ -298,8 +298,7 @@ def quality(data: Path, checkpoint: str, names: list[str], work: Path) -> dict[s
         for quantization in (None, "int8"):
             model = ColBERT.from_pretrained(checkpoint, quantization=quantization)
             place = work / name / str(quantization)
-            collection = Collection(data / "eval" / name, model, place)
-            found = evaluate_collection(collection, bits=[])
+            found = evaluate_collection(Collection(data / "eval" / name, model, place), bits=[])
             results[name][quantization or "float32"] = found["exact, raw"]["nDCG@10"]
     return results
 
