@@ -29,6 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
     "compression/cpu_kernels.py",
     "compression/fixed_point.py",
+    "compression/fixed_tiles.py",
     "compression/pooling_kernels.py",
     "compression/tiles.py",
     "search/cpu_kernels.py",

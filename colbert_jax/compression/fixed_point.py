@@ -9,35 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic
-
-from colbert_jax.compression.compiled import compiled
-from colbert_jax.compression.tiles import LANES, ROWS, arrays_of, check_layout
 
 CHUNK = 16  # bytes of a residual that are unpacked at a time
 SHORTEST = 0.5  # of a token embedding before normalisation; a shorter one is left to floats
 _LARGEST = 32766.0  # an int16, with room for rounding
 _LARGEST_NORM = 46340.0  # the root of 2^31: no sum of squares or products leaves int32
 
-_BYTES = ir.VectorType(ir.IntType(8), CHUNK)
-_SHORTS = ir.VectorType(ir.IntType(16), CHUNK)
-_SQUARES = ir.VectorType(ir.IntType(32), CHUNK // 2)
-_PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
-_SUMS = ir.VectorType(ir.IntType(32), LANES)
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
-
 
 class FixedPoint(NamedTuple):
     """What fixed point needs of a compressed index.
 
-    centroids: int16[K, D], times `scale`; dimensions in the order in which `unpack` has them.
+    centroids: int16[K, D], times `scale`; dimensions in the order of `order_of`.
     weights: int16[16], the bucket weight of each value of a residual's field, times `scale`.
     scale: what 1 is.
     nbits: bits of a field: 1, 2 or 4.
@@ -51,7 +36,9 @@ class FixedPoint(NamedTuple):
 
 @functools.cache
 def is_fast() -> bool:
-    """Whether numba compiles for a CPU with the instructions that these functions are made of."""
+    """Whether numba compiles for a CPU with the instructions of `fixed_tiles`."""
+    from numba.core.registry import cpu_target
+
     features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     return {"+avx512f", "+avx512bw", "+avx512vl"} <= set(features)
 
@@ -64,7 +51,7 @@ def fixed_point(centroids: np.ndarray, table: np.ndarray) -> FixedPoint | None:
       table: float32[256, 8 / b], the bucket weights for each value of a residual byte.
 
     Returns:
-      None for what these functions can't do: 8 bits, residuals not made of chunks of 16 bytes,
+      None for what `fixed_tiles` can't do: 8 bits, residuals not made of chunks of 16 bytes,
       numbers that are not finite.
     """
     (_, dim), nbits = centroids.shape, 8 // table.shape[1]
@@ -88,34 +75,11 @@ def fixed_point(centroids: np.ndarray, table: np.ndarray) -> FixedPoint | None:
 
 
 def order_of(dim: int, nbits: int) -> np.ndarray:
-    """Return the order in which `unpack` has the dimensions: of each chunk the first fields first.
+    """Return the order in which bytes are unpacked: of each chunk the first fields first.
 
     int64[D].
     """
     return np.arange(dim).reshape(-1, CHUNK, 8 // nbits).swapaxes(1, 2).ravel()
-
-
-@compiled
-def pack_fixed(rows, first, unit, fields, columns):
-    """Lay out the rows of a query as columns for `multiply_fixed`, as `tiles.pack` does in floats.
-
-    Args:
-      rows: float32[n, D].
-      first: the column of the first row.
-      unit: float32, what 1 is.
-      fields: of a residual byte, 8 / b.
-      columns: int16[at least (first + n) / LANES, D / 2, LANES, 2], filled where these rows are.
-    """
-    for q in range(len(rows)):
-        row, strip = rows[q], columns[(first + q) // LANES]
-        lane = (first + q) % LANES
-        place = 0  # as in `order_of`
-        for chunk in range(0, len(row), CHUNK * fields):
-            for field in range(fields):
-                for i in range(CHUNK):
-                    value = row[chunk + i * fields + field] * unit
-                    strip[place // 2, lane, place % 2] = np.int16(np.rint(value))
-                    place += 1
 
 
 class FixedQuery(NamedTuple):
@@ -141,136 +105,3 @@ def fixed_query(fixed: FixedPoint, rows: np.ndarray) -> FixedQuery:
     root = math.sqrt(rows.shape[1])
     document = 2 * root / (SHORTEST * fixed.scale) + 1e-5
     return FixedQuery(unit, float(norms.sum()) * document + len(rows) * 0.5 * root / unit)
-
-
-def _unpack(nbits: int) -> Any:
-    fields = 8 // nbits
-
-    @intrinsic
-    def unpack(
-        typing: Any, packed: Any, weights: Any, centroids: Any, code: Any, tokens: Any, t: Any
-    ) -> Any:
-        """Decompress a token embedding, not normalised: tokens[t] = centroids[code] + weights.
-
-        Args:
-          packed: uint8[P], P a multiple of CHUNK.
-          weights, centroids: see `FixedPoint`.
-          code, t: int64.
-          tokens: int16[n, D], one row is filled.
-
-        Returns:
-          int32, the sum of squares.
-        """
-        check_layout(packed, weights, centroids, tokens)
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, table, rows, code, target, t = arrays_of(context, builder, signature, args)
-            dim = cgutils.unpack_tuple(builder, target.shape)[1]
-            size = cgutils.unpack_tuple(builder, source.shape)[0]
-            look_up = builder.module.declare_intrinsic(
-                "llvm.x86.avx512.permvar.hi.256", (), ir.FunctionType(_SHORTS, [_SHORTS] * 2)
-            )
-            square = builder.module.declare_intrinsic(
-                "llvm.x86.avx2.pmadd.wd", (), ir.FunctionType(_SQUARES, [_SHORTS] * 2)
-            )
-            known = builder.load(_vectors(builder, table.data, _SHORTS), align=2)
-            centroid = _vectors(builder, builder.gep(rows.data, [builder.mul(code, dim)]), _SHORTS)
-            out = _vectors(builder, builder.gep(target.data, [builder.mul(t, dim)]), _SHORTS)
-            chunks = _vectors(builder, source.data, _BYTES)
-            mask = ir.Constant(_SHORTS, [(1 << nbits) - 1] * CHUNK)
-
-            def chunk(c: Any, sums: list[Any]) -> list[Any]:
-                wide = builder.zext(builder.load(builder.gep(chunks, [c]), align=1), _SHORTS)
-                for field in range(fields):
-                    shift = ir.Constant(_SHORTS, [8 - nbits * (field + 1)] * CHUNK)
-                    number = builder.and_(builder.lshr(wide, shift), mask)
-                    place = builder.add(builder.mul(c, _INT64(fields)), _INT64(field))
-                    value = builder.load(builder.gep(centroid, [place]), align=2)
-                    value = builder.add(value, builder.call(look_up, [known, number]))
-                    builder.store(value, builder.gep(out, [place]), align=2)
-                    sums = [builder.add(sums[0], builder.call(square, [value, value]))]
-                return sums
-
-            (sums,) = _loop(builder, builder.udiv(size, _INT64(CHUNK)), [_SQUARES], chunk)
-            parts = [builder.extract_element(sums, _INT32(i)) for i in range(_SQUARES.count)]
-            return functools.reduce(builder.add, parts)
-
-        of = types.int32(packed, weights, centroids, types.intp, tokens, types.intp)
-        return of, generate
-
-    return unpack
-
-
-unpack1, unpack2, unpack4 = _unpack(1), _unpack(2), _unpack(4)
-
-
-@intrinsic
-def multiply_fixed(typing: Any, rows: Any, first: Any, columns: Any, out: Any) -> Any:
-    """Multiply rows[first : first + ROWS] with LANES columns; as `tiles.multiply`.
-
-    Args:
-      rows: int16[n, D].
-      columns: int16[D / 2, LANES, 2], see `fixed_columns`.
-      out: int32[ROWS, LANES], filled.
-    """
-    check_layout(rows, columns, out)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, first, y, target = arrays_of(context, builder, signature, args)
-        dim = cgutils.unpack_tuple(builder, x.shape)[1]
-        multiply = builder.module.declare_intrinsic(
-            "llvm.x86.avx512.pmaddw.d.512", (), ir.FunctionType(_SUMS, [_PAIRS] * 2)
-        )
-        starts = []
-        for t in range(ROWS):
-            row = builder.mul(builder.add(first, _INT64(t)), dim)
-            starts.append(_vectors(builder, builder.gep(x.data, [row]), _INT32))
-        strip = _vectors(builder, y.data, _PAIRS)
-        empty = ir.Constant(_SUMS, ir.Undefined)
-
-        def pair(d: Any, sums: list[Any]) -> list[Any]:
-            column = builder.load(builder.gep(strip, [d]), align=2)
-            more = []
-            for start, known in zip(starts, sums, strict=True):
-                value = builder.load(builder.gep(start, [d]), align=2)
-                value = builder.insert_element(empty, value, _INT32(0))
-                value = builder.shuffle_vector(value, empty, ir.Constant(_SUMS, [0] * LANES))
-                product = builder.call(multiply, [builder.bitcast(value, _PAIRS), column])
-                more.append(builder.add(known, product))
-            return more
-
-        totals = _loop(builder, builder.lshr(dim, _INT64(1)), [_SUMS] * ROWS, pair)
-        out = _vectors(builder, target.data, _SUMS)
-        for t, total in enumerate(totals):
-            builder.store(total, builder.gep(out, [_INT64(t)]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(rows, types.intp, columns, out), generate
-
-
-def _vectors(builder: Any, place: Any, kind: Any) -> Any:
-    return builder.bitcast(place, kind.as_pointer())
-
-
-def _loop(builder: Any, count: Any, kinds: list[Any], body: Any) -> list[Any]:
-    """Run body(i, sums) -> sums for i in 0..count-1, from zeros; return the last sums."""
-    zeros = [ir.Constant(kind, [0] * kind.count) for kind in kinds]
-    before = builder.block
-    loop, after = builder.append_basic_block("loop"), builder.append_basic_block("end")
-    builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), loop, after)
-
-    builder.position_at_end(loop)
-    i, sums = builder.phi(_INT64), [builder.phi(kind) for kind in kinds]
-    more = body(i, sums)
-    following = builder.add(i, _INT64(1))
-    for phi, begin, end in zip([i, *sums], [_INT64(0), *zeros], [following, *more], strict=True):
-        phi.add_incoming(begin, before)
-        phi.add_incoming(end, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-
-    builder.position_at_end(after)
-    totals = [builder.phi(kind) for kind in kinds]
-    for total, zero, end in zip(totals, zeros, more, strict=True):
-        total.add_incoming(zero, before)
-        total.add_incoming(end, loop)
-    return totals

@@ -21,7 +21,6 @@ from colbert_jax.compression.fixed_point import (
     fixed_point,
     fixed_query,
     is_fast,
-    pack_fixed,
 )
 from colbert_jax.compression.learned import SHARPNESS, rounded
 from colbert_jax.config import SearchConfig
@@ -328,6 +327,7 @@ def _in_fixed_point(
     Returns:
       how exact each is, and work(positions, start, stop, scores), as `_score_exactly`.
     """
+    from colbert_jax.compression.fixed_tiles import pack_fixed
     from colbert_jax.search import cpu_kernels
 
     fixed = arrays.fixed

@@ -19,7 +19,7 @@ import numpy as np
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.cpu_kernels import insert
-from colbert_jax.compression.fixed_point import multiply_fixed, unpack1, unpack2, unpack4
+from colbert_jax.compression.fixed_tiles import multiply_fixed, unpack1, unpack2, unpack4
 from colbert_jax.compression.tiles import LANES, ROWS, multiply, prefetch
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
@@ -448,9 +448,9 @@ def score_fixed(
     Args:
       centroids, weights, nbits: see `fixed_point.FixedPoint`.
       least: int32, squares of a token embedding that may be scored so, in fixed point.
-      columns: int16[W / LANES, D / 2, LANES, 2], see `fixed_point.fixed_columns`.
+      columns: int16[W / LANES, D / 2, LANES, 2], see `fixed_tiles.pack_fixed`.
       bounds: int64[B+1], query b has the columns bounds[b]..bounds[b+1]-1.
-      units: float32[B], see `fixed_point.query_unit`.
+      units: float32[B], see `fixed_point.fixed_query`.
       tokens: int16[a multiple of ROWS, D], scratch memory.
       scores: float32[B, n], filled; -inf for a document without a token, inf for one with a token
         that has to be scored in floats.

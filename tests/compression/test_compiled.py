@@ -20,6 +20,7 @@ from colbert_jax.search import cpu_kernels, plaid
 PACKAGE = Path(module.__file__).parents[1]
 HOLD_LOOPS = (
     "compression/cpu_kernels.py",
+    "compression/fixed_tiles.py",
     "compression/pooling_kernels.py",
     "compression/tiles.py",
     "search/cpu_kernels.py",
