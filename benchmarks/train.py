@@ -42,24 +42,12 @@ from colbert_jax.training.batch import ExampleBatch, TokenBatch
 from colbert_jax.training.loader import Loader
 from colbert_jax.training.step import init_state, make_gradients, make_update, parameter_sharding
 
-_BASE = dict(hidden_size=768, num_attention_heads=12, pad_token_id=0)
-BACKBONES: dict[str, dict[str, Any]] = {
-    "bert-base": _BASE
-    | dict(
-        model_type="bert",
-        num_hidden_layers=12,
-        intermediate_size=3072,
-        max_position_embeddings=512,
-    ),
-    "modernbert-base": _BASE
-    | dict(
-        model_type="modernbert",
-        num_hidden_layers=22,
-        intermediate_size=1152,
-        max_position_embeddings=8192,
-        embedding_dropout=0.1,
-        attention_dropout=0.1,
-        mlp_dropout=0.1,
+# By what backbones.py calls each, and what is dropped in training where a configuration has none.
+BACKBONES: dict[str, tuple[str, dict[str, float]]] = {
+    "bert-base": ("bert-base", {}),
+    "modernbert-base": (
+        "GTE-ModernColBERT-v1",
+        {"embedding_dropout": 0.1, "attention_dropout": 0.1, "mlp_dropout": 0.1},
     ),
 }
 
@@ -248,11 +236,11 @@ class Torch:
 
 def random_model(tokens: ColBERT, name: str, layers: int | None) -> SimpleNamespace:
     """What both sides take of a model: a published width with random weights."""
-    from backbones import encoder_of, random_params
+    from backbones import encoder_of, fields_of, random_params
 
-    fields = BACKBONES[name] | {"vocab_size": tokens.encoder_config.backbone.vocab_size}
-    if layers is not None:
-        fields["num_hidden_layers"] = layers
+    published, dropout = BACKBONES[name]
+    vocabulary = tokens.encoder_config.backbone.vocab_size
+    fields = fields_of(published, layers) | dropout | {"vocab_size": vocabulary}
     encoder = encoder_of(fields)
     return SimpleNamespace(
         tokenizer=tokens.tokenizer,

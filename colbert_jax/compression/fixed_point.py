@@ -64,7 +64,7 @@ def fixed_point(centroids: np.ndarray, table: np.ndarray) -> FixedPoint | None:
     if not 0 < norm < math.inf:
         return None
     largest = heaviest + float(max(centroids.max(), -centroids.min()))
-    scale = min(_LARGEST_NORM / norm, _LARGEST / largest) * 0.999
+    scale = _unit(norm, largest)
     rounded = np.rint(centroids * np.float32(scale)).astype(np.int16)
     return FixedPoint(
         np.ascontiguousarray(rounded[:, order_of(dim, nbits)]),
@@ -101,7 +101,12 @@ def fixed_query(fixed: FixedPoint, rows: np.ndarray) -> FixedQuery:
     if longest == 0:
         return FixedQuery(1.0, 0.0)
     largest = max(float(rows.max()), -float(rows.min()))
-    unit = min(_LARGEST_NORM / longest, _LARGEST / largest) * 0.999
+    unit = _unit(longest, largest)
     root = math.sqrt(rows.shape[1])
     document = 2 * root / (SHORTEST * fixed.scale) + 1e-5
     return FixedQuery(unit, float(norms.sum()) * document + len(rows) * 0.5 * root / unit)
+
+
+def _unit(norm: float, largest: float) -> float:
+    """What 1 can be where no vector is longer than `norm` and no value larger than `largest`."""
+    return min(_LARGEST_NORM / norm, _LARGEST / largest) * 0.999

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.fixed_point import CHUNK
-from colbert_jax.compression.tiles import LANES, ROWS, arrays_of, check_layout
+from colbert_jax.compression.tiles import LANES, ROWS, arrays_of, check_layout, in_every_lane, loop
 
 _BYTES = ir.VectorType(ir.IntType(8), CHUNK)
 _SHORTS = ir.VectorType(ir.IntType(16), CHUNK)
@@ -97,7 +97,9 @@ def _unpack(nbits: int) -> Any:
                     sums = [builder.add(sums[0], builder.call(square, [value, value]))]
                 return sums
 
-            (sums,) = _loop(builder, builder.udiv(size, _INT64(CHUNK)), [_SQUARES], chunk)
+            (sums,) = loop(
+                builder, builder.udiv(size, _INT64(CHUNK)), [ir.Constant(_SQUARES, None)], chunk
+            )
             parts = [builder.extract_element(sums, _INT32(i)) for i in range(_SQUARES.count)]
             return functools.reduce(builder.add, parts)
 
@@ -132,20 +134,20 @@ def multiply_fixed(typing: Any, rows: Any, first: Any, columns: Any, out: Any) -
             row = builder.mul(builder.add(first, _INT64(t)), dim)
             starts.append(_vectors(builder, builder.gep(x.data, [row]), _INT32))
         strip = _vectors(builder, y.data, _PAIRS)
-        empty = ir.Constant(_SUMS, ir.Undefined)
 
         def pair(d: Any, sums: list[Any]) -> list[Any]:
             column = builder.load(builder.gep(strip, [d]), align=2)
             more = []
             for start, known in zip(starts, sums, strict=True):
                 value = builder.load(builder.gep(start, [d]), align=2)
-                value = builder.insert_element(empty, value, _INT32(0))
-                value = builder.shuffle_vector(value, empty, ir.Constant(_SUMS, [0] * LANES))
+                value = in_every_lane(builder, value, _SUMS)
                 product = builder.call(multiply, [builder.bitcast(value, _PAIRS), column])
                 more.append(builder.add(known, product))
             return more
 
-        totals = _loop(builder, builder.lshr(dim, _INT64(1)), [_SUMS] * ROWS, pair)
+        totals = loop(
+            builder, builder.lshr(dim, _INT64(1)), [ir.Constant(_SUMS, None)] * ROWS, pair
+        )
         out = _vectors(builder, target.data, _SUMS)
         for t, total in enumerate(totals):
             builder.store(total, builder.gep(out, [_INT64(t)]), align=4)
@@ -156,27 +158,3 @@ def multiply_fixed(typing: Any, rows: Any, first: Any, columns: Any, out: Any) -
 
 def _vectors(builder: Any, place: Any, kind: Any) -> Any:
     return builder.bitcast(place, kind.as_pointer())
-
-
-def _loop(builder: Any, count: Any, kinds: list[Any], body: Any) -> list[Any]:
-    """Run body(i, sums) -> sums for i in 0..count-1, from zeros; return the last sums."""
-    zeros = [ir.Constant(kind, [0] * kind.count) for kind in kinds]
-    before = builder.block
-    loop, after = builder.append_basic_block("loop"), builder.append_basic_block("end")
-    builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), loop, after)
-
-    builder.position_at_end(loop)
-    i, sums = builder.phi(_INT64), [builder.phi(kind) for kind in kinds]
-    more = body(i, sums)
-    following = builder.add(i, _INT64(1))
-    for phi, begin, end in zip([i, *sums], [_INT64(0), *zeros], [following, *more], strict=True):
-        phi.add_incoming(begin, before)
-        phi.add_incoming(end, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-
-    builder.position_at_end(after)
-    totals = [builder.phi(kind) for kind in kinds]
-    for total, zero, end in zip(totals, zeros, more, strict=True):
-        total.add_incoming(zero, before)
-        total.add_incoming(end, loop)
-    return totals

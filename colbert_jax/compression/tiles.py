@@ -72,7 +72,10 @@ def find_larger(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, places, y, shift, number, best, found = arrays_of(context, builder, signature, args)
-        shift, number = _load(builder, _at(builder, shift, 0)), _spread(builder, number, _INTS)
+        shift, number = (
+            _load(builder, _at(builder, shift, 0)),
+            in_every_lane(builder, number, _INTS),
+        )
         for t, product in enumerate(_products(builder, x, places, _INT64(0), y)):
             score = builder.fadd(product, shift, flags=_FLAGS)
             here, there = _at(builder, best, t), _at(builder, found, t, _INTS)
@@ -130,31 +133,43 @@ def _products(builder: Any, rows: Any, order: Any, first: Any, columns: Any) -> 
         place = builder.gep(order.data, [builder.add(first, _INT64(t))])
         row = builder.sext(builder.load(place), _INT64)
         starts.append(builder.gep(rows.data, [builder.mul(row, dim)]))
-    before = builder.block
-    loop, after = builder.append_basic_block("dimension"), builder.append_basic_block("end")
-    builder.cbranch(builder.icmp_signed(">", dim, _INT64(0)), loop, after)
 
-    builder.position_at_end(loop)
-    zeros = ir.Constant(_FLOATS, [0.0] * LANES)
-    d, sums = builder.phi(_INT64), [builder.phi(_FLOATS) for _ in starts]
-    column = _load(builder, _at(builder, columns, d))
-    more = []
-    for start, known in zip(starts, sums, strict=True):
-        value = _spread(builder, builder.load(builder.gep(start, [d])), _FLOATS)
-        product = builder.fmul(value, column, flags=_FLAGS)
-        more.append(builder.fadd(known, product, flags=_FLAGS))
-    following = builder.add(d, _INT64(1))
-    begins, ends = [_INT64(0), *[zeros] * ROWS], [following, *more]
-    for phi, begin, end in zip([d, *sums], begins, ends, strict=True):
+    def dimension(d: Any, sums: list[Any]) -> list[Any]:
+        column = _load(builder, _at(builder, columns, d))
+        more = []
+        for start, known in zip(starts, sums, strict=True):
+            value = in_every_lane(builder, builder.load(builder.gep(start, [d])), _FLOATS)
+            product = builder.fmul(value, column, flags=_FLAGS)
+            more.append(builder.fadd(known, product, flags=_FLAGS))
+        return more
+
+    return loop(builder, dim, [ir.Constant(_FLOATS, [0.0] * LANES)] * ROWS, dimension)
+
+
+def loop(builder: Any, count: Any, begins: list[Any], body: Any) -> list[Any]:
+    """Generate a loop, body(i, sums) -> sums for i in 0..count-1, from `begins` on.
+
+    Returns:
+      the last sums.
+    """
+    before = builder.block
+    again, after = builder.append_basic_block("loop"), builder.append_basic_block("end")
+    builder.cbranch(builder.icmp_signed(">", count, _INT64(0)), again, after)
+
+    builder.position_at_end(again)
+    i, sums = builder.phi(_INT64), [builder.phi(begin.type) for begin in begins]
+    more = body(i, sums)
+    following = builder.add(i, _INT64(1))
+    for phi, begin, end in zip([i, *sums], [_INT64(0), *begins], [following, *more], strict=True):
         phi.add_incoming(begin, before)
-        phi.add_incoming(end, loop)
-    builder.cbranch(builder.icmp_signed("<", following, dim), loop, after)
+        phi.add_incoming(end, again)
+    builder.cbranch(builder.icmp_signed("<", following, count), again, after)
 
     builder.position_at_end(after)
-    totals = [builder.phi(_FLOATS) for _ in more]
-    for total, end in zip(totals, more, strict=True):
-        total.add_incoming(zeros, before)
-        total.add_incoming(end, loop)
+    totals = [builder.phi(begin.type) for begin in begins]
+    for total, begin, end in zip(totals, begins, more, strict=True):
+        total.add_incoming(begin, before)
+        total.add_incoming(end, again)
     return totals
 
 
@@ -169,8 +184,8 @@ def _load(builder: Any, place: Any) -> Any:
     return builder.load(place, align=4)
 
 
-def _spread(builder: Any, value: Any, kind: Any) -> Any:
-    """A number in every lane."""
+def in_every_lane(builder: Any, value: Any, kind: Any) -> Any:
+    """Return a vector with a number in every lane."""
     empty = ir.Constant(kind, ir.Undefined)
     single = builder.insert_element(empty, value, _INT32(0))
     return builder.shuffle_vector(single, empty, ir.Constant(_INTS, [0] * LANES))
