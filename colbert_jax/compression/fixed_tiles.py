@@ -16,19 +16,20 @@ from numba.extending import intrinsic
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.fixed_point import CHUNK
-from colbert_jax.compression.tiles import LANES, ROWS, arrays_of, check_layout, in_every_lane, loop
+from colbert_jax.compression.tiles import LANES, arrays_of, check_layout, in_every_lane, loop, raising
 
 _BYTES = ir.VectorType(ir.IntType(8), CHUNK)
 _SHORTS = ir.VectorType(ir.IntType(16), CHUNK)
 _SQUARES = ir.VectorType(ir.IntType(32), CHUNK // 2)
 _PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
 _SUMS = ir.VectorType(ir.IntType(32), LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 
 
 @compiled
 def pack_fixed(rows, first, unit, fields, columns):
-    """Lay out the rows of a query as columns for `multiply_fixed`, as `tiles.pack` does in floats.
+    """Lay out the rows of a query as columns for `raise_best_fixed`, as `tiles.pack` does in floats.
 
     Args:
       rows: float32[n, D].
@@ -112,48 +113,31 @@ def _unpack(nbits: int) -> Any:
 unpack1, unpack2, unpack4 = _unpack(1), _unpack(2), _unpack(4)
 
 
-@intrinsic
-def multiply_fixed(typing: Any, rows: Any, first: Any, columns: Any, out: Any) -> Any:
-    """Multiply rows[first : first + ROWS] with LANES columns; as `tiles.multiply`.
+def _products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list[list[Any]]:
+    """As `tiles.products`, of rows int16[D] and strips int16[D / 2, LANES, 2]."""
+    multiply = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.pmaddw.d.512", (), ir.FunctionType(_SUMS, [_PAIRS] * 2)
+    )
+    starts = [_vectors(builder, row, _INT32) for row in rows]
+    columns = [_vectors(builder, strip, _PAIRS) for strip in strips]
 
-    Args:
-      rows: int16[n, D].
-      columns: int16[D / 2, LANES, 2], see `fixed_columns`.
-      out: int32[ROWS, LANES], filled.
-    """
-    check_layout(rows, columns, out)
+    def pair(d: Any, sums: list[Any]) -> list[Any]:
+        loaded = [builder.load(builder.gep(column, [d]), align=2) for column in columns]
+        known, more = iter(sums), []
+        for start in starts:
+            value = builder.load(builder.gep(start, [d]), align=2)
+            value = builder.bitcast(in_every_lane(builder, value, _SUMS), _PAIRS)
+            for column in loaded:
+                more.append(builder.add(next(known), builder.call(multiply, [value, column])))
+        return more
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, first, y, target = arrays_of(context, builder, signature, args)
-        dim = cgutils.unpack_tuple(builder, x.shape)[1]
-        multiply = builder.module.declare_intrinsic(
-            "llvm.x86.avx512.pmaddw.d.512", (), ir.FunctionType(_SUMS, [_PAIRS] * 2)
-        )
-        starts = []
-        for t in range(ROWS):
-            row = builder.mul(builder.add(first, _INT64(t)), dim)
-            starts.append(_vectors(builder, builder.gep(x.data, [row]), _INT32))
-        strip = _vectors(builder, y.data, _PAIRS)
+    zeros = [ir.Constant(_SUMS, None)] * (len(rows) * len(strips))
+    totals = loop(builder, builder.lshr(dim, _INT64(1)), zeros, pair)
+    floats = [builder.sitofp(total, _FLOATS) for total in totals]
+    return [floats[i : i + len(strips)] for i in range(0, len(floats), len(strips))]
 
-        def pair(d: Any, sums: list[Any]) -> list[Any]:
-            column = builder.load(builder.gep(strip, [d]), align=2)
-            more = []
-            for start, known in zip(starts, sums, strict=True):
-                value = builder.load(builder.gep(start, [d]), align=2)
-                value = in_every_lane(builder, value, _SUMS)
-                product = builder.call(multiply, [builder.bitcast(value, _PAIRS), column])
-                more.append(builder.add(known, product))
-            return more
 
-        totals = loop(
-            builder, builder.lshr(dim, _INT64(1)), [ir.Constant(_SUMS, None)] * ROWS, pair
-        )
-        out = _vectors(builder, target.data, _SUMS)
-        for t, total in enumerate(totals):
-            builder.store(total, builder.gep(out, [_INT64(t)]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(rows, types.intp, columns, out), generate
+raise_best_fixed, raise_best_fixed_two = raising(_products, 1), raising(_products, 2)
 
 
 def _vectors(builder: Any, place: Any, kind: Any) -> Any:

@@ -41,7 +41,8 @@ def multiply(typing: Any, rows: Any, order: Any, first: Any, columns: Any, out: 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, places, first, y, target = arrays_of(context, builder, signature, args)
-        for t, product in enumerate(_products(builder, x, places, first, y)):
+        starts = _ordered(builder, x, places, first)
+        for t, (product,) in enumerate(products(builder, starts, dim_of(builder, x), [y.data])):
             builder.store(product, _at(builder, target, t), align=4)
         return context.get_dummy_value()
 
@@ -76,7 +77,8 @@ def find_larger(
             _load(builder, _at(builder, shift, 0)),
             in_every_lane(builder, number, _INTS),
         )
-        for t, product in enumerate(_products(builder, x, places, _INT64(0), y)):
+        starts = _ordered(builder, x, places, _INT64(0))
+        for t, (product,) in enumerate(products(builder, starts, dim_of(builder, x), [y.data])):
             score = builder.fadd(product, shift, flags=_FLAGS)
             here, there = _at(builder, best, t), _at(builder, found, t, _INTS)
             known, before = _load(builder, here), _load(builder, there)
@@ -89,6 +91,63 @@ def find_larger(
     return signature, generate
 
 
+def raising(multiply: Any, strips: int) -> Any:
+    """Make `raise_best`, whose tile has this many times LANES columns.
+
+    Args:
+      multiply: `products`, or what does the same for other numbers.
+    """
+
+    @intrinsic
+    def raise_best(
+        typing: Any,
+        rows: Any,
+        first: Any,
+        last: Any,
+        columns: Any,
+        strip: Any,
+        scale: Any,
+        best: Any,
+    ) -> Any:
+        """Raise best[q] to the largest column q . rows[t] * scale[t] of a tile's rows.
+
+        Args:
+          rows: [n, D]; the tile's are `first` and those after it, none after `last`.
+          columns: [W / LANES, D, LANES], see `pack`; the tile's are in `strip` and after it.
+          scale: float32[n].
+          best: float32[W].
+        """
+        check_layout(rows, columns, scale, best)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, first, last, y, strip, factors, known = arrays_of(context, builder, signature, args)
+            numbers = []
+            for t in range(ROWS):
+                number = builder.add(first, _INT64(t))
+                inside = builder.icmp_signed("<", number, last)
+                numbers.append(builder.select(inside, number, last))
+            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
+            starts = [row_at(builder, x, number) for number in numbers]
+            found = multiply(builder, starts, dim_of(builder, x), [row_at(builder, y, place) for place in places])
+            scores: list[list[Any]] = [[] for _ in places]
+            for number, some in zip(numbers, found, strict=True):
+                factor = builder.load(builder.gep(factors.data, [number]))
+                factor = in_every_lane(builder, factor, _FLOATS)
+                for row, product in zip(scores, some, strict=True):
+                    row.append(builder.fmul(product, factor, flags=_FLAGS))
+            for place, row in zip(places, scores, strict=True):
+                target = _at(builder, known, place)
+                while len(row) > 1:
+                    row = [_larger(builder, *row[i : i + 2]) for i in range(0, len(row), 2)]
+                builder.store(_larger(builder, row[0], _load(builder, target)), target, align=4)
+            return context.get_dummy_value()
+
+        of = types.void(rows, types.intp, types.intp, columns, types.intp, scale, best)
+        return of, generate
+
+    return raise_best
+
+
 @intrinsic
 def prefetch(typing: Any, array: Any, i: Any) -> Any:
     """Begin to load the cache line that array[i] begins in; `array` has any number of axes."""
@@ -96,9 +155,7 @@ def prefetch(typing: Any, array: Any, i: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, i = arrays_of(context, builder, signature, args)
-        for size in cgutils.unpack_tuple(builder, x.shape)[1:]:
-            i = builder.mul(i, size)
-        pointer = builder.bitcast(builder.gep(x.data, [i]), _INT8.as_pointer())
+        pointer = builder.bitcast(row_at(builder, x, i), _INT8.as_pointer())
         kinds = [_INT8.as_pointer(), _INT32, _INT32, _INT32]
         begin = builder.module.declare_intrinsic(
             "llvm.prefetch", [kinds[0]], ir.FunctionType(ir.VoidType(), kinds)
@@ -125,25 +182,37 @@ def arrays_of(context: Any, builder: Any, signature: Any, args: Any) -> list[Any
     ]
 
 
-def _products(builder: Any, rows: Any, order: Any, first: Any, columns: Any) -> list[Any]:
-    """ROWS vectors of products; the loop over dimensions."""
-    dim = cgutils.unpack_tuple(builder, rows.shape)[1]
-    starts = []
-    for t in range(ROWS):
-        place = builder.gep(order.data, [builder.add(first, _INT64(t))])
-        row = builder.sext(builder.load(place), _INT64)
-        starts.append(builder.gep(rows.data, [builder.mul(row, dim)]))
+def _ordered(builder: Any, rows: Any, order: Any, first: Any) -> list[Any]:
+    """Where rows[order[first : first + ROWS]] begin."""
+    places = (builder.gep(order.data, [builder.add(first, _INT64(t))]) for t in range(ROWS))
+    return [row_at(builder, rows, builder.sext(builder.load(place), _INT64)) for place in places]
+
+
+def products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list[list[Any]]:
+    """The loop over dimensions.
+
+    Args:
+      rows: where each begins.
+      strips: where LANES columns begin, each.
+
+    Returns:
+      for each row, a vector of products with each strip.
+    """
+    columns = [builder.bitcast(strip, _FLOATS.as_pointer()) for strip in strips]
 
     def dimension(d: Any, sums: list[Any]) -> list[Any]:
-        column = _load(builder, _at(builder, columns, d))
-        more = []
-        for start, known in zip(starts, sums, strict=True):
-            value = in_every_lane(builder, builder.load(builder.gep(start, [d])), _FLOATS)
-            product = builder.fmul(value, column, flags=_FLAGS)
-            more.append(builder.fadd(known, product, flags=_FLAGS))
+        loaded = [_load(builder, builder.gep(column, [d])) for column in columns]
+        known, more = iter(sums), []
+        for row in rows:
+            value = in_every_lane(builder, builder.load(builder.gep(row, [d])), _FLOATS)
+            for column in loaded:
+                product = builder.fmul(value, column, flags=_FLAGS)
+                more.append(builder.fadd(next(known), product, flags=_FLAGS))
         return more
 
-    return loop(builder, dim, [ir.Constant(_FLOATS, [0.0] * LANES)] * ROWS, dimension)
+    zeros = [ir.Constant(_FLOATS, [0.0] * LANES)] * (len(rows) * len(strips))
+    totals = loop(builder, dim, zeros, dimension)
+    return [totals[i : i + len(strips)] for i in range(0, len(totals), len(strips))]
 
 
 def loop(builder: Any, count: Any, begins: list[Any], body: Any) -> list[Any]:
@@ -173,6 +242,22 @@ def loop(builder: Any, count: Any, begins: list[Any], body: Any) -> list[Any]:
     return totals
 
 
+def dim_of(builder: Any, rows: Any) -> Any:
+    """The D of an array [n, D]."""
+    return cgutils.unpack_tuple(builder, rows.shape)[1]
+
+
+def row_at(builder: Any, array: Any, i: Any) -> Any:
+    """Where array[i] begins, of any number of axes."""
+    for size in cgutils.unpack_tuple(builder, array.shape)[1:]:
+        i = builder.mul(i, size)
+    return builder.gep(array.data, [i])
+
+
+def _larger(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", one, other, flags=_FLAGS), one, other)
+
+
 def _at(builder: Any, array: Any, row: Any, kind: Any = None) -> Any:
     """Where a row of LANES numbers is."""
     row = row if isinstance(row, ir.Value) else _INT64(row)
@@ -189,6 +274,9 @@ def in_every_lane(builder: Any, value: Any, kind: Any) -> Any:
     empty = ir.Constant(kind, ir.Undefined)
     single = builder.insert_element(empty, value, _INT32(0))
     return builder.shuffle_vector(single, empty, ir.Constant(_INTS, [0] * LANES))
+
+
+raise_best, raise_best_two = raising(products, 1), raising(products, 2)
 
 
 @compiled

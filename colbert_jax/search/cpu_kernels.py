@@ -19,8 +19,21 @@ import numpy as np
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.cpu_kernels import insert
-from colbert_jax.compression.fixed_tiles import multiply_fixed, unpack1, unpack2, unpack4
-from colbert_jax.compression.tiles import LANES, ROWS, multiply, prefetch
+from colbert_jax.compression.fixed_tiles import (
+    raise_best_fixed,
+    raise_best_fixed_two,
+    unpack1,
+    unpack2,
+    unpack4,
+)
+from colbert_jax.compression.tiles import (
+    LANES,
+    ROWS,
+    multiply,
+    prefetch,
+    raise_best,
+    raise_best_two,
+)
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
 LOWEST = np.int32(-(2**31))
@@ -323,25 +336,20 @@ def decompress(centroids, table, codes, residuals, tokens, words, scale):
 
 
 @compiled
-def update_best(tokens, scale, n, order, columns, best, out):
-    """Raise best[q] to the largest column q . tokens[order[t]] * scale[t] of the first n.
+def update_best(tokens, scale, n, columns, best):
+    """Raise best[q] to the largest column q . tokens[t] * scale[t] of the first n, one at least.
 
     Args:
       tokens: float32[T, D].
-      order: int32[n, rounded up to a multiple of ROWS], which of `tokens`.
       columns: float32[W / LANES, D, LANES], see `tiles.pack`.
       best: float32[W].
-      out: float32[ROWS, LANES], scratch memory.
     """
-    for s in range(len(columns)):
-        most = best[s * LANES : (s + 1) * LANES]
-        for base in range(0, n, ROWS):
-            multiply(tokens, order, base, columns[s], out)
-            for t in range(min(ROWS, n - base)):
-                factor = scale[base + t]
-                for lane in range(LANES):
-                    score = out[t, lane] * factor
-                    most[lane] = score if score > most[lane] else most[lane]
+    paired = len(columns) - len(columns) % 2 if ROWS == 8 else 0
+    for first in range(0, n, ROWS):
+        for s in range(0, paired, 2):
+            raise_best_two(tokens, first, n - 1, columns, s, scale, best)
+        for s in range(paired, len(columns)):
+            raise_best(tokens, first, n - 1, columns, s, scale, best)
 
 
 @compiled
@@ -374,8 +382,6 @@ def score_exactly(
     """
     best = np.empty(len(columns) * LANES, np.float32)
     scale = np.empty(len(tokens), np.float32)
-    order = np.arange(len(tokens)).astype(np.int32)
-    out = np.empty((ROWS, LANES), np.float32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         best[:] = -np.inf
@@ -385,7 +391,7 @@ def score_exactly(
             if largest(block) >= len(centroids):
                 return False
             decompress(centroids, table, block, residuals[base : base + n], tokens, words, scale)
-            update_best(tokens, scale, n, order, columns, best, out)
+            update_best(tokens, scale, n, columns, best)
         for b in range(len(bounds) - 1):
             total = _ZERO
             for q in range(bounds[b], bounds[b + 1]):
@@ -412,17 +418,14 @@ def unpack_fixed(centroids, weights, nbits, codes, residuals, tokens, scale):
 
 
 @compiled
-def update_best_fixed(tokens, scale, n, columns, best, out):
-    """Raise best[q] as `update_best` does, in fixed point; out: int32[ROWS, LANES]."""
-    for s in range(len(columns)):
-        most = best[s * LANES : (s + 1) * LANES]
-        for base in range(0, n, ROWS):
-            multiply_fixed(tokens, base, columns[s], out)
-            for t in range(min(ROWS, n - base)):
-                factor = scale[base + t]
-                for lane in range(LANES):
-                    score = np.float32(out[t, lane]) * factor
-                    most[lane] = score if score > most[lane] else most[lane]
+def update_best_fixed(tokens, scale, n, columns, best):
+    """Raise best[q] as `update_best` does, in fixed point."""
+    paired = len(columns) - len(columns) % 2
+    for first in range(0, n, ROWS):
+        for s in range(0, paired, 2):
+            raise_best_fixed_two(tokens, first, n - 1, columns, s, scale, best)
+        if paired < len(columns):
+            raise_best_fixed(tokens, first, n - 1, columns, paired, scale, best)
 
 
 @compiled
@@ -460,7 +463,6 @@ def score_fixed(
     """
     best = np.empty(len(columns) * LANES, np.float32)
     scale = np.empty(len(tokens), np.float32)
-    out = np.empty((ROWS, LANES), np.int32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         if j + 1 < stop:
@@ -478,7 +480,7 @@ def score_fixed(
                 centroids, weights, nbits, block, residuals[base : base + n], tokens, scale
             )
             shortest = min(shortest, square)
-            update_best_fixed(tokens, scale, n, columns, best, out)
+            update_best_fixed(tokens, scale, n, columns, best)
         for b in range(len(bounds) - 1):
             total = _ZERO
             for q in range(bounds[b], bounds[b + 1]):
@@ -492,15 +494,12 @@ def score_raw(values, columns, bounds, offsets, positions, start, stop, scores):
     """As `score_exactly`, for token embeddings float32[T, D] that are not compressed."""
     best = np.empty(len(columns) * LANES, np.float32)
     scale = np.ones(_RAW, np.float32)
-    order = np.empty(_RAW, np.int32)
-    out = np.empty((ROWS, LANES), np.float32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         best[:] = -np.inf
         for base in range(first, end, _RAW):
-            for t in range(_RAW):
-                order[t] = min(base + t, end - 1)
-            update_best(values, scale, min(_RAW, end - base), order, columns, best, out)
+            block = values[base : min(base + _RAW, end)]
+            update_best(block, scale, len(block), columns, best)
         for b in range(len(bounds) - 1):
             total = _ZERO
             for q in range(bounds[b], bounds[b + 1]):
