@@ -148,6 +148,53 @@ def raising(multiply: Any, strips: int) -> Any:
     return raise_best
 
 
+def _raising_keys(strips: int) -> Any:
+    """Make `raise_keys`, for this many times LANES lanes."""
+
+    @intrinsic
+    def raise_keys(typing: Any, keys: Any, rows: Any, count: Any, strip: Any, best: Any) -> Any:
+        """Raise best[q] to the largest keys[rows[t], q], t < count.
+
+        Args:
+          keys: int32[n, W]; the lanes are those of `strip` and after it.
+          rows: int32 or uint32[at least count].
+          best: int32[W].
+        """
+        check_layout(keys, rows, best)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, order, count, strip, known = arrays_of(context, builder, signature, args)
+            places = [builder.mul(builder.add(strip, _INT64(s)), _INT64(LANES)) for s in range(strips)]
+            targets = [
+                builder.bitcast(builder.gep(known.data, [place]), _INTS.as_pointer())
+                for place in places
+            ]
+            width = dim_of(builder, x)
+
+            def row(t: Any, sums: list[Any]) -> list[Any]:
+                number = builder.zext(builder.load(builder.gep(order.data, [t])), _INT64)
+                start = builder.gep(x.data, [builder.mul(number, width)])
+                more = []
+                for place, total in zip(places, sums, strict=True):
+                    found = builder.bitcast(builder.gep(start, [place]), _INTS.as_pointer())
+                    found = _load(builder, found)
+                    larger = builder.icmp_signed(">", found, total)
+                    more.append(builder.select(larger, found, total))
+                return more
+
+            begins = [_load(builder, target) for target in targets]
+            for target, total in zip(targets, loop(builder, count, begins, row), strict=True):
+                builder.store(total, target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(keys, rows, types.intp, types.intp, best), generate
+
+    return raise_keys
+
+
+raise_keys, raise_keys_two = _raising_keys(1), _raising_keys(2)
+
+
 @intrinsic
 def prefetch(typing: Any, array: Any, i: Any) -> Any:
     """Begin to load the cache line that array[i] begins in; `array` has any number of axes."""

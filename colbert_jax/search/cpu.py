@@ -28,7 +28,7 @@ from colbert_jax.runtime import num_threads, spread
 from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
 from colbert_jax.search.learned import LearnedArrays
 
-_TOKENS = 64  # tokens of a document that are decompressed at a time
+_TOKENS = 32  # tokens of a document that are decompressed at a time
 _SMALL = 256  # candidates of a thread, below which one thread is faster
 _WORTHWHILE = 2  # times k documents, from which scores in fixed point come first
 

@@ -33,6 +33,8 @@ from colbert_jax.compression.tiles import (
     prefetch,
     raise_best,
     raise_best_two,
+    raise_keys,
+    raise_keys_two,
 )
 
 BLOCK = 64  # centroids that share a maximum, so that probing skips most of them
@@ -191,9 +193,12 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
     num_centroids, width = keys.shape
     best = np.empty(width, np.int32)
     values = best.view(np.float32)
-    kept = np.empty(256, np.uint32)
+    kept = np.empty(256, np.int32)
     for j in range(start, stop):
         token, end = offsets[positions[j]], offsets[positions[j] + 1]
+        if j + 4 < stop:
+            for ahead in range(offsets[positions[j + 4]], offsets[positions[j + 4] + 1], 16):
+                prefetch(codes, ahead)
         for q in range(width):
             best[q] = LOWEST
         any_kept = False
@@ -202,22 +207,17 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
             block = codes[token : min(token + 256, end)]
             if largest(block) >= num_centroids:
                 return False
-            for t in range(len(block)):
-                code = np.uint32(block[t])
-                kept[n] = code
-                n += centroid_best[code] >= threshold
+            if threshold == LOWEST:
+                n = len(block)
+                raise_all(keys, block, n, best)
+            else:
+                for t in range(len(block)):
+                    code = np.uint32(block[t])
+                    kept[n] = block[t]
+                    n += centroid_best[code] >= threshold
+                raise_all(keys, kept, n, best)
             token += 256
             any_kept = any_kept or n > 0
-            t = 0
-            while t + 1 < n:
-                r0, r1 = keys[kept[t]], keys[kept[t + 1]]
-                for q in range(width):
-                    best[q] = max(best[q], max(r0[q], r1[q]))
-                t += 2
-            if t < n:
-                r0 = keys[kept[t]]
-                for q in range(width):
-                    best[q] = max(best[q], r0[q])
         if not any_kept:
             scores[j] = PRUNED * np.float32(width)
             continue
@@ -228,6 +228,15 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
             total += values[q]
         scores[j] = total
     return True
+
+
+@compiled
+def raise_all(keys, rows, n, best):
+    strips = len(best) // LANES
+    for s in range(0, strips - 1, 2):
+        raise_keys_two(keys, rows, n, s, best)
+    if strips % 2:
+        raise_keys(keys, rows, n, strips - 1, best)
 
 
 @compiled
@@ -465,10 +474,12 @@ def score_fixed(
     scale = np.empty(len(tokens), np.float32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
+        if j + 2 < stop:
+            for row in range(offsets[positions[j + 2]], offsets[positions[j + 2] + 1], 16):
+                prefetch(codes, row)
+        following, after = end, end
         if j + 1 < stop:
-            following = offsets[positions[j + 1]]
-            for row in range(following, min(offsets[positions[j + 1] + 1], following + 256)):
-                prefetch(residuals, row)
+            following, after = offsets[positions[j + 1]], offsets[positions[j + 1] + 1]
         best[:] = -np.inf
         shortest = np.int32(2**31 - 1)
         for base in range(first, end, len(tokens)):
@@ -476,6 +487,9 @@ def score_fixed(
             block = codes[base : base + n]
             if largest(block) >= len(centroids):
                 return False
+            for row in range(following, min(after, following + len(tokens))):
+                prefetch(residuals, row)
+            following += len(tokens)
             square = unpack_fixed(
                 centroids, weights, nbits, block, residuals[base : base + n], tokens, scale
             )
