@@ -9,7 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.compiled import compiled
-from colbert_jax.compression.tiles import LANES, ROWS, find_larger, multiply
+from colbert_jax.compression.tiles import (
+    LANES,
+    PAIRED,
+    ROWS,
+    find_larger,
+    find_larger_two,
+    multiply,
+)
 
 
 @compiled
@@ -53,13 +60,16 @@ def _nearest_of(points, members, columns, places, bias, start, stop, best, code)
     order = np.empty(ROWS, np.int32)
     values = np.empty((ROWS, LANES), np.float32)
     strips = np.empty((ROWS, LANES), np.int32)
+    paired = stop - (stop - start) % 2 if PAIRED else start
     for first in range(0, len(members), ROWS):
         for t in range(ROWS):
             order[t] = members[min(first + t, len(members) - 1)]
         values[:] = -np.inf
         strips[:] = start
-        for s in range(start, stop):
-            find_larger(points, order, columns[s], bias[s], s, values, strips)
+        for s in range(start, paired, 2):
+            find_larger_two(points, order, columns, bias, s, values, strips)
+        for s in range(paired, stop):
+            find_larger(points, order, columns, bias, s, values, strips)
         for t in range(min(ROWS, len(members) - first)):
             i = order[t]
             score, found = best[i], code[i]

@@ -6,6 +6,7 @@ As `tiles`, with whole numbers of 16 bits; see `fixed_point`. All arrays are con
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from numba.extending import intrinsic
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.fixed_point import CHUNK
-from colbert_jax.compression.tiles import LANES, arrays_of, check_layout, in_every_lane, loop, raising
+from colbert_jax.compression.tiles import (
+    LANES,
+    arrays_of,
+    check_layout,
+    in_every_lane,
+    loop,
+    raising,
+)
 
 _BYTES = ir.VectorType(ir.IntType(8), CHUNK)
 _SHORTS = ir.VectorType(ir.IntType(16), CHUNK)
@@ -29,7 +37,7 @@ _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 
 @compiled
 def pack_fixed(rows, first, unit, fields, columns):
-    """Lay out the rows of a query as columns for `raise_best_fixed`, as `tiles.pack` does in floats.
+    """Lay out the rows of a query as columns for `raise_best_fixed`, as `tiles.pack` does.
 
     Args:
       rows: float32[n, D].
@@ -123,12 +131,12 @@ def _products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> lis
 
     def pair(d: Any, sums: list[Any]) -> list[Any]:
         loaded = [builder.load(builder.gep(column, [d]), align=2) for column in columns]
-        known, more = iter(sums), []
-        for start in starts:
-            value = builder.load(builder.gep(start, [d]), align=2)
-            value = builder.bitcast(in_every_lane(builder, value, _SUMS), _PAIRS)
-            for column in loaded:
-                more.append(builder.add(next(known), builder.call(multiply, [value, column])))
+        values = [builder.load(builder.gep(start, [d]), align=2) for start in starts]
+        values = [in_every_lane(builder, value, _SUMS) for value in values]
+        more = []
+        for known, (value, column) in zip(sums, itertools.product(values, loaded), strict=True):
+            product = builder.call(multiply, [builder.bitcast(value, _PAIRS), column])
+            more.append(builder.add(known, product))
         return more
 
     zeros = [ir.Constant(_SUMS, None)] * (len(rows) * len(strips))

@@ -7,6 +7,7 @@ narrower vectors takes several for LANES. All arrays are contiguous.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from numba.extending import intrinsic
 from colbert_jax.compression.compiled import FAST, compiled
 
 LANES = 16
-# As many as there are registers for: 32 of 16 lanes, or 16 of 8.
-ROWS = 8 if binding.get_host_cpu_features().get("avx512f") else 4
+# Whether there are registers for the products with two strips of columns: 32 of 16 lanes. They
+# share what is loaded of the rows. Else there are 16 of 8.
+PAIRED = bool(binding.get_host_cpu_features().get("avx512f"))
+ROWS = 8 if PAIRED else 4
 
 _INT8, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_INT32, LANES)
@@ -49,46 +52,53 @@ def multiply(typing: Any, rows: Any, order: Any, first: Any, columns: Any, out: 
     return types.void(rows, order, types.intp, columns, out), generate
 
 
-@intrinsic
-def find_larger(
-    typing: Any,
-    rows: Any,
-    order: Any,
-    columns: Any,
-    bias: Any,
-    number: Any,
-    values: Any,
-    numbers: Any,
-) -> Any:
-    """Where products of rows[order[:ROWS]] with columns, plus bias, are larger than the values
-    known: take them and note a number, in each lane by itself.
+def _finding(strips: int) -> Any:
+    """Make `find_larger`, whose tile has this many times LANES columns."""
 
-    Args:
-      rows, order, columns: see `multiply`.
-      bias: float32[LANES].
-      number: int32.
-      values, numbers: float32 and int32[ROWS, LANES], updated.
-    """
-    check_layout(rows, order, columns, bias, values, numbers)
+    @intrinsic
+    def find_larger(
+        typing: Any,
+        rows: Any,
+        order: Any,
+        columns: Any,
+        bias: Any,
+        strip: Any,
+        values: Any,
+        numbers: Any,
+    ) -> Any:
+        """Where products of rows[order[:ROWS]] with columns, plus bias, are larger than the values
+        known: take them and note the strip, in each lane by itself.
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, places, y, shift, number, best, found = arrays_of(context, builder, signature, args)
-        shift, number = (
-            _load(builder, _at(builder, shift, 0)),
-            in_every_lane(builder, number, _INTS),
-        )
-        starts = _ordered(builder, x, places, _INT64(0))
-        for t, (product,) in enumerate(products(builder, starts, dim_of(builder, x), [y.data])):
-            score = builder.fadd(product, shift, flags=_FLAGS)
-            here, there = _at(builder, best, t), _at(builder, found, t, _INTS)
-            known, before = _load(builder, here), _load(builder, there)
-            larger = builder.fcmp_ordered(">", score, known, flags=_FLAGS)
-            builder.store(builder.select(larger, score, known), here, align=4)
-            builder.store(builder.select(larger, number, before), there, align=4)
-        return context.get_dummy_value()
+        Args:
+          rows, order: see `multiply`.
+          columns: float32[S, D, LANES], see `pack`; the tile's are in `strip` and after it.
+          bias: float32[S, LANES].
+          values, numbers: float32 and int32[ROWS, LANES], updated.
+        """
+        check_layout(rows, order, columns, bias, values, numbers)
 
-    signature = types.void(rows, order, columns, bias, types.int32, values, numbers)
-    return signature, generate
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, order, y, bias, strip, best, found = arrays_of(context, builder, signature, args)
+            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
+            shifts = [_load(builder, _at(builder, bias, place)) for place in places]
+            names = [in_every_lane(builder, builder.trunc(p, _INT32), _INTS) for p in places]
+            starts = _ordered(builder, x, order, _INT64(0))
+            columns = [row_at(builder, y, place) for place in places]
+            for t, row in enumerate(products(builder, starts, dim_of(builder, x), columns)):
+                here, there = _at(builder, best, t), _at(builder, found, t, _INTS)
+                known, before = _load(builder, here), _load(builder, there)
+                for product, shift, name in zip(row, shifts, names, strict=True):
+                    score = builder.fadd(product, shift, flags=_FLAGS)
+                    larger = builder.fcmp_ordered(">", score, known, flags=_FLAGS)
+                    known = builder.select(larger, score, known)
+                    before = builder.select(larger, name, before)
+                builder.store(known, here, align=4)
+                builder.store(before, there, align=4)
+            return context.get_dummy_value()
+
+        return types.void(rows, order, columns, bias, types.intp, values, numbers), generate
+
+    return find_larger
 
 
 def raising(multiply: Any, strips: int) -> Any:
@@ -121,14 +131,12 @@ def raising(multiply: Any, strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, first, last, y, strip, factors, known = arrays_of(context, builder, signature, args)
-            numbers = []
-            for t in range(ROWS):
-                number = builder.add(first, _INT64(t))
-                inside = builder.icmp_signed("<", number, last)
-                numbers.append(builder.select(inside, number, last))
+            numbers = _tile(builder, first, last)
             places = [builder.add(strip, _INT64(s)) for s in range(strips)]
             starts = [row_at(builder, x, number) for number in numbers]
-            found = multiply(builder, starts, dim_of(builder, x), [row_at(builder, y, place) for place in places])
+            found = multiply(
+                builder, starts, dim_of(builder, x), [row_at(builder, y, place) for place in places]
+            )
             scores: list[list[Any]] = [[] for _ in places]
             for number, some in zip(numbers, found, strict=True):
                 factor = builder.load(builder.gep(factors.data, [number]))
@@ -148,6 +156,62 @@ def raising(multiply: Any, strips: int) -> Any:
     return raise_best
 
 
+def _filling_keys(strips: int) -> Any:
+    """Make `fill_keys`, whose tile has this many times LANES columns."""
+
+    @intrinsic
+    def fill_keys(
+        typing: Any,
+        rows: Any,
+        first: Any,
+        last: Any,
+        columns: Any,
+        strip: Any,
+        keys: Any,
+        best: Any,
+    ) -> Any:
+        """Fill keys[t, q] with column q . rows[t] of a tile's rows, as int32 of the same order.
+
+        Args:
+          rows, first, last, columns, strip: see `raising`.
+          keys: int32[n, W]; see `cpu_kernels.as_key`.
+          best: int32[W], raised to the largest.
+        """
+        check_layout(rows, columns, keys, best)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, first, last, y, strip, target, known = arrays_of(context, builder, signature, args)
+            numbers = _tile(builder, first, last)
+            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
+            found = products(
+                builder,
+                [row_at(builder, x, number) for number in numbers],
+                dim_of(builder, x),
+                [row_at(builder, y, place) for place in places],
+            )
+            sign, others = ir.Constant(_INTS, [31] * LANES), ir.Constant(_INTS, [2**31 - 1] * LANES)
+            bests = [_at(builder, known, place, _INTS) for place in places]
+            most = [_load(builder, best) for best in bests]
+            for number, some in zip(numbers, found, strict=True):
+                row = builder.bitcast(row_at(builder, target, number), _INTS.as_pointer())
+                for s, (place, product) in enumerate(zip(places, some, strict=True)):
+                    bits = builder.bitcast(product, _INTS)
+                    key = builder.xor(bits, builder.and_(builder.ashr(bits, sign), others))
+                    builder.store(key, builder.gep(row, [place]), align=4)
+                    most[s] = _larger_key(builder, key, most[s])
+            for place, key in zip(bests, most, strict=True):
+                builder.store(key, place, align=4)
+            return context.get_dummy_value()
+
+        of = types.void(rows, types.intp, types.intp, columns, types.intp, keys, best)
+        return of, generate
+
+    return fill_keys
+
+
+fill_keys, fill_keys_two = _filling_keys(1), _filling_keys(2)
+
+
 def _raising_keys(strips: int) -> Any:
     """Make `raise_keys`, for this many times LANES lanes."""
 
@@ -164,7 +228,9 @@ def _raising_keys(strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, order, count, strip, known = arrays_of(context, builder, signature, args)
-            places = [builder.mul(builder.add(strip, _INT64(s)), _INT64(LANES)) for s in range(strips)]
+            places = [
+                builder.mul(builder.add(strip, _INT64(s)), _INT64(LANES)) for s in range(strips)
+            ]
             targets = [
                 builder.bitcast(builder.gep(known.data, [place]), _INTS.as_pointer())
                 for place in places
@@ -178,8 +244,7 @@ def _raising_keys(strips: int) -> Any:
                 for place, total in zip(places, sums, strict=True):
                     found = builder.bitcast(builder.gep(start, [place]), _INTS.as_pointer())
                     found = _load(builder, found)
-                    larger = builder.icmp_signed(">", found, total)
-                    more.append(builder.select(larger, found, total))
+                    more.append(_larger_key(builder, found, total))
                 return more
 
             begins = [_load(builder, target) for target in targets]
@@ -249,12 +314,12 @@ def products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list
 
     def dimension(d: Any, sums: list[Any]) -> list[Any]:
         loaded = [_load(builder, builder.gep(column, [d])) for column in columns]
-        known, more = iter(sums), []
-        for row in rows:
-            value = in_every_lane(builder, builder.load(builder.gep(row, [d])), _FLOATS)
-            for column in loaded:
-                product = builder.fmul(value, column, flags=_FLAGS)
-                more.append(builder.fadd(next(known), product, flags=_FLAGS))
+        values = [builder.load(builder.gep(row, [d])) for row in rows]
+        values = [in_every_lane(builder, value, _FLOATS) for value in values]
+        more = []
+        for known, (value, column) in zip(sums, itertools.product(values, loaded), strict=True):
+            product = builder.fmul(value, column, flags=_FLAGS)
+            more.append(builder.fadd(known, product, flags=_FLAGS))
         return more
 
     zeros = [ir.Constant(_FLOATS, [0.0] * LANES)] * (len(rows) * len(strips))
@@ -301,6 +366,18 @@ def row_at(builder: Any, array: Any, i: Any) -> Any:
     return builder.gep(array.data, [i])
 
 
+def _tile(builder: Any, first: Any, last: Any) -> list[Any]:
+    """The numbers of a tile's rows; beyond the last, the last again."""
+    numbers = [builder.add(first, _INT64(t)) for t in range(ROWS)]
+    return [
+        builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers
+    ]
+
+
+def _larger_key(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.icmp_signed(">", one, other), one, other)
+
+
 def _larger(builder: Any, one: Any, other: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", one, other, flags=_FLAGS), one, other)
 
@@ -324,6 +401,7 @@ def in_every_lane(builder: Any, value: Any, kind: Any) -> Any:
 
 
 raise_best, raise_best_two = raising(products, 1), raising(products, 2)
+find_larger, find_larger_two = _finding(1), _finding(2)
 
 
 @compiled

@@ -413,21 +413,10 @@ def _search_one(
     num_blocks = -(-num_centroids // cpu_kernels.BLOCK)
     keys = _scratch("keys", (num_centroids, width), np.int32)
     block_best = _scratch("block_best", (num_blocks, width), np.int32)
-    centroid_best = _scratch("centroid_best", (num_centroids,), np.int32)
 
     def centroid_scores(start: int, stop: int) -> None:
-        stop = min(stop * cpu_kernels.BLOCK, num_centroids)
-        cpu_kernels.score_centroids(
-            arrays.centroids,
-            columns,
-            num_rows,
-            start * cpu_kernels.BLOCK,
-            stop,
-            keys.view(np.float32),
-            keys,
-            block_best,
-            centroid_best,
-        )
+        start, stop = start * cpu_kernels.BLOCK, min(stop * cpu_kernels.BLOCK, num_centroids)
+        cpu_kernels.score_centroids(arrays.centroids, columns, start, stop, keys, block_best)
 
     _split(centroid_scores, num_blocks, threads)
     cells = _scratch("cells", (num_rows, ncells), np.int32)
@@ -448,6 +437,7 @@ def _search_one(
     )
     check_lists(count >= 0, num_documents)
     approximate = _scratch("scores", (num_documents,), np.float32)
+    centroid_best = _scratch("centroid_best", (num_centroids,), np.int32)
 
     def interaction(threshold: np.int32) -> Callable[[int, int], None]:
         def work(start: int, stop: int) -> None:
@@ -469,9 +459,11 @@ def _search_one(
     pruning = _key(settings.centroid_score_threshold)
     ndocs = int(settings.ndocs or 1)
     # Where nothing would be cut, or nothing pruned, the second cut alone gives the same.
-    if count > max(ndocs, k) and centroid_best.min() < pruning:
-        _split(interaction(pruning), count, threads)
-        count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs, k))
+    if count > max(ndocs, k) and pruning > cpu_kernels.LOWEST:
+        cpu_kernels.best_of_centroids(keys, num_rows, centroid_best)
+        if centroid_best.min() < pruning:
+            _split(interaction(pruning), count, threads)
+            count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs, k))
     if count > max(ndocs // 4, k):
         _split(interaction(cpu_kernels.LOWEST), count, threads)
         count = cpu_kernels.keep_best(positions, approximate, count, max(ndocs // 4, k))

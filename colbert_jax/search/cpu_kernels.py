@@ -28,7 +28,10 @@ from colbert_jax.compression.fixed_tiles import (
 )
 from colbert_jax.compression.tiles import (
     LANES,
+    PAIRED,
     ROWS,
+    fill_keys,
+    fill_keys_two,
     multiply,
     prefetch,
     raise_best,
@@ -52,46 +55,35 @@ def as_key(bits):
 
 
 @compiled
-def score_centroids(
-    centroids, columns, num_rows, start, stop, scores, keys, block_best, centroid_best
-):
-    """Score centroids, as keys, with the maximum of every block and of every centroid.
+def score_centroids(centroids, columns, start, stop, keys, block_best):
+    """Score centroids, as keys, with the maximum of every block.
 
     Args:
       centroids: float32[K, D].
-      columns: float32[W / LANES, D, LANES], the query, see `tiles.pack`; rows from num_rows on are
-        padding.
+      columns: float32[W / LANES, D, LANES], the query, see `tiles.pack`.
       start, stop: the range of centroids, `start` a multiple of BLOCK.
-      scores, keys: float32[K, W] and int32[K, W], the same memory; filled with keys.
+      keys: int32[K, W], filled.
       block_best: int32[K / BLOCK, W], filled.
-      centroid_best: int32[K], filled.
     """
-    width = keys.shape[1]
-    order = np.empty(ROWS, np.int32)
-    out = np.empty((ROWS, LANES), np.float32)
-    for first in range(start, stop, ROWS):
-        for t in range(ROWS):
-            order[t] = min(first + t, stop - 1)
-        for s in range(len(columns)):
-            multiply(centroids, order, 0, columns[s], out)
-            for t in range(min(ROWS, stop - first)):
-                row = scores[first + t]
-                for lane in range(LANES):
-                    row[s * LANES + lane] = out[t, lane]
-    for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
-        best = block_best[block]
-        for q in range(width):
-            best[q] = LOWEST
-        for c in range(block * BLOCK, min((block + 1) * BLOCK, stop)):
-            row = keys[c]
-            most = LOWEST
-            for q in range(width):
-                row[q] = as_key(row[q])
-            for q in range(num_rows):
-                most = max(most, row[q])
-            for q in range(width):
-                best[q] = max(best[q], row[q])
-            centroid_best[c] = most
+    paired = len(columns) - len(columns) % 2 if PAIRED else 0
+    for begin in range(start, stop, BLOCK):
+        best, end = block_best[begin // BLOCK], min(begin + BLOCK, stop)
+        best[:] = LOWEST
+        for first in range(begin, end, ROWS):
+            for s in range(0, paired, 2):
+                fill_keys_two(centroids, first, end - 1, columns, s, keys, best)
+            for s in range(paired, len(columns)):
+                fill_keys(centroids, first, end - 1, columns, s, keys, best)
+
+
+@compiled
+def best_of_centroids(keys, num_rows, out):
+    """Fill out int32[K] with the largest key of each centroid for the first num_rows rows."""
+    for c in range(len(keys)):
+        most = LOWEST
+        for q in range(num_rows):
+            most = max(most, keys[c, q])
+        out[c] = most
 
 
 @compiled
@@ -178,11 +170,22 @@ def largest(codes):
 
 
 @compiled
+def raise_all(keys, rows, n, best):
+    """Raise best[q], int32[W], to the largest of keys[rows[t], q], t < n."""
+    strips = len(best) // LANES
+    for s in range(0, strips - 1, 2):
+        raise_keys_two(keys, rows, n, s, best)
+    if strips % 2:
+        raise_keys(keys, rows, n, strips - 1, best)
+
+
+@compiled
 def interact(keys, centroid_best, threshold, codes, offsets, positions, start, stop, scores):
     """Score candidates start..stop-1 approximately: MaxSim over their tokens' centroids.
 
     Args:
-      keys, centroid_best: from `score_centroids`.
+      keys: from `score_centroids`.
+      centroid_best: from `best_of_centroids`; not looked at where the threshold is LOWEST.
       threshold: a key; tokens whose centroid's best key is below it do not count.
       positions: int32[n], the candidates.
       scores: float32[n], filled.
@@ -228,15 +231,6 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
             total += values[q]
         scores[j] = total
     return True
-
-
-@compiled
-def raise_all(keys, rows, n, best):
-    strips = len(best) // LANES
-    for s in range(0, strips - 1, 2):
-        raise_keys_two(keys, rows, n, s, best)
-    if strips % 2:
-        raise_keys(keys, rows, n, strips - 1, best)
 
 
 @compiled
@@ -353,7 +347,7 @@ def update_best(tokens, scale, n, columns, best):
       columns: float32[W / LANES, D, LANES], see `tiles.pack`.
       best: float32[W].
     """
-    paired = len(columns) - len(columns) % 2 if ROWS == 8 else 0
+    paired = len(columns) - len(columns) % 2 if PAIRED else 0
     for first in range(0, n, ROWS):
         for s in range(0, paired, 2):
             raise_best_two(tokens, first, n - 1, columns, s, scale, best)

@@ -143,10 +143,9 @@ USE = """
 import numpy as np
 from colbert_jax.compression.tiles import LANES, ROWS, packed
 from colbert_jax.search.cpu_kernels import update_best
-best, out = np.zeros(LANES, np.float32), np.empty((ROWS, LANES), np.float32)
-tokens, order = np.ones((ROWS, 8), np.float32), np.arange(ROWS).astype(np.int32)
+best, tokens = np.zeros(LANES, np.float32), np.ones((ROWS, 8), np.float32)
 columns = packed(np.ones((4, 8), np.float32))
-update_best(tokens, np.ones(1, np.float32), 1, order, columns, best, out)
+update_best(tokens, np.ones(1, np.float32), 1, columns, best)
 print(best[:4].tolist(), sum(update_best.stats.cache_hits.values()))
 """
 
@@ -172,7 +171,7 @@ def package(tmp_path):
 
 @pytest.mark.slow
 def test_a_changed_inner_loop_is_compiled_again(package, tmp_path):
-    """`multiply` is in another file than `update_best`, which calls it."""
+    """`raise_best` is in another file than `update_best`, which calls it."""
     cache = str(tmp_path / "cache")
     file = package / "compression" / "tiles.py"
     before = file.read_text("utf-8")
