@@ -57,7 +57,7 @@ def fixed_point(centroids: np.ndarray, table: np.ndarray) -> FixedPoint | None:
     (_, dim), nbits = centroids.shape, 8 // table.shape[1]
     if nbits == 8 or dim * nbits % (8 * CHUNK) or not len(centroids):
         return None
-    weights = table[np.arange(1 << nbits) << (8 - nbits), 0]
+    weights = weights_of_fields(table)
     heaviest = float(np.abs(weights).max())
     norm = math.sqrt(float(np.einsum("kd,kd->k", centroids, centroids).max()))
     norm += math.sqrt(dim) * heaviest
@@ -68,10 +68,16 @@ def fixed_point(centroids: np.ndarray, table: np.ndarray) -> FixedPoint | None:
     rounded = np.rint(centroids * np.float32(scale)).astype(np.int16)
     return FixedPoint(
         np.ascontiguousarray(rounded[:, order_of(dim, nbits)]),
-        np.resize(np.rint(weights * scale), 16).astype(np.int16),
+        np.rint(weights * scale).astype(np.int16),
         scale,
         nbits,
     )
+
+
+def weights_of_fields(table: np.ndarray) -> np.ndarray:
+    """float32[16]: of each value of a field at up to 4 bits; `table` as for `fixed_point`."""
+    nbits = 8 // table.shape[1]
+    return np.resize(table[np.arange(1 << nbits) << (8 - nbits), 0], 16)
 
 
 def order_of(dim: int, nbits: int) -> np.ndarray:

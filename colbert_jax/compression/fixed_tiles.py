@@ -15,15 +15,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from colbert_jax.compression.compiled import compiled
+from colbert_jax.compression.compiled import FAST, compiled
 from colbert_jax.compression.fixed_point import CHUNK
 from colbert_jax.compression.tiles import (
     LANES,
     arrays_of,
     check_layout,
+    dim_of,
     in_every_lane,
     loop,
     raising,
+    row_at,
 )
 
 _BYTES = ir.VectorType(ir.IntType(8), CHUNK)
@@ -33,6 +35,7 @@ _PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
 _SUMS = ir.VectorType(ir.IntType(32), LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_FLAGS = tuple(sorted(FAST))
 
 
 @compiled
@@ -119,6 +122,74 @@ def _unpack(nbits: int) -> Any:
 
 
 unpack1, unpack2, unpack4 = _unpack(1), _unpack(2), _unpack(4)
+
+
+def _unpack_floats(nbits: int) -> Any:
+    fields, per_word = 8 // nbits, 32 // nbits
+
+    @intrinsic
+    def unpack(
+        typing: Any, packed: Any, weights: Any, centroids: Any, code: Any, tokens: Any, t: Any
+    ) -> Any:
+        """As `unpack1` and so on, in floats and with dimensions in their own order.
+
+        Args:
+          packed: uint8[D * b / 8], D a multiple of LANES.
+          weights: float32[16], the bucket weight of each value of a residual's field.
+          centroids: float32[K, D].
+          tokens: float32[n, D], one row is filled.
+
+        Returns:
+          float32, the sum of squares.
+        """
+        check_layout(packed, weights, centroids, tokens)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            source, table, rows, code, target, t = arrays_of(context, builder, signature, args)
+            dim = dim_of(builder, target)
+            look_up = builder.module.declare_intrinsic(
+                "llvm.x86.avx512.permvar.sf.512", (), ir.FunctionType(_FLOATS, [_FLOATS, _SUMS])
+            )
+            known = builder.load(_vectors(builder, table.data, _FLOATS), align=4)
+            centroid = _vectors(builder, row_at(builder, rows, code), _FLOATS)
+            out = _vectors(builder, row_at(builder, target, t), _FLOATS)
+            # The bytes of LANES dimensions: two words of 32 bits, one, or half of one.
+            words = max(LANES // per_word, 1)
+            kind = ir.VectorType(ir.IntType(min(LANES * nbits, 32)), words)
+            chunks = _vectors(builder, source.data, kind)
+            spread = ir.Constant(_SUMS, [lane // per_word for lane in range(LANES)])
+            places = [lane % per_word for lane in range(LANES)]
+            down = [i // fields * 8 + 8 - nbits * (i % fields + 1) for i in places]
+            mask = ir.Constant(_SUMS, [(1 << nbits) - 1] * LANES)
+
+            def chunk(c: Any, sums: list[Any]) -> list[Any]:
+                loaded = builder.load(builder.gep(chunks, [c]), align=1)
+                wide = loaded if nbits > 1 else builder.zext(loaded, ir.VectorType(_INT32, words))
+                wide = builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), spread)
+                number = builder.and_(builder.lshr(wide, ir.Constant(_SUMS, down)), mask)
+                value = builder.load(builder.gep(centroid, [c]), align=4)
+                value = builder.fadd(value, builder.call(look_up, [known, number]))
+                builder.store(value, builder.gep(out, [c]), align=4)
+                square = builder.fmul(value, value, flags=_FLAGS)
+                return [builder.fadd(sums[0], square, flags=_FLAGS)]
+
+            count = builder.udiv(dim, _INT64(LANES))
+            (sums,) = loop(builder, count, [ir.Constant(_FLOATS, None)], chunk)
+            add = builder.module.declare_intrinsic(
+                "llvm.vector.reduce.fadd.v16f32",
+                (),
+                ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS]),
+            )
+            zero = ir.Constant(ir.FloatType(), 0.0)
+            return builder.call(add, [zero, sums], fastmath=_FLAGS)
+
+        of = types.float32(packed, weights, centroids, types.intp, tokens, types.intp)
+        return of, generate
+
+    return unpack
+
+
+unpack_floats1, unpack_floats2, unpack_floats4 = map(_unpack_floats, (1, 2, 4))
 
 
 def _products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list[list[Any]]:

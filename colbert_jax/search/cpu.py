@@ -21,6 +21,7 @@ from colbert_jax.compression.fixed_point import (
     fixed_point,
     fixed_query,
     is_fast,
+    weights_of_fields,
 )
 from colbert_jax.compression.learned import SHARPNESS, rounded
 from colbert_jax.config import SearchConfig
@@ -29,8 +30,9 @@ from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
 from colbert_jax.search.learned import LearnedArrays
 
 _TOKENS = 32  # tokens of a document that are decompressed at a time
+_VECTOR = 16  # bucket weights that loops look up at a time
 _SMALL = 256  # candidates of a thread, below which one thread is faster
-_WORTHWHILE = 2  # times k documents, from which scores in fixed point come first
+_WORTHWHILE = 3  # times k documents, from which scores in fixed point come first
 
 
 class CpuArrays(NamedTuple):
@@ -38,6 +40,8 @@ class CpuArrays(NamedTuple):
 
     centroids: float32[K, D].
     table: [256, m] words of memory: the 8 / b bucket weights for each value of a residual byte.
+    weights: float32[16], the bucket weight of each value of a residual's field, where loops look
+      it up in registers; else of length 0, and they look at the table.
     codes: int32[T].
     residuals: uint8[T, D * b / 8].
     offsets: int64[N+1].
@@ -49,6 +53,7 @@ class CpuArrays(NamedTuple):
 
     centroids: np.ndarray
     table: np.ndarray
+    weights: np.ndarray
     codes: np.ndarray
     residuals: np.ndarray
     offsets: np.ndarray
@@ -64,10 +69,12 @@ def cpu_arrays(arrays: IndexArrays) -> CpuArrays:
     weights = np.ascontiguousarray(arrays.bucket_weights, np.float32)
     nbits = nbits_of(weights)
     table = weights[unpack(np.arange(256, dtype=np.uint8)[:, None], nbits)]
+    in_registers = nbits < 8 and arrays.centroids.shape[1] % _VECTOR == 0
     word = np.uint64 if nbits < 8 else np.float32  # two weights at a time, where a byte has them
     return CpuArrays(
         _view(arrays.centroids, np.float32),
         _view(table.view(word), word),
+        _view(weights_of_fields(table) if in_registers else [], np.float32),
         _view(arrays.codes, np.int32),
         _view(arrays.residuals, np.uint8),
         _view(arrays.offsets, np.int64),
@@ -502,6 +509,7 @@ def _score_exactly(
     right = cpu_kernels.score_exactly(
         arrays.centroids,
         arrays.table,
+        arrays.weights,
         columns,
         bounds,
         arrays.codes,

@@ -19,12 +19,16 @@ import numpy as np
 
 from colbert_jax.compression.compiled import compiled
 from colbert_jax.compression.cpu_kernels import insert
+from colbert_jax.compression.fixed_point import is_fast
 from colbert_jax.compression.fixed_tiles import (
     raise_best_fixed,
     raise_best_fixed_two,
     unpack1,
     unpack2,
     unpack4,
+    unpack_floats1,
+    unpack_floats2,
+    unpack_floats4,
 )
 from colbert_jax.compression.tiles import (
     LANES,
@@ -45,6 +49,7 @@ LOWEST = np.int32(-(2**31))
 PRUNED = np.float32(-9999)  # `plaid.PRUNED`; here, because `compiled` looks at no other file
 _RAW = 64  # tokens of a document that are scored at a time
 _ZERO = np.float32(0)
+IN_REGISTERS = is_fast()
 _TINY = np.float32(1e-12)
 
 
@@ -170,6 +175,13 @@ def largest(codes):
 
 
 @compiled
+def fetch(array, start, stop, step):
+    """Begin to load array[start:stop:step]."""
+    for i in range(start, stop, step):
+        prefetch(array, i)
+
+
+@compiled
 def raise_all(keys, rows, n, best):
     """Raise best[q], int32[W], to the largest of keys[rows[t], q], t < n."""
     strips = len(best) // LANES
@@ -200,8 +212,7 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
     for j in range(start, stop):
         token, end = offsets[positions[j]], offsets[positions[j] + 1]
         if j + 4 < stop:
-            for ahead in range(offsets[positions[j + 4]], offsets[positions[j + 4] + 1], 16):
-                prefetch(codes, ahead)
+            fetch(codes, offsets[positions[j + 4]], offsets[positions[j + 4] + 1], 16)
         for q in range(width):
             best[q] = LOWEST
         any_kept = False
@@ -303,10 +314,11 @@ def keep_best(positions, scores, count, n):
 
 
 @compiled
-def decompress(centroids, table, codes, residuals, tokens, words, scale):
+def decompress(centroids, table, weights, codes, residuals, tokens, words, scale):
     """Decompress n tokens, without normalising them.
 
     Args:
+      weights: float32[16], see `fixed_tiles.unpack_floats4`; of length 0 to use the table.
       codes, residuals: of these tokens; all codes are centroids.
       table: [256, m], m words of memory that hold the 8 / b bucket weights of a residual byte.
       tokens: float32[rows, D], the first n rows are filled.
@@ -315,6 +327,18 @@ def decompress(centroids, table, codes, residuals, tokens, words, scale):
     """
     n, dim = len(codes), tokens.shape[1]
     per_byte = table.shape[1]
+    if IN_REGISTERS:  # else this is not compiled: the CPU lacks the instructions
+        for t in range(n if len(weights) > 0 else 0):
+            code = np.int64(codes[t])
+            if 2 * residuals.shape[1] >= dim:
+                square = unpack_floats4(residuals[t], weights, centroids, code, tokens, t)
+            elif 4 * residuals.shape[1] >= dim:
+                square = unpack_floats2(residuals[t], weights, centroids, code, tokens, t)
+            else:
+                square = unpack_floats1(residuals[t], weights, centroids, code, tokens, t)
+            scale[t] = np.float32(1) / max(np.sqrt(square), _TINY)
+        if len(weights) > 0:
+            return
     for t in range(n):
         packed = residuals[t]
         target = words[t]
@@ -359,6 +383,7 @@ def update_best(tokens, scale, n, columns, best):
 def score_exactly(
     centroids,
     table,
+    weights,
     columns,
     bounds,
     codes,
@@ -374,7 +399,7 @@ def score_exactly(
     """Score documents positions[start..stop-1] exactly: MaxSim on decompressed embeddings.
 
     Args:
-      table, words: see `decompress`.
+      table, weights, words: see `decompress`.
       columns: float32[W / LANES, D, LANES], the rows of all queries, see `tiles.pack`.
       bounds: int64[B+1], query b has the columns bounds[b]..bounds[b+1]-1.
       tokens: float32[a multiple of ROWS, D], scratch memory.
@@ -387,13 +412,20 @@ def score_exactly(
     scale = np.empty(len(tokens), np.float32)
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
+        if j + 2 < stop:
+            fetch(codes, offsets[positions[j + 2]], offsets[positions[j + 2] + 1], 16)
         best[:] = -np.inf
         for base in range(first, end, len(tokens)):
             n = min(len(tokens), end - base)
             block = codes[base : base + n]
             if largest(block) >= len(centroids):
                 return False
-            decompress(centroids, table, block, residuals[base : base + n], tokens, words, scale)
+            if j + 1 < stop:
+                begin = offsets[positions[j + 1]] + base - first
+                fetch(residuals, begin, min(begin + n, offsets[positions[j + 1] + 1]), 1)
+            decompress(
+                centroids, table, weights, block, residuals[base : base + n], tokens, words, scale
+            )
             update_best(tokens, scale, n, columns, best)
         for b in range(len(bounds) - 1):
             total = _ZERO
@@ -469,11 +501,7 @@ def score_fixed(
     for j in range(start, stop):
         first, end = offsets[positions[j]], offsets[positions[j] + 1]
         if j + 2 < stop:
-            for row in range(offsets[positions[j + 2]], offsets[positions[j + 2] + 1], 16):
-                prefetch(codes, row)
-        following, after = end, end
-        if j + 1 < stop:
-            following, after = offsets[positions[j + 1]], offsets[positions[j + 1] + 1]
+            fetch(codes, offsets[positions[j + 2]], offsets[positions[j + 2] + 1], 16)
         best[:] = -np.inf
         shortest = np.int32(2**31 - 1)
         for base in range(first, end, len(tokens)):
@@ -481,9 +509,9 @@ def score_fixed(
             block = codes[base : base + n]
             if largest(block) >= len(centroids):
                 return False
-            for row in range(following, min(after, following + len(tokens))):
-                prefetch(residuals, row)
-            following += len(tokens)
+            if j + 1 < stop:
+                begin = offsets[positions[j + 1]] + base - first
+                fetch(residuals, begin, min(begin + n, offsets[positions[j + 1] + 1]), 1)
             square = unpack_fixed(
                 centroids, weights, nbits, block, residuals[base : base + n], tokens, scale
             )
