@@ -22,7 +22,15 @@ MODES = {"mode": ("fast", "accurate", "exact"), "recall": ("fast", "high", "exac
 def settings(k: int) -> list[dict[str, Any]]:
     known = inspect.signature(Index.search).parameters
     knob = [{name: mode} for name, modes in MODES.items() if name in known for mode in modes]
-    sweep = [(1, 0.5, 256), (1, 0.5, 512), (2, 0.45, 896), (2, 0.45, 1024), (2, -1.0, 1024)]
+    sweep = [
+        (1, -1.0, 64),
+        (1, -1.0, 128),
+        (1, 0.5, 256),
+        (1, 0.5, 512),
+        (2, 0.45, 896),
+        (2, 0.45, 1024),
+        (2, -1.0, 1024),
+    ]
     sweep += [(3, 0.35, 1280), (4, 0.4, 1024), (2, 0.45, 4096), (4, 0.4, 3584), (6, -1.0, 3072)]
     sweep += [(6, 0.3, 5120), (8, 0.3, 16384)]
     return [{}, *knob] + [

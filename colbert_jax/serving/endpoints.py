@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.colbert import ColBERT
-from colbert_jax.config import MODES
+from colbert_jax.config import CANDIDATES, MODES
 from colbert_jax.fusion import FUSIONS, Hybrid
 from colbert_jax.serving.indexes import ServedIndex
 from colbert_jax.serving.limits import Limits
@@ -87,6 +87,11 @@ def _search_operations(limits: Limits) -> list[Operation]:
             "enum": list(MODES),
             "default": "accurate",
             "description": "How hard to look.",
+        },
+        "candidates": {
+            "type": "string",
+            "enum": list(CANDIDATES),
+            "description": "How candidates are found; learned needs an index with learned vectors.",
         },
         "where": {"type": "object", "description": "A condition on the documents' fields."},
         "ids": {
@@ -171,7 +176,16 @@ def _search_operations(limits: Limits) -> list[Operation]:
     ]
 
 
-_SETTINGS = ("k", "mode", "where", "ids", "ncells", "centroid_score_threshold", "ndocs")
+_SETTINGS = (
+    "k",
+    "mode",
+    "candidates",
+    "where",
+    "ids",
+    "ncells",
+    "centroid_score_threshold",
+    "ndocs",
+)
 
 
 async def _search(service: Service, values: dict[str, Any]) -> Any:

@@ -103,6 +103,16 @@ def test_search_settings(ask, retriever):
     assert [len(one["results"]) for one in answer["answers"]] == [2, 2]
 
 
+def test_learned_candidates(model, texts, tmp_path):
+    learned = Retriever.build(tmp_path / "learned", model, records(texts[:40]), learned_dim=8)
+    settings = {"candidates": "learned", "ndocs": 12, "k": 3}
+    expected = [hit.id for hit in learned.search(QUERY, **settings)]
+    given = {"query": QUERY} | settings
+    for sent in ({"method": "POST", "json": given}, {"method": "GET", "params": given}):
+        answer = asker({"learned": learned})(path="/search", **sent).json()
+        assert [one["id"] for one in answer["results"]] == expected
+
+
 def test_hybrid_searches(ask, model, texts, tmp_path):
     pytest.importorskip("bm25s", reason='needs pip install "colbert-jax[hybrid]"')
     both = Retriever.build(tmp_path / "both", model, records(texts[:40]), bm25=True)
@@ -252,6 +262,8 @@ BAD = [
     ({"query": "a", "ids": ["nobody"]}, 404, "books: no document has the id 'nobody'"),
     ({"query": "a", "index": "films"}, 404, "no index is called 'films'; there are: books, again"),
     ({"query": "a", "mode": "exact", "ncells": 3}, 400, "means nothing"),
+    ({"query": "a", "candidates": "learned"}, 400, "books: has no learned vectors"),
+    ({"query": "a", "candidates": "best"}, 400, 'candidates must be one of "plaid", "learned"'),
     ([], 400, "the body must be an object"),
 ]
 
