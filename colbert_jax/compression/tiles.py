@@ -44,7 +44,7 @@ def multiply(typing: Any, rows: Any, order: Any, first: Any, columns: Any, out: 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, places, first, y, target = arrays_of(context, builder, signature, args)
-        starts = _ordered(builder, x, places, first)
+        starts = [row_at(builder, x, number) for number in _chosen(builder, places, first)]
         for t, (product,) in enumerate(products(builder, starts, dim_of(builder, x), [y.data])):
             builder.store(product, _at(builder, target, t), align=4)
         return context.get_dummy_value()
@@ -79,12 +79,11 @@ def _finding(strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, order, y, bias, strip, best, found = arrays_of(context, builder, signature, args)
-            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
+            places = _following(builder, strip, strips)
             shifts = [_load(builder, _at(builder, bias, place)) for place in places]
             names = [in_every_lane(builder, builder.trunc(p, _INT32), _INTS) for p in places]
-            starts = _ordered(builder, x, order, _INT64(0))
-            columns = [row_at(builder, y, place) for place in places]
-            for t, row in enumerate(products(builder, starts, dim_of(builder, x), columns)):
+            numbers = _chosen(builder, order, _INT64(0))
+            for t, row in enumerate(products(builder, *_begins(builder, x, numbers, y, places))):
                 here, there = _at(builder, best, t), _at(builder, found, t, _INTS)
                 known, before = _load(builder, here), _load(builder, there)
                 for product, shift, name in zip(row, shifts, names, strict=True):
@@ -131,12 +130,8 @@ def raising(multiply: Any, strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, first, last, y, strip, factors, known = arrays_of(context, builder, signature, args)
-            numbers = _tile(builder, first, last)
-            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
-            starts = [row_at(builder, x, number) for number in numbers]
-            found = multiply(
-                builder, starts, dim_of(builder, x), [row_at(builder, y, place) for place in places]
-            )
+            numbers, places = _tile(builder, first, last), _following(builder, strip, strips)
+            found = multiply(builder, *_begins(builder, x, numbers, y, places))
             scores: list[list[Any]] = [[] for _ in places]
             for number, some in zip(numbers, found, strict=True):
                 factor = builder.load(builder.gep(factors.data, [number]))
@@ -181,14 +176,8 @@ def _filling_keys(strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, first, last, y, strip, target, known = arrays_of(context, builder, signature, args)
-            numbers = _tile(builder, first, last)
-            places = [builder.add(strip, _INT64(s)) for s in range(strips)]
-            found = products(
-                builder,
-                [row_at(builder, x, number) for number in numbers],
-                dim_of(builder, x),
-                [row_at(builder, y, place) for place in places],
-            )
+            numbers, places = _tile(builder, first, last), _following(builder, strip, strips)
+            found = products(builder, *_begins(builder, x, numbers, y, places))
             sign, others = ir.Constant(_INTS, [31] * LANES), ir.Constant(_INTS, [2**31 - 1] * LANES)
             bests = [_at(builder, known, place, _INTS) for place in places]
             most = [_load(builder, best) for best in bests]
@@ -209,9 +198,6 @@ def _filling_keys(strips: int) -> Any:
     return fill_keys
 
 
-fill_keys, fill_keys_two = _filling_keys(1), _filling_keys(2)
-
-
 def _raising_keys(strips: int) -> Any:
     """Make `raise_keys`, for this many times LANES lanes."""
 
@@ -228,36 +214,23 @@ def _raising_keys(strips: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, order, count, strip, known = arrays_of(context, builder, signature, args)
-            places = [
-                builder.mul(builder.add(strip, _INT64(s)), _INT64(LANES)) for s in range(strips)
-            ]
-            targets = [
-                builder.bitcast(builder.gep(known.data, [place]), _INTS.as_pointer())
-                for place in places
-            ]
-            width = dim_of(builder, x)
+            places = _following(builder, strip, strips)
+            targets = [_at(builder, known, place, _INTS) for place in places]
 
-            def row(t: Any, sums: list[Any]) -> list[Any]:
+            def row(t: Any, best: list[Any]) -> list[Any]:
                 number = builder.zext(builder.load(builder.gep(order.data, [t])), _INT64)
-                start = builder.gep(x.data, [builder.mul(number, width)])
-                more = []
-                for place, total in zip(places, sums, strict=True):
-                    found = builder.bitcast(builder.gep(start, [place]), _INTS.as_pointer())
-                    found = _load(builder, found)
-                    more.append(_larger_key(builder, found, total))
-                return more
+                start = builder.bitcast(row_at(builder, x, number), _INTS.as_pointer())
+                found = [_load(builder, builder.gep(start, [place])) for place in places]
+                return [_larger_key(builder, *pair) for pair in zip(found, best, strict=True)]
 
             begins = [_load(builder, target) for target in targets]
-            for target, total in zip(targets, loop(builder, count, begins, row), strict=True):
-                builder.store(total, target, align=4)
+            for target, best in zip(targets, loop(builder, count, begins, row), strict=True):
+                builder.store(best, target, align=4)
             return context.get_dummy_value()
 
         return types.void(keys, rows, types.intp, types.intp, best), generate
 
     return raise_keys
-
-
-raise_keys, raise_keys_two = _raising_keys(1), _raising_keys(2)
 
 
 @intrinsic
@@ -294,10 +267,22 @@ def arrays_of(context: Any, builder: Any, signature: Any, args: Any) -> list[Any
     ]
 
 
-def _ordered(builder: Any, rows: Any, order: Any, first: Any) -> list[Any]:
-    """Where rows[order[first : first + ROWS]] begin."""
+def _chosen(builder: Any, order: Any, first: Any) -> list[Any]:
+    """The numbers order[first : first + ROWS]."""
     places = (builder.gep(order.data, [builder.add(first, _INT64(t))]) for t in range(ROWS))
-    return [row_at(builder, rows, builder.sext(builder.load(place), _INT64)) for place in places]
+    return [builder.sext(builder.load(place), _INT64) for place in places]
+
+
+def _following(builder: Any, first: Any, count: int) -> list[Any]:
+    return [builder.add(first, _INT64(i)) for i in range(count)]
+
+
+def _begins(
+    builder: Any, rows: Any, numbers: list[Any], columns: Any, strips: list[Any]
+) -> tuple[list[Any], Any, list[Any]]:
+    """Where these rows begin, their dimensions, and where these strips begin."""
+    starts = [row_at(builder, rows, number) for number in numbers]
+    return starts, dim_of(builder, rows), [row_at(builder, columns, strip) for strip in strips]
 
 
 def products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list[list[Any]]:
@@ -368,9 +353,9 @@ def row_at(builder: Any, array: Any, i: Any) -> Any:
 
 def _tile(builder: Any, first: Any, last: Any) -> list[Any]:
     """The numbers of a tile's rows; beyond the last, the last again."""
-    numbers = [builder.add(first, _INT64(t)) for t in range(ROWS)]
     return [
-        builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers
+        builder.select(builder.icmp_signed("<", number, last), number, last)
+        for number in _following(builder, first, ROWS)
     ]
 
 
@@ -402,6 +387,8 @@ def in_every_lane(builder: Any, value: Any, kind: Any) -> Any:
 
 raise_best, raise_best_two = raising(products, 1), raising(products, 2)
 find_larger, find_larger_two = _finding(1), _finding(2)
+fill_keys, fill_keys_two = _filling_keys(1), _filling_keys(2)
+raise_keys, raise_keys_two = _raising_keys(1), _raising_keys(2)
 
 
 @compiled
