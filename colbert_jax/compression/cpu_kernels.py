@@ -16,7 +16,11 @@ from colbert_jax.compression.tiles import (
     find_larger,
     find_larger_two,
     multiply,
+    raise_best,
+    raise_best_two,
 )
+
+_TOKENS = 512  # that one strip of columns after the other is multiplied with
 
 
 @compiled
@@ -229,3 +233,54 @@ def pack_residuals(points, code, centroids, cutoffs, weights, scales, reversed_b
             for g in range(per_byte):
                 byte = (byte << nbits) | reversed_bits[bucket[p * per_byte + g]]
             target[p] = byte
+
+
+@compiled
+def products(rows, columns, out):
+    """Multiply all rows float32[n, D] with the columns of tiles, to out float32[n, W]."""
+    order = np.empty(ROWS, np.int32)
+    tile = np.empty((ROWS, LANES), np.float32)
+    for first in range(0, len(rows), ROWS):
+        for t in range(ROWS):
+            order[t] = min(first + t, len(rows) - 1)
+        for s in range(len(columns)):
+            multiply(rows, order, 0, columns[s], tile)
+            for t in range(min(ROWS, len(rows) - first)):
+                for lane in range(LANES):
+                    out[first + t, s * LANES + lane] = tile[t, lane]
+
+
+@compiled
+def best_matches(values, offsets, columns, start, stop, out):
+    """Find the largest product of documents' tokens with every column.
+
+    Args:
+      values: float32[T, D].
+      offsets: int64[N+1], document j has the tokens offsets[j]..offsets[j+1]-1, one at least.
+      columns: float32[W / LANES, D, LANES], see `tiles.pack`.
+      start, stop: the range of documents.
+      out: float32[N, W], filled.
+    """
+    longest = 0
+    for j in range(start, stop):
+        longest = max(longest, offsets[j + 1] - offsets[j])
+    scale = np.ones(longest, np.float32)
+    paired = len(columns) - len(columns) % 2 if PAIRED else 0
+    first = start
+    while first < stop:
+        # A strip of columns stays in cache for so many tokens, and these for all strips.
+        last = first + 1
+        while last < stop and offsets[last + 1] - offsets[first] <= _TOKENS:
+            last += 1
+        out[first:last] = -np.inf
+        for s in range(0, paired, 2):
+            for j in range(first, last):
+                tokens = values[offsets[j] : offsets[j + 1]]
+                for t in range(0, len(tokens), ROWS):
+                    raise_best_two(tokens, t, len(tokens) - 1, columns, s, scale, out[j])
+        for s in range(paired, len(columns)):
+            for j in range(first, last):
+                tokens = values[offsets[j] : offsets[j + 1]]
+                for t in range(0, len(tokens), ROWS):
+                    raise_best(tokens, t, len(tokens) - 1, columns, s, scale, out[j])
+        first = last

@@ -16,7 +16,6 @@ over documents, which rank nothing: whoever has the `Predictor` makes the vector
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,8 +35,7 @@ _POINTS = 60_000  # that the landmarks are trained on
 _DOCUMENTS = 2048  # that the directions are made of
 _RIDGE = 1e-6  # of the features' mean square
 LEVELS = 127  # of a value, on each side of 0
-_BLOCK = 256  # tokens of documents in one product on a CPU
-_DEVICE_BLOCK = 1 << 13  # and on an accelerator
+_BLOCK = 1 << 13  # tokens of documents in one product
 
 
 class Predictor(NamedTuple):
@@ -138,16 +136,13 @@ def targets(tokens: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.n
       tokens: float32[S, D].
       values: float32[T, D], the documents' token embeddings; lengths: int[N], each at least 1.
     """
-    if runtime.on_cpu():
-        columns = np.ascontiguousarray(tokens.T)
-        blocks = [_targets_by_blas(columns, values[rows], some) for rows, some in _cut(lengths)]
-    else:
-        placed = jnp.asarray(tokens)
-        blocks = [
-            np.asarray(_targets(placed, *padded))[: len(some)]
-            for rows, some in _cut(lengths, _DEVICE_BLOCK)
-            for padded in [_padded(values[rows], some)]
-        ]
+    if runtime.use_cpu_kernels():
+        return _targets_by_kernels(tokens, values, lengths)
+    placed = jnp.asarray(tokens)
+    blocks = [
+        np.asarray(_targets(placed, *_padded(values[rows], some)))[: len(some)]
+        for rows, some in _cut(lengths)
+    ]
     return np.concatenate([np.zeros((0, len(tokens)), np.float32), *blocks])
 
 
@@ -167,7 +162,7 @@ def document_vectors(
     vectors = np.zeros((len(lengths), predictor.width), np.int8)
     scales = np.zeros(len(lengths), np.float32)
     full = np.flatnonzero(lengths)
-    make = _vectors_by_blas if runtime.on_cpu() else _vectors_by_xla
+    make = _vectors_by_kernels if runtime.use_cpu_kernels() else _vectors_by_xla
     done = 0
     for part in make(predictor, values, lengths[full]):
         rows = full[done : done + len(part[0])]
@@ -176,14 +171,17 @@ def document_vectors(
     return vectors, scales
 
 
-def _vectors_by_blas(
+def _vectors_by_kernels(
     predictor: Predictor, values: np.ndarray, lengths: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    columns = np.ascontiguousarray(predictor.tokens.T)
+    from colbert_jax.compression import cpu_kernels, tiles
+
+    columns = tiles.packed(predictor.solver)
     for rows, some in _cut(lengths):
-        best = _targets_by_blas(columns, values[rows], some)
-        vectors = (best - predictor.means) @ predictor.solver.T
-        yield rounded(vectors)
+        best = _targets_by_kernels(predictor.tokens, values[rows], some) - predictor.means
+        vectors = np.empty((len(best), columns.shape[0] * columns.shape[2]), np.float32)
+        cpu_kernels.products(best, columns, vectors)
+        yield rounded(vectors[:, : predictor.width])
 
 
 def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,10 +191,22 @@ def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(units).astype(np.int8), scales
 
 
-def _targets_by_blas(columns: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    scores = values @ columns
-    starts = offsets_from_lengths(lengths)
-    return np.stack([scores[a:z].max(axis=0) for a, z in itertools.pairwise(starts)])
+def _targets_by_kernels(tokens: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    from colbert_jax.compression import cpu_kernels, tiles
+
+    columns = tiles.packed(tokens)
+    values, offsets = np.ascontiguousarray(values, np.float32), offsets_from_lengths(lengths)
+    out = np.empty((len(lengths), columns.shape[0] * columns.shape[2]), np.float32)
+    threads = runtime.num_threads()
+    cuts = np.searchsorted(offsets, np.linspace(0, offsets[-1], threads + 1)[1:-1])
+    bounds = [0, *cuts.tolist(), len(lengths)]
+    runtime.spread(
+        lambda lane: cpu_kernels.best_matches(
+            values, offsets, columns, bounds[lane], bounds[lane + 1], out
+        ),
+        threads,
+    )
+    return out[:, : len(tokens)]
 
 
 def _vectors_by_xla(
@@ -204,7 +214,7 @@ def _vectors_by_xla(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     placed = Predictor(*map(jnp.asarray, predictor))
     pending: Any = None  # what the device works on, while the host cuts the next block
-    for rows, some in _cut(lengths, _DEVICE_BLOCK):
+    for rows, some in _cut(lengths):
         following = _vectors(placed, *_padded(values[rows], some)), len(some)
         if pending is not None:
             yield tuple(np.asarray(part)[: pending[1]] for part in pending[0])  # type: ignore[misc]
@@ -241,7 +251,7 @@ def _padded(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
 def _targets(
     tokens: jax.Array, values: jax.Array, owners: jax.Array, documents: jax.Array
 ) -> jax.Array:
-    """As `_targets_by_blas`, 0 for a document without a token.
+    """As `_targets_by_kernels`, 0 for a document without a token.
 
     Args:
       owners: int32[T], ascending, the document of each token; from N on it is padding.

@@ -159,6 +159,7 @@ def cpu_learned(
     Returns:
       positions and scores, as `cpu_search`.
     """
+    from colbert_jax.compression.cpu_kernels import products
     from colbert_jax.search import cpu_kernels
 
     num_documents = len(arrays.offsets) - 1
@@ -174,9 +175,9 @@ def cpu_learned(
 
     def vector_of(columns: np.ndarray, length: int) -> np.ndarray:
         # Not by BLAS, whose threads wait for each other in so small products.
-        products = np.empty((len(landmarks), columns.shape[0] * columns.shape[2]), np.float32)
-        cpu_kernels.products(landmarks, columns, products)
-        features = np.exp(np.float32(SHARPNESS) * (products[:, :length] - np.float32(1)))
+        cosines = np.empty((len(landmarks), columns.shape[0] * columns.shape[2]), np.float32)
+        products(landmarks, columns, cosines)
+        features = np.exp(np.float32(SHARPNESS) * (cosines[:, :length] - np.float32(1)))
         vector = np.empty((1, projection.shape[1]), np.float32)
         cpu_kernels.weighted_sum(features.sum(axis=1), projection, vector[0])
         return rounded(vector)[0][0].astype(np.float32)

@@ -36,7 +36,6 @@ from colbert_jax.compression.tiles import (
     ROWS,
     fill_keys,
     fill_keys_two,
-    multiply,
     prefetch,
     raise_best,
     raise_best_two,
@@ -242,21 +241,6 @@ def interact(keys, centroid_best, threshold, codes, offsets, positions, start, s
             total += values[q]
         scores[j] = total
     return True
-
-
-@compiled
-def products(rows, columns, out):
-    """Multiply all rows float32[n, D] with the columns of tiles, to out float32[n, W]."""
-    order = np.empty(ROWS, np.int32)
-    tile = np.empty((ROWS, LANES), np.float32)
-    for first in range(0, len(rows), ROWS):
-        for t in range(ROWS):
-            order[t] = min(first + t, len(rows) - 1)
-        for s in range(len(columns)):
-            multiply(rows, order, 0, columns[s], tile)
-            for t in range(min(ROWS, len(rows) - first)):
-                for lane in range(LANES):
-                    out[first + t, s * LANES + lane] = tile[t, lane]
 
 
 @compiled

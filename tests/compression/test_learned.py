@@ -62,10 +62,10 @@ def test_targets_are_maxima(fitted):
     np.testing.assert_allclose(found, expected.T, atol=1e-5)
 
 
-def test_equal_by_blas_and_by_xla(fitted):
+def test_equal_by_kernels_and_by_xla(fitted):
     predictor, values, lengths = fitted
     full = lengths[lengths > 0]
-    ways = learned._vectors_by_blas, learned._vectors_by_xla
+    ways = learned._vectors_by_kernels, learned._vectors_by_xla
     (own, scales), (other, other_scales) = (
         tuple(np.concatenate(column) for column in zip(*way(predictor, values, full), strict=True))
         for way in ways
