@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from colbert_jax.bm25 import Bm25
-from colbert_jax.compression.codec import ResidualCodec, decompress
+from colbert_jax.compression.codec import ResidualCodec, decompress_on_host
 from colbert_jax.compression.kmeans import num_centroids_for
 from colbert_jax.compression.sharding import auto_mesh
 from colbert_jax.config import MODES, IndexConfig, SearchConfig
@@ -284,9 +284,10 @@ class Index:
     @property
     @apart()
     def codec(self) -> ResidualCodec:
-        return ResidualCodec(
-            *(jnp.asarray(self._files[field.name]) for field in dataclasses.fields(ResidualCodec))
-        )
+        return ResidualCodec(*map(jnp.asarray, self._codec_arrays()))
+
+    def _codec_arrays(self) -> list[np.ndarray]:
+        return [self._files[field.name] for field in dataclasses.fields(ResidualCodec)]
 
     def search(
         self,
@@ -477,7 +478,7 @@ class Index:
         count = len(self._files["centroids"])
         with self._naming_the_file():
             check_codes(((codes >= 0) & (codes < count)).all(), count)
-        return np.asarray(decompress(self.codec, jnp.asarray(codes), jnp.asarray(residuals)))
+        return decompress_on_host(ResidualCodec(*self._codec_arrays()), codes, residuals)
 
     # --- Words ---
 
