@@ -257,7 +257,7 @@ _FAST = ((10, 1, 0.5, 256), (100, 2, 0.45, 1024), (math.inf, 4, 0.4, 4096))
 _ACCURATE = ((10, 3, 0.35, 1280), (100, 6, 0.3, 5120), (math.inf, 8, 0.3, 8192))
 # Of learned candidates only ndocs counts.
 _LEARNED_FAST = ((10, 1, 0.0, 96), (100, 1, 0.0, 384), (math.inf, 1, 0.0, 2048))
-_LEARNED_ACCURATE = ((10, 1, 0.0, 256), (100, 1, 0.0, 768), (math.inf, 1, 0.0, 4096))
+_LEARNED_ACCURATE = ((10, 1, 0.0, 512), (100, 1, 0.0, 1536), (math.inf, 1, 0.0, 4096))
 
 
 def written(settings: IndexConfig | SearchConfig) -> dict[str, Any]:
