@@ -1,5 +1,5 @@
 """Compressed tokens in fixed point, numbers of 16 bits: a CPU with AVX-512 decompresses and
-multiplies them at more than twice the rate of floats.
+multiplies them at more than one and a half times the rate of floats.
 
 A score in fixed point is off by no more than `fixed_query` says. So it tells which documents can be
 among the best, and only these need a score in floats: no result changes.
