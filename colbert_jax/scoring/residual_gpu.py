@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _TILE = 64  # token rows of one product: what a warpgroup multiplies
 _SEGMENT = 32  # token rows of one maximum, which `search.plaid` scores at a time
 _COLUMNS = 16  # dimensions of one product
+_LINE = 32  # float32 of 128 bytes: jax 0.12 stores nothing less to global memory
 _MOST_ROWS = 64  # query rows of a block of threads: their three parts lie in shared memory
 _MOST_TILES = 8  # that a block of threads takes in turn, for one copy of the query
 # Parts of queries and weights, the largest first, and which are multiplied.
@@ -57,7 +58,7 @@ def token_maxima(
     _, n, length, packed = residuals.shape
     slots = 8 // (len(weights).bit_length() - 1)
     # Documents of PLAID come in twos, of 32 tokens, and queries often have 32 rows: no copy then.
-    rows = min(_up(lq, _COLUMNS), _MOST_ROWS)
+    rows = min(_up(lq, _LINE), _MOST_ROWS)
     lq_room, width, room = _up(lq, rows), _up(packed, _COLUMNS), _up(length, _SEGMENT)
     documents = _up(n, max(_TILE // room, 1)) if _TILE % room == 0 else _up(n, 2)
     tokens = documents * room
