@@ -189,6 +189,18 @@ def spread(worker: Callable[[int], None], threads: int) -> None:
             other.result()
 
 
+def spread_evenly(work: Callable[[int, int], None], ends: np.ndarray) -> None:
+    """Run work(start, stop) over parts of some items, one for each thread, of about equal size.
+
+    Args:
+      ends: [n], ascending, the sizes of the items added up.
+    """
+    threads = num_threads()
+    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1)[1:-1])
+    bounds = [0, *cuts.tolist(), len(ends)]
+    spread(lambda lane: work(bounds[lane], bounds[lane + 1]), threads)
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads(), thread_name_prefix="colbert_jax")

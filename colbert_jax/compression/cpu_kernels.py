@@ -13,11 +13,11 @@ from colbert_jax.compression.tiles import (
     LANES,
     PAIRED,
     ROWS,
+    best_of_tile,
+    best_of_two,
     find_larger,
     find_larger_two,
     multiply,
-    raise_best,
-    raise_best_two,
 )
 
 _TOKENS = 512  # that one strip of columns after the other is multiplied with
@@ -236,8 +236,9 @@ def pack_residuals(points, code, centroids, cutoffs, weights, scales, reversed_b
 
 
 @compiled
-def products(rows, columns, out):
-    """Multiply all rows float32[n, D] with the columns of tiles, to out float32[n, W]."""
+def products(rows, columns):
+    """Multiply all rows float32[n, D] with the columns of tiles: float32[n, W]."""
+    out = np.empty((len(rows), len(columns) * LANES), np.float32)
     order = np.empty(ROWS, np.int32)
     tile = np.empty((ROWS, LANES), np.float32)
     for first in range(0, len(rows), ROWS):
@@ -248,6 +249,24 @@ def products(rows, columns, out):
             for t in range(min(ROWS, len(rows) - first)):
                 for lane in range(LANES):
                     out[first + t, s * LANES + lane] = tile[t, lane]
+    return out
+
+
+@compiled
+def update_best(tokens, scale, n, columns, best):
+    """Raise best[q] to the largest column q . tokens[t] * scale[t] of the first n, one at least.
+
+    Args:
+      tokens: float32[T, D].
+      columns: float32[W / LANES, D, LANES], see `tiles.pack`.
+      best: float32[W].
+    """
+    paired = len(columns) - len(columns) % 2 if PAIRED else 0
+    for first in range(0, n, ROWS):
+        for s in range(0, paired, 2):
+            best_of_two(tokens, first, n - 1, columns, s, scale, best)
+        for s in range(paired, len(columns)):
+            best_of_tile(tokens, first, n - 1, columns, s, scale, best)
 
 
 @compiled
@@ -265,22 +284,17 @@ def best_matches(values, offsets, columns, start, stop, out):
     for j in range(start, stop):
         longest = max(longest, offsets[j + 1] - offsets[j])
     scale = np.ones(longest, np.float32)
-    paired = len(columns) - len(columns) % 2 if PAIRED else 0
     first = start
     while first < stop:
-        # A strip of columns stays in cache for so many tokens, and these for all strips.
+        # Two strips of columns stay in cache for so many tokens, and these for all strips.
         last = first + 1
         while last < stop and offsets[last + 1] - offsets[first] <= _TOKENS:
             last += 1
         out[first:last] = -np.inf
-        for s in range(0, paired, 2):
+        for s in range(0, len(columns), 2):
+            strips = columns[s : s + 2]
             for j in range(first, last):
                 tokens = values[offsets[j] : offsets[j + 1]]
-                for t in range(0, len(tokens), ROWS):
-                    raise_best_two(tokens, t, len(tokens) - 1, columns, s, scale, out[j])
-        for s in range(paired, len(columns)):
-            for j in range(first, last):
-                tokens = values[offsets[j] : offsets[j + 1]]
-                for t in range(0, len(tokens), ROWS):
-                    raise_best(tokens, t, len(tokens) - 1, columns, s, scale, out[j])
+                best = out[j, s * LANES : (s + len(strips)) * LANES]
+                update_best(tokens, scale, len(tokens), strips, best)
         first = last

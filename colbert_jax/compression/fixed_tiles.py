@@ -21,11 +21,11 @@ from colbert_jax.compression.tiles import (
     LANES,
     arrays_of,
     check_layout,
-    dim_of,
     in_every_lane,
     loop,
-    raising,
+    raise_best,
     row_at,
+    tile,
 )
 
 _BYTES = ir.VectorType(ir.IntType(8), CHUNK)
@@ -40,7 +40,7 @@ _FLAGS = tuple(sorted(FAST))
 
 @compiled
 def pack_fixed(rows, first, unit, fields, columns):
-    """Lay out the rows of a query as columns for `raise_best_fixed`, as `tiles.pack` does.
+    """Lay out the rows of a query as columns for `best_of_tile_fixed`, as `tiles.pack` does.
 
     Args:
       rows: float32[n, D].
@@ -61,8 +61,8 @@ def pack_fixed(rows, first, unit, fields, columns):
                     place += 1
 
 
-def _unpack(nbits: int) -> Any:
-    fields = 8 // nbits
+def _unpacking(kind: Any, returned: Any, body: Any) -> Any:
+    """Make what decompresses a token embedding; see `_in_shorts` and `_in_floats`, bodies."""
 
     @intrinsic
     def unpack(
@@ -71,125 +71,106 @@ def _unpack(nbits: int) -> Any:
         """Decompress a token embedding, not normalised: tokens[t] = centroids[code] + weights.
 
         Args:
-          packed: uint8[P], P a multiple of CHUNK.
-          weights, centroids: see `FixedPoint`.
+          packed: uint8[D * b / 8].
+          weights: [16], the bucket weight of each value of a residual's field.
+          centroids: [K, D].
           code, t: int64.
-          tokens: int16[n, D], one row is filled.
+          tokens: [n, D], one row is filled.
 
         Returns:
-          int32, the sum of squares.
+          the sum of squares.
         """
         check_layout(packed, weights, centroids, tokens)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, table, rows, code, target, t = arrays_of(context, builder, signature, args)
-            dim = cgutils.unpack_tuple(builder, target.shape)[1]
-            size = cgutils.unpack_tuple(builder, source.shape)[0]
-            look_up = builder.module.declare_intrinsic(
-                "llvm.x86.avx512.permvar.hi.256", (), ir.FunctionType(_SHORTS, [_SHORTS] * 2)
-            )
-            square = builder.module.declare_intrinsic(
-                "llvm.x86.avx2.pmadd.wd", (), ir.FunctionType(_SQUARES, [_SHORTS] * 2)
-            )
-            known = builder.load(_vectors(builder, table.data, _SHORTS), align=2)
-            centroid = _vectors(builder, builder.gep(rows.data, [builder.mul(code, dim)]), _SHORTS)
-            out = _vectors(builder, builder.gep(target.data, [builder.mul(t, dim)]), _SHORTS)
-            chunks = _vectors(builder, source.data, _BYTES)
-            mask = ir.Constant(_SHORTS, [(1 << nbits) - 1] * CHUNK)
+            (size,) = cgutils.unpack_tuple(builder, source.shape)
+            known = builder.load(_vectors(builder, table.data, kind), align=2)
+            centroid = _vectors(builder, row_at(builder, rows, code), kind)
+            out = _vectors(builder, row_at(builder, target, t), kind)
+            return body(builder, source.data, size, known, centroid, out)
 
-            def chunk(c: Any, sums: list[Any]) -> list[Any]:
-                wide = builder.zext(builder.load(builder.gep(chunks, [c]), align=1), _SHORTS)
-                for field in range(fields):
-                    shift = ir.Constant(_SHORTS, [8 - nbits * (field + 1)] * CHUNK)
-                    number = builder.and_(builder.lshr(wide, shift), mask)
-                    place = builder.add(builder.mul(c, _INT64(fields)), _INT64(field))
-                    value = builder.load(builder.gep(centroid, [place]), align=2)
-                    value = builder.add(value, builder.call(look_up, [known, number]))
-                    builder.store(value, builder.gep(out, [place]), align=2)
-                    sums = [builder.add(sums[0], builder.call(square, [value, value]))]
-                return sums
-
-            (sums,) = loop(
-                builder, builder.udiv(size, _INT64(CHUNK)), [ir.Constant(_SQUARES, None)], chunk
-            )
-            parts = [builder.extract_element(sums, _INT32(i)) for i in range(_SQUARES.count)]
-            return functools.reduce(builder.add, parts)
-
-        of = types.int32(packed, weights, centroids, types.intp, tokens, types.intp)
+        of = returned(packed, weights, centroids, types.intp, tokens, types.intp)
         return of, generate
 
     return unpack
 
 
-unpack1, unpack2, unpack4 = _unpack(1), _unpack(2), _unpack(4)
+def _in_shorts(
+    nbits: int, builder: Any, packed: Any, size: Any, known: Any, centroid: Any, out: Any
+) -> Any:
+    """In fixed point, see `FixedPoint`; `size` is a multiple of CHUNK."""
+    fields = 8 // nbits
+    look_up = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.permvar.hi.256", (), ir.FunctionType(_SHORTS, [_SHORTS] * 2)
+    )
+    square = builder.module.declare_intrinsic(
+        "llvm.x86.avx2.pmadd.wd", (), ir.FunctionType(_SQUARES, [_SHORTS] * 2)
+    )
+    chunks = _vectors(builder, packed, _BYTES)
+    mask = ir.Constant(_SHORTS, [(1 << nbits) - 1] * CHUNK)
+
+    def chunk(c: Any, sums: list[Any]) -> list[Any]:
+        wide = builder.zext(builder.load(builder.gep(chunks, [c]), align=1), _SHORTS)
+        for field in range(fields):
+            shift = ir.Constant(_SHORTS, [8 - nbits * (field + 1)] * CHUNK)
+            number = builder.and_(builder.lshr(wide, shift), mask)
+            place = builder.add(builder.mul(c, _INT64(fields)), _INT64(field))
+            value = builder.load(builder.gep(centroid, [place]), align=2)
+            value = builder.add(value, builder.call(look_up, [known, number]))
+            builder.store(value, builder.gep(out, [place]), align=2)
+            sums = [builder.add(sums[0], builder.call(square, [value, value]))]
+        return sums
+
+    count = builder.udiv(size, _INT64(CHUNK))
+    (sums,) = loop(builder, count, [ir.Constant(_SQUARES, None)], chunk)
+    parts = [builder.extract_element(sums, _INT32(i)) for i in range(_SQUARES.count)]
+    return functools.reduce(builder.add, parts)
 
 
-def _unpack_floats(nbits: int) -> Any:
+def _in_floats(
+    nbits: int, builder: Any, packed: Any, size: Any, known: Any, centroid: Any, out: Any
+) -> Any:
+    """With dimensions in their own order; D is a multiple of LANES."""
     fields, per_word = 8 // nbits, 32 // nbits
+    look_up = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.permvar.sf.512", (), ir.FunctionType(_FLOATS, [_FLOATS, _SUMS])
+    )
+    # The bytes of LANES dimensions: two words of 32 bits, one, or half of one.
+    words = max(LANES // per_word, 1)
+    chunks = _vectors(builder, packed, ir.VectorType(ir.IntType(min(LANES * nbits, 32)), words))
+    spread = ir.Constant(_SUMS, [lane // per_word for lane in range(LANES)])
+    places = [lane % per_word for lane in range(LANES)]
+    down = [i // fields * 8 + 8 - nbits * (i % fields + 1) for i in places]
+    mask = ir.Constant(_SUMS, [(1 << nbits) - 1] * LANES)
 
-    @intrinsic
-    def unpack(
-        typing: Any, packed: Any, weights: Any, centroids: Any, code: Any, tokens: Any, t: Any
-    ) -> Any:
-        """As `unpack1` and so on, in floats and with dimensions in their own order.
+    def chunk(c: Any, sums: list[Any]) -> list[Any]:
+        loaded = builder.load(builder.gep(chunks, [c]), align=1)
+        wide = loaded if nbits > 1 else builder.zext(loaded, ir.VectorType(_INT32, words))
+        wide = builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), spread)
+        number = builder.and_(builder.lshr(wide, ir.Constant(_SUMS, down)), mask)
+        value = builder.load(builder.gep(centroid, [c]), align=4)
+        value = builder.fadd(value, builder.call(look_up, [known, number]))
+        builder.store(value, builder.gep(out, [c]), align=4)
+        square = builder.fmul(value, value, flags=_FLAGS)
+        return [builder.fadd(sums[0], square, flags=_FLAGS)]
 
-        Args:
-          packed: uint8[D * b / 8], D a multiple of LANES.
-          weights: float32[16], the bucket weight of each value of a residual's field.
-          centroids: float32[K, D].
-          tokens: float32[n, D], one row is filled.
-
-        Returns:
-          float32, the sum of squares.
-        """
-        check_layout(packed, weights, centroids, tokens)
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, table, rows, code, target, t = arrays_of(context, builder, signature, args)
-            dim = dim_of(builder, target)
-            look_up = builder.module.declare_intrinsic(
-                "llvm.x86.avx512.permvar.sf.512", (), ir.FunctionType(_FLOATS, [_FLOATS, _SUMS])
-            )
-            known = builder.load(_vectors(builder, table.data, _FLOATS), align=4)
-            centroid = _vectors(builder, row_at(builder, rows, code), _FLOATS)
-            out = _vectors(builder, row_at(builder, target, t), _FLOATS)
-            # The bytes of LANES dimensions: two words of 32 bits, one, or half of one.
-            words = max(LANES // per_word, 1)
-            kind = ir.VectorType(ir.IntType(min(LANES * nbits, 32)), words)
-            chunks = _vectors(builder, source.data, kind)
-            spread = ir.Constant(_SUMS, [lane // per_word for lane in range(LANES)])
-            places = [lane % per_word for lane in range(LANES)]
-            down = [i // fields * 8 + 8 - nbits * (i % fields + 1) for i in places]
-            mask = ir.Constant(_SUMS, [(1 << nbits) - 1] * LANES)
-
-            def chunk(c: Any, sums: list[Any]) -> list[Any]:
-                loaded = builder.load(builder.gep(chunks, [c]), align=1)
-                wide = loaded if nbits > 1 else builder.zext(loaded, ir.VectorType(_INT32, words))
-                wide = builder.shuffle_vector(wide, ir.Constant(wide.type, ir.Undefined), spread)
-                number = builder.and_(builder.lshr(wide, ir.Constant(_SUMS, down)), mask)
-                value = builder.load(builder.gep(centroid, [c]), align=4)
-                value = builder.fadd(value, builder.call(look_up, [known, number]))
-                builder.store(value, builder.gep(out, [c]), align=4)
-                square = builder.fmul(value, value, flags=_FLAGS)
-                return [builder.fadd(sums[0], square, flags=_FLAGS)]
-
-            count = builder.udiv(dim, _INT64(LANES))
-            (sums,) = loop(builder, count, [ir.Constant(_FLOATS, None)], chunk)
-            add = builder.module.declare_intrinsic(
-                "llvm.vector.reduce.fadd.v16f32",
-                (),
-                ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS]),
-            )
-            zero = ir.Constant(ir.FloatType(), 0.0)
-            return builder.call(add, [zero, sums], fastmath=_FLAGS)
-
-        of = types.float32(packed, weights, centroids, types.intp, tokens, types.intp)
-        return of, generate
-
-    return unpack
+    count = builder.udiv(size, _INT64(LANES * nbits // 8))
+    (sums,) = loop(builder, count, [ir.Constant(_FLOATS, None)], chunk)
+    add = builder.module.declare_intrinsic(
+        "llvm.vector.reduce.fadd.v16f32",
+        (),
+        ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS]),
+    )
+    return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums], fastmath=_FLAGS)
 
 
-unpack_floats1, unpack_floats2, unpack_floats4 = map(_unpack_floats, (1, 2, 4))
+unpack1, unpack2, unpack4 = (
+    _unpacking(_SHORTS, types.int32, functools.partial(_in_shorts, nbits)) for nbits in (1, 2, 4)
+)
+unpack_floats1, unpack_floats2, unpack_floats4 = (
+    _unpacking(_FLOATS, types.float32, functools.partial(_in_floats, nbits)) for nbits in (1, 2, 4)
+)
 
 
 def _products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> list[list[Any]]:
@@ -216,7 +197,7 @@ def _products(builder: Any, rows: list[Any], dim: Any, strips: list[Any]) -> lis
     return [floats[i : i + len(strips)] for i in range(0, len(floats), len(strips))]
 
 
-raise_best_fixed, raise_best_fixed_two = raising(_products, 1), raising(_products, 2)
+best_of_tile_fixed, best_of_two_fixed = (tile(_products, n, raise_best) for n in (1, 2))
 
 
 def _vectors(builder: Any, place: Any, kind: Any) -> Any:

@@ -137,7 +137,9 @@ def targets(tokens: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.n
       values: float32[T, D], the documents' token embeddings; lengths: int[N], each at least 1.
     """
     if runtime.use_cpu_kernels():
-        return _targets_by_kernels(tokens, values, lengths)
+        from colbert_jax.compression import tiles
+
+        return _targets_by_kernels(tiles.packed(tokens), values, lengths)[:, : len(tokens)]
     placed = jnp.asarray(tokens)
     blocks = [
         np.asarray(_targets(placed, *_padded(values[rows], some)))[: len(some)]
@@ -176,11 +178,10 @@ def _vectors_by_kernels(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     from colbert_jax.compression import cpu_kernels, tiles
 
-    columns = tiles.packed(predictor.solver)
+    tokens, solver = tiles.packed(predictor.tokens), tiles.packed(predictor.solver)
     for rows, some in _cut(lengths):
-        best = _targets_by_kernels(predictor.tokens, values[rows], some) - predictor.means
-        vectors = np.empty((len(best), columns.shape[0] * columns.shape[2]), np.float32)
-        cpu_kernels.products(best, columns, vectors)
+        best = _targets_by_kernels(tokens, values[rows], some)[:, : len(predictor.tokens)]
+        vectors = cpu_kernels.products(best - predictor.means, solver)
         yield rounded(vectors[:, : predictor.width])
 
 
@@ -191,22 +192,16 @@ def rounded(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(units).astype(np.int8), scales
 
 
-def _targets_by_kernels(tokens: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    from colbert_jax.compression import cpu_kernels, tiles
+def _targets_by_kernels(columns: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """As `targets` of tokens in tiles, the columns that fill the last one too: float32[N, W]."""
+    from colbert_jax.compression.cpu_kernels import best_matches
 
-    columns = tiles.packed(tokens)
     values, offsets = np.ascontiguousarray(values, np.float32), offsets_from_lengths(lengths)
     out = np.empty((len(lengths), columns.shape[0] * columns.shape[2]), np.float32)
-    threads = runtime.num_threads()
-    cuts = np.searchsorted(offsets, np.linspace(0, offsets[-1], threads + 1)[1:-1])
-    bounds = [0, *cuts.tolist(), len(lengths)]
-    runtime.spread(
-        lambda lane: cpu_kernels.best_matches(
-            values, offsets, columns, bounds[lane], bounds[lane + 1], out
-        ),
-        threads,
+    runtime.spread_evenly(
+        lambda start, stop: best_matches(values, offsets, columns, start, stop, out), offsets[1:]
     )
-    return out[:, : len(tokens)]
+    return out
 
 
 def _vectors_by_xla(

@@ -100,102 +100,83 @@ def _finding(strips: int) -> Any:
     return find_larger
 
 
-def raising(multiply: Any, strips: int) -> Any:
-    """Make `raise_best`, whose tile has this many times LANES columns.
+def tile(multiply: Any, strips: int, finish: Any) -> Any:
+    """Make what multiplies a tile of ROWS rows and this many times LANES columns, then finishes it.
 
     Args:
       multiply: `products`, or what does the same for other numbers.
+      finish: `raise_best` or `fill_keys`; generates what is done with the products.
     """
 
     @intrinsic
-    def raise_best(
+    def of_rows(
         typing: Any,
         rows: Any,
         first: Any,
         last: Any,
         columns: Any,
         strip: Any,
-        scale: Any,
+        other: Any,
         best: Any,
     ) -> Any:
-        """Raise best[q] to the largest column q . rows[t] * scale[t] of a tile's rows.
+        """Multiply a tile.
 
         Args:
           rows: [n, D]; the tile's are `first` and those after it, none after `last`.
           columns: [W / LANES, D, LANES], see `pack`; the tile's are in `strip` and after it.
-          scale: float32[n].
-          best: float32[W].
+          other, best: see `finish`.
         """
-        check_layout(rows, columns, scale, best)
+        check_layout(rows, columns, other, best)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, first, last, y, strip, factors, known = arrays_of(context, builder, signature, args)
+            x, first, last, y, strip, other, best = arrays_of(context, builder, signature, args)
             numbers, places = _tile(builder, first, last), _following(builder, strip, strips)
             found = multiply(builder, *_begins(builder, x, numbers, y, places))
-            scores: list[list[Any]] = [[] for _ in places]
-            for number, some in zip(numbers, found, strict=True):
-                factor = builder.load(builder.gep(factors.data, [number]))
-                factor = in_every_lane(builder, factor, _FLOATS)
-                for row, product in zip(scores, some, strict=True):
-                    row.append(builder.fmul(product, factor, flags=_FLAGS))
-            for place, row in zip(places, scores, strict=True):
-                target = _at(builder, known, place)
-                while len(row) > 1:
-                    row = [_larger(builder, *row[i : i + 2]) for i in range(0, len(row), 2)]
-                builder.store(_larger(builder, row[0], _load(builder, target)), target, align=4)
+            finish(builder, numbers, places, found, other, best)
             return context.get_dummy_value()
 
-        of = types.void(rows, types.intp, types.intp, columns, types.intp, scale, best)
+        of = types.void(rows, types.intp, types.intp, columns, types.intp, other, best)
         return of, generate
 
-    return raise_best
+    return of_rows
 
 
-def _filling_keys(strips: int) -> Any:
-    """Make `fill_keys`, whose tile has this many times LANES columns."""
+def raise_best(
+    builder: Any, numbers: list[Any], places: list[Any], found: list[Any], scale: Any, best: Any
+) -> None:
+    """Raise best[q], float32[W], to the largest column q . rows[t] * scale[t], float32[n]."""
+    scores: list[list[Any]] = [[] for _ in places]
+    for number, some in zip(numbers, found, strict=True):
+        factor = builder.load(builder.gep(scale.data, [number]))
+        factor = in_every_lane(builder, factor, _FLOATS)
+        for row, product in zip(scores, some, strict=True):
+            row.append(builder.fmul(product, factor, flags=_FLAGS))
+    for place, row in zip(places, scores, strict=True):
+        target = _at(builder, best, place)
+        while len(row) > 1:
+            row = [_larger(builder, *row[i : i + 2]) for i in range(0, len(row), 2)]
+        builder.store(_larger(builder, row[0], _load(builder, target)), target, align=4)
 
-    @intrinsic
-    def fill_keys(
-        typing: Any,
-        rows: Any,
-        first: Any,
-        last: Any,
-        columns: Any,
-        strip: Any,
-        keys: Any,
-        best: Any,
-    ) -> Any:
-        """Fill keys[t, q] with column q . rows[t] of a tile's rows, as int32 of the same order.
 
-        Args:
-          rows, first, last, columns, strip: see `raising`.
-          keys: int32[n, W]; see `cpu_kernels.as_key`.
-          best: int32[W], raised to the largest.
-        """
-        check_layout(rows, columns, keys, best)
+def fill_keys(
+    builder: Any, numbers: list[Any], places: list[Any], found: list[Any], keys: Any, best: Any
+) -> None:
+    """Fill keys[t, q], int32[n, W], with column q . rows[t], see `cpu_kernels.as_key`.
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, first, last, y, strip, target, known = arrays_of(context, builder, signature, args)
-            numbers, places = _tile(builder, first, last), _following(builder, strip, strips)
-            found = products(builder, *_begins(builder, x, numbers, y, places))
-            sign, others = ir.Constant(_INTS, [31] * LANES), ir.Constant(_INTS, [2**31 - 1] * LANES)
-            bests = [_at(builder, known, place, _INTS) for place in places]
-            most = [_load(builder, best) for best in bests]
-            for number, some in zip(numbers, found, strict=True):
-                row = builder.bitcast(row_at(builder, target, number), _INTS.as_pointer())
-                for s, (place, product) in enumerate(zip(places, some, strict=True)):
-                    bits = builder.bitcast(product, _INTS)
-                    key = builder.xor(bits, builder.and_(builder.ashr(bits, sign), others))
-                    builder.store(key, builder.gep(row, [place]), align=4)
-                    most[s] = _larger_key(builder, key, most[s])
-            for place, key in zip(bests, most, strict=True):
-                builder.store(key, place, align=4)
-            return context.get_dummy_value()
-
-        of = types.void(rows, types.intp, types.intp, columns, types.intp, keys, best)
-        return of, generate
-
-    return fill_keys
+    best: int32[W], raised to the largest.
+    """
+    sign, others = ir.Constant(_INTS, [31] * LANES), ir.Constant(_INTS, [2**31 - 1] * LANES)
+    bests = [_at(builder, best, place, _INTS) for place in places]
+    most = [_load(builder, target) for target in bests]
+    for number, some in zip(numbers, found, strict=True):
+        row = builder.bitcast(row_at(builder, keys, number), _INTS.as_pointer())
+        for s, (place, product) in enumerate(zip(places, some, strict=True)):
+            bits = builder.bitcast(product, _INTS)
+            key = builder.xor(bits, builder.and_(builder.ashr(bits, sign), others))
+            builder.store(key, builder.gep(row, [place]), align=4)
+            most[s] = _larger_key(builder, key, most[s])
+    for target, key in zip(bests, most, strict=True):
+        builder.store(key, target, align=4)
 
 
 def _raising_keys(strips: int) -> Any:
@@ -385,9 +366,9 @@ def in_every_lane(builder: Any, value: Any, kind: Any) -> Any:
     return builder.shuffle_vector(single, empty, ir.Constant(_INTS, [0] * LANES))
 
 
-raise_best, raise_best_two = raising(products, 1), raising(products, 2)
+best_of_tile, best_of_two = (tile(products, strips, raise_best) for strips in (1, 2))
+keys_of_tile, keys_of_two = (tile(products, strips, fill_keys) for strips in (1, 2))
 find_larger, find_larger_two = _finding(1), _finding(2)
-fill_keys, fill_keys_two = _filling_keys(1), _filling_keys(2)
 raise_keys, raise_keys_two = _raising_keys(1), _raising_keys(2)
 
 

@@ -25,7 +25,7 @@ from colbert_jax.compression.fixed_point import (
 )
 from colbert_jax.compression.learned import SHARPNESS, rounded
 from colbert_jax.config import SearchConfig
-from colbert_jax.runtime import num_threads, spread
+from colbert_jax.runtime import num_threads, spread, spread_evenly
 from colbert_jax.search.arrays import IndexArrays, check_codes, check_lists
 from colbert_jax.search.learned import LearnedArrays
 
@@ -175,9 +175,8 @@ def cpu_learned(
 
     def vector_of(columns: np.ndarray, length: int) -> np.ndarray:
         # Not by BLAS, whose threads wait for each other in so small products.
-        cosines = np.empty((len(landmarks), columns.shape[0] * columns.shape[2]), np.float32)
-        products(landmarks, columns, cosines)
-        features = np.exp(np.float32(SHARPNESS) * (cosines[:, :length] - np.float32(1)))
+        cosines = products(landmarks, columns)[:, :length]
+        features = np.exp(np.float32(SHARPNESS) * (cosines - np.float32(1)))
         vector = np.empty((1, projection.shape[1]), np.float32)
         cpu_kernels.weighted_sum(features.sum(axis=1), projection, vector[0])
         return rounded(vector)[0][0].astype(np.float32)
@@ -278,9 +277,7 @@ def _score_by_lanes(
     """float32[num_queries, n], by work(documents, start, stop, scores): as many tokens a thread."""
     scores = np.empty((num_queries, len(documents)), np.float32)
     ends = np.cumsum(offsets[documents + 1] - offsets[documents])
-    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], num_threads() + 1)[1:-1])
-    bounds = [0, *cuts.tolist(), len(documents)]
-    spread(lambda lane: work(documents, bounds[lane], bounds[lane + 1], scores), num_threads())
+    spread_evenly(lambda start, stop: work(documents, start, stop, scores), ends)
     return scores
 
 

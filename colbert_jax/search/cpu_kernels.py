@@ -18,11 +18,11 @@ from __future__ import annotations
 import numpy as np
 
 from colbert_jax.compression.compiled import compiled
-from colbert_jax.compression.cpu_kernels import insert
+from colbert_jax.compression.cpu_kernels import insert, update_best
 from colbert_jax.compression.fixed_point import is_fast
 from colbert_jax.compression.fixed_tiles import (
-    raise_best_fixed,
-    raise_best_fixed_two,
+    best_of_tile_fixed,
+    best_of_two_fixed,
     unpack1,
     unpack2,
     unpack4,
@@ -34,11 +34,9 @@ from colbert_jax.compression.tiles import (
     LANES,
     PAIRED,
     ROWS,
-    fill_keys,
-    fill_keys_two,
+    keys_of_tile,
+    keys_of_two,
     prefetch,
-    raise_best,
-    raise_best_two,
     raise_keys,
     raise_keys_two,
 )
@@ -75,9 +73,9 @@ def score_centroids(centroids, columns, start, stop, keys, block_best):
         best[:] = LOWEST
         for first in range(begin, end, ROWS):
             for s in range(0, paired, 2):
-                fill_keys_two(centroids, first, end - 1, columns, s, keys, best)
+                keys_of_two(centroids, first, end - 1, columns, s, keys, best)
             for s in range(paired, len(columns)):
-                fill_keys(centroids, first, end - 1, columns, s, keys, best)
+                keys_of_tile(centroids, first, end - 1, columns, s, keys, best)
 
 
 @compiled
@@ -311,18 +309,18 @@ def decompress(centroids, table, weights, codes, residuals, tokens, words, scale
     """
     n, dim = len(codes), tokens.shape[1]
     per_byte = table.shape[1]
-    if IN_REGISTERS:  # else this is not compiled: the CPU lacks the instructions
-        for t in range(n if len(weights) > 0 else 0):
+    # The constant first: without the instructions this branch must not be compiled.
+    if IN_REGISTERS and len(weights) > 0:
+        for t in range(n):
             code = np.int64(codes[t])
-            if 2 * residuals.shape[1] >= dim:
+            if per_byte == 1:
                 square = unpack_floats4(residuals[t], weights, centroids, code, tokens, t)
-            elif 4 * residuals.shape[1] >= dim:
+            elif per_byte == 2:
                 square = unpack_floats2(residuals[t], weights, centroids, code, tokens, t)
             else:
                 square = unpack_floats1(residuals[t], weights, centroids, code, tokens, t)
             scale[t] = np.float32(1) / max(np.sqrt(square), _TINY)
-        if len(weights) > 0:
-            return
+        return
     for t in range(n):
         packed = residuals[t]
         target = words[t]
@@ -344,23 +342,6 @@ def decompress(centroids, table, weights, codes, residuals, tokens, words, scale
             values[d] = value
             square += value * value
         scale[t] = np.float32(1) / max(np.sqrt(square), _TINY)
-
-
-@compiled
-def update_best(tokens, scale, n, columns, best):
-    """Raise best[q] to the largest column q . tokens[t] * scale[t] of the first n, one at least.
-
-    Args:
-      tokens: float32[T, D].
-      columns: float32[W / LANES, D, LANES], see `tiles.pack`.
-      best: float32[W].
-    """
-    paired = len(columns) - len(columns) % 2 if PAIRED else 0
-    for first in range(0, n, ROWS):
-        for s in range(0, paired, 2):
-            raise_best_two(tokens, first, n - 1, columns, s, scale, best)
-        for s in range(paired, len(columns)):
-            raise_best(tokens, first, n - 1, columns, s, scale, best)
 
 
 @compiled
@@ -442,9 +423,9 @@ def update_best_fixed(tokens, scale, n, columns, best):
     paired = len(columns) - len(columns) % 2
     for first in range(0, n, ROWS):
         for s in range(0, paired, 2):
-            raise_best_fixed_two(tokens, first, n - 1, columns, s, scale, best)
+            best_of_two_fixed(tokens, first, n - 1, columns, s, scale, best)
         if paired < len(columns):
-            raise_best_fixed(tokens, first, n - 1, columns, paired, scale, best)
+            best_of_tile_fixed(tokens, first, n - 1, columns, paired, scale, best)
 
 
 @compiled
