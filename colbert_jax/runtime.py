@@ -196,7 +196,8 @@ def spread_evenly(work: Callable[[int, int], None], ends: np.ndarray) -> None:
       ends: [n], ascending, the sizes of the items added up.
     """
     threads = num_threads()
-    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1)[1:-1])
+    total = ends[-1] if len(ends) else 0
+    cuts = np.searchsorted(ends, np.linspace(0, total, threads + 1)[1:-1])
     bounds = [0, *cuts.tolist(), len(ends)]
     spread(lambda lane: work(bounds[lane], bounds[lane + 1]), threads)
 

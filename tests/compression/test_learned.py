@@ -60,6 +60,7 @@ def test_targets_are_maxima(fitted):
     found = learned.targets(predictor.tokens, values, full)
     expected = maxsim(values, full, predictor.tokens[:, None])
     np.testing.assert_allclose(found, expected.T, atol=1e-5)
+    assert learned.targets(predictor.tokens, values[:0], full[:0]).shape == (0, len(found[0]))
 
 
 def test_equal_by_kernels_and_by_xla(fitted):
